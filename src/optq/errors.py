@@ -1,0 +1,37 @@
+"""Every error a user can cause, each with a cause and a remedy.
+
+The command prints the two as two lines and exits with status 2. Anything that is not an
+``OptqError`` is a defect in OPTQ: it keeps its traceback and exits with status 1.
+"""
+
+
+class OptqError(Exception):
+    """Something the user can put right.
+
+    ``cause`` says in one line what is wrong, ``remedy`` in one line what to do about it.
+    """
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(f"{cause}\n{remedy}")
+        self.cause = cause
+        self.remedy = remedy
+
+
+class ModelError(OptqError):
+    """A model that is missing, broken, or not one OPTQ can quantize."""
+
+
+class DataError(OptqError):
+    """Calibration or evaluation text that is missing, too short, or unknown."""
+
+
+class SettingError(OptqError):
+    """Options that contradict each other or the model's shapes."""
+
+
+class NumericsError(OptqError):
+    """A NaN or infinity in a weight or an activation."""
+
+
+class OutputError(OptqError):
+    """A place that cannot be written to: it exists, is read-only, or is full."""
