@@ -1,0 +1,1 @@
+"""Algebra on tensors: no model, no file, no choice of device."""

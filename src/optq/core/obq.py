@@ -1,0 +1,126 @@
+"""OBQ, Optimal Brain Quantization (Frantar & Alistarh, NeurIPS 2022): exact, greedy and slow.
+
+Each row picks its own order: take the weight ``p`` with the least
+``(quant(w_p) - w_p)^2 / [H^-1]_pp``, put it on the grid, move the others by
+``dw = -(w_p - quant(w_p)) / [H^-1]_pp * H^-1[:, p]``, drop ``p`` from ``H^-1``, repeat. GPTQ is
+this with one order for all rows. Time is O(rows * cols^3) and memory O(cols^2) for each row at
+work, so it serves small models and as the reference that GPTQ is held against.
+
+Grids are fitted on the original weights: an order of its own for each row leaves no moment at
+which a group "starts".
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from optq.core.clock import elapsed
+from optq.core.grid import GridSpec, Storage
+from optq.core.hessian import check_percdamp, factor, row_error, worse_than
+from optq.core.obs import eliminate
+from optq.core.rtn import round_columns, working_copy
+from optq.core.solution import Solution, group_index
+
+ENTRIES_AT_ONCE = 2**26  # of the rows' inverse Hessians: 256 MB in float32
+
+
+@dataclass(frozen=True)
+class OBQ:
+    """The options of OBQ; they mean what they mean for :class:`optq.core.gptq.GPTQ`."""
+
+    wbits: int
+    groupsize: int = -1
+    sym: bool = True
+    percdamp: float = 0.01
+    mse: bool = False
+
+    def __post_init__(self) -> None:
+        self.grid  # noqa: B018  refuses bad options here, not an hour later
+        check_percdamp(self.percdamp)
+
+    @property
+    def grid(self) -> GridSpec:
+        return GridSpec(self.wbits, self.groupsize, self.sym, self.mse)
+
+    def solve(
+        self,
+        weight: Float[Tensor, "rows cols"],
+        H: Float[Tensor, "cols cols"],
+        storage: Storage = Storage(),
+    ) -> Solution:
+        """Codes for ``weight`` under ``H``, not damped. Raises as :meth:`GPTQ.solve` does."""
+        start = time.perf_counter()
+        columns, grid = H.shape[0], self.grid
+        factored = factor(H, self.percdamp)
+        inverse = torch.cholesky_inverse(factored.U.flip(0, 1), upper=False).flip(0, 1)
+        factor_seconds = elapsed(start, H)
+
+        start = time.perf_counter()
+        W = working_copy(weight, factored.dead)
+        group = group_index(columns, grid.width(columns), H.device)
+        scale, zero = grid.fit_all(W, storage)
+        at_once = max(1, ENTRIES_AT_ONCE // columns**2)
+        steps = torch.cat(
+            [
+                _greedy(rows, inverse, each_scale, each_zero, grid.levels)
+                for rows, each_scale, each_zero in zip(
+                    W.T.split(at_once),
+                    scale[group].T.split(at_once),
+                    zero[group].T.split(at_once),
+                    strict=True,
+                )
+            ]
+        ).T
+        error = row_error(W - steps * scale[group], factored, exact=True)
+        rounded = round_columns(W, scale, zero, group, grid.levels)
+        worse, rtn_error = worse_than(error, W - rounded * scale[group], factored)
+        steps[:, worse] = rounded[:, worse]
+        error[worse] = rtn_error[worse]
+        return Solution(
+            wbits=self.wbits,
+            sym=self.sym,
+            codes=(steps + zero[group]).to(torch.uint8).T.contiguous(),
+            scales=scale.T.contiguous(),
+            zeros=zero.to(torch.uint8).T.contiguous(),
+            g_idx=group,
+            error=error,
+            rtn_error=rtn_error,
+            energy=row_error(W, factored),
+            damp=factored.damp,
+            damp_tries=factored.tries,
+            dead=int(factored.dead.sum()),
+            fallback_rows=worse.numel(),
+            seconds={"factor": factor_seconds, "solve": elapsed(start, H)},
+        )
+
+
+def _greedy(
+    W: Float[Tensor, "rows cols"],
+    inverse: Float[Tensor, "cols cols"],
+    scale: Float[Tensor, "rows cols"],
+    zero: Float[Tensor, "rows cols"],
+    levels: int,
+) -> Float[Tensor, "rows cols"]:
+    """The steps from zero ``c - z`` of every weight, each row in its own order."""
+    W = W.clone(memory_format=torch.contiguous_format)
+    rows, columns = W.shape
+    each = torch.arange(rows, device=W.device)
+    inverses = inverse.expand(rows, columns, columns).clone(memory_format=torch.contiguous_format)
+    steps = torch.empty_like(W)
+    left = torch.ones_like(W, dtype=torch.bool)
+    for _ in range(columns):
+        nearest = torch.clamp((W / scale).round_(), -zero, levels - zero)
+        pivots = inverses.diagonal(dim1=1, dim2=2)
+        cost = (nearest * scale - W).square_() / pivots
+        p = cost.masked_fill_(~left, torch.inf).argmin(1)
+        steps[each, p] = nearest[each, p]
+        left[each, p] = False
+        miss = W[each, p] - (nearest * scale)[each, p]
+        W -= (miss / pivots[each, p])[:, None] * inverses[each, :, p]
+        eliminate(inverses, p)
+    return steps

@@ -1,0 +1,63 @@
+"""Codes of 2, 3, 4 or 8 bits in 32-bit words.
+
+One little-endian bit stream: value ``i`` occupies stream bits ``i*b .. i*b + b - 1``, least
+significant first; word ``w`` is stream bits ``32w .. 32w + 31``, held as a signed int32. At
+3 bits values 10 and 21 of each 32 cross from one word into the next (32 values in 3 words).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from optq.errors import SettingError
+
+
+def pack(values: Int[Tensor, "count streams"], bits: int) -> Int[Tensor, "words streams"]:
+    """Pack each column of ``values`` (``0 .. 2**bits - 1``) into int32 words, down dimension 0.
+
+    Raises ``SettingError`` where ``count * bits`` is not a multiple of 32.
+    """
+    count, streams = values.shape
+    if count * bits % 32:
+        raise SettingError(
+            f"{count} values of {bits} bits do not fill 32-bit words",
+            "leave this layer dense (--skip) or choose other bits",
+        )
+    # The fewest values that fill whole words make one period, handled by slices of all periods.
+    period_values = 32 if bits == 3 else 32 // bits
+    period_words = period_values * bits // 32
+    periods = values.reshape(-1, period_values, streams).to(torch.int64)
+    words = torch.zeros(
+        len(periods), period_words, streams, dtype=torch.int64, device=values.device
+    )
+    for i in range(period_values):
+        word, shift = divmod(i * bits, 32)
+        words[:, word] |= periods[:, i] << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= periods[:, i] >> (32 - shift)
+    return _signed(words & 0xFFFFFFFF).reshape(-1, streams)
+
+
+def unpack(words: Int[Tensor, "words streams"], bits: int) -> Int[Tensor, "count streams"]:
+    """The inverse of :func:`pack`, as uint8."""
+    streams = words.shape[1]
+    period_values = 32 if bits == 3 else 32 // bits
+    period_words = period_values * bits // 32
+    periods = words.reshape(-1, period_words, streams).to(torch.int64) & 0xFFFFFFFF
+    values = torch.empty(
+        len(periods), period_values, streams, dtype=torch.uint8, device=words.device
+    )
+    for i in range(period_values):
+        word, shift = divmod(i * bits, 32)
+        value = periods[:, word] >> shift
+        if shift + bits > 32:
+            value |= periods[:, word + 1] << (32 - shift)
+        values[:, i] = (value & (2**bits - 1)).to(torch.uint8)
+    return values.reshape(-1, streams)
+
+
+def _signed(words: Tensor) -> Tensor:
+    """Unsigned 32-bit values in int64 as the int32 with the same bits."""
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
