@@ -1,0 +1,163 @@
+"""Write a quantized checkpoint block by block, and let it appear only when it is whole.
+
+All goes to a hidden folder beside the target: shards as the run goes, each read back and compared
+with the solved codes; then the tensors that stay as they are, the config and the companions of the
+source. One rename makes it the target. Whatever goes wrong before, the hidden folder is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optq.core.solution import Solution
+from optq.errors import OptqError, OutputError
+from optq.formats.gptq import GPTQFormat
+from optq.model.source import Checkpoint
+
+SHARD_BYTES = 2**30
+RECORD = "optq.json"  # what the run did: settings, errors by layer, seconds
+
+
+class Writer:
+    """A checkpoint under way; use it as a context, call :meth:`finish` inside."""
+
+    def __init__(self, target: Path, source: Checkpoint, form: GPTQFormat, force: bool) -> None:
+        self.target, self.source, self.form, self.force = target, source, form, force
+        self.layers: list[str] = []  # names on disk
+        self.bytes = 0  # of the quantized layers
+        self._pending: dict[str, Tensor] = {}
+        self._solutions: dict[str, Solution] = {}
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def __enter__(self) -> Writer:
+        if self.target.exists() and not self.force:
+            raise OutputError(f"{self.target} exists", "choose another folder, or pass --force")
+        if self.target.resolve() == self.source.folder.resolve():
+            raise OutputError(f"{self.target} is the model itself", "choose another folder")
+        with writing(self.target):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(
+                tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent)
+            )
+            self.folder.chmod(0o755)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, name: str, solution: Solution) -> None:
+        """Take the solved layer called ``name`` on disk."""
+        tensors = self.form.encode(solution)
+        self.layers.append(name)
+        self._solutions[name] = solution
+        self._pending |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in tensors.items()}
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._flush(SHARD_BYTES)
+
+    def finish(self, quantizer: Any, dense: list[str], record: dict[str, Any]) -> None:
+        """Add all that is not quantized, and rename the folder to the target."""
+        replaced = {f"{name}.weight" for name in self.layers}
+        for name, tensor in self.source.tensors([n for n in self.source.files if n not in replaced]):
+            self._pending[name] = tensor
+            self._flush(SHARD_BYTES)
+        self._flush(0)
+        with writing(self.target):
+            self._name_shards()
+            settings = self.form.config(quantizer, self.layers, dense)
+            config = self.source.config() | {"quantization_config": settings}
+            for file, content in (
+                ("config.json", config),
+                ("quantize_config.json", settings),
+                (RECORD, record),
+            ):
+                (self.folder / file).write_text(json.dumps(content, indent=2) + "\n")
+            for path in self.source.companions():
+                if not (self.folder / path.name).exists():
+                    shutil.copy(path, self.folder / path.name)
+            self._rename()
+
+    def _flush(self, at_least: int) -> None:
+        size = sum(tensor.nbytes for tensor in self._pending.values())
+        if not self._pending or size < at_least:
+            return
+        from safetensors.torch import save_file
+
+        path = self.folder / f"shard-{len(self._shards)}.safetensors"
+        with writing(self.target):
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self._pending.items()},
+                path,
+                metadata={"format": "pt"},
+            )
+        self._compare(path)
+        self._total += size
+        self._shards.append(list(self._pending))
+        self._pending.clear()
+        self._solutions.clear()
+
+    def _compare(self, path: Path) -> None:
+        """What is on disk decodes to what was solved, bit for bit."""
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            for name, solution in self._solutions.items():
+                read = self.form.decode(
+                    lambda suffix, name=name: file.get_tensor(f"{name}.{suffix}"), solution.wbits
+                )
+                if not torch.equal(read.weight(), solution.weight.float().cpu()):
+                    raise OutputError(
+                        f"{name} reads back from {path} with other weights than were written",
+                        "check the disk, and run again",
+                    )
+
+    def _name_shards(self) -> None:
+        count = len(self._shards)
+        where: dict[str, str] = {}
+        for index, names in enumerate(self._shards):
+            file = f"model-{index + 1:05}-of-{count:05}.safetensors"
+            if count == 1:
+                file = "model.safetensors"
+            (self.folder / f"shard-{index}.safetensors").rename(self.folder / file)
+            where |= dict.fromkeys(names, file)
+        if count > 1:
+            index_file = {"metadata": {"total_size": self._total}, "weight_map": where}
+            path = self.folder / "model.safetensors.index.json"
+            path.write_text(json.dumps(index_file, indent=2) + "\n")
+
+    def _rename(self) -> None:
+        """One rename; with ``force`` the old folder steps aside first and goes last."""
+        if not self.target.exists():
+            self.folder.rename(self.target)
+            return
+        old = self.folder.with_name(self.folder.name + "-old")
+        self.target.rename(old)
+        self.folder.rename(self.target)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what the system says while writing into an error with a remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OptqError:
+        raise
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise OutputError(f"the disk of {target} is full", "make room, and run again") from error
+        raise OutputError(
+            f"{target} cannot be written: {error}", "choose a folder that you may write to"
+        ) from error

@@ -1,0 +1,117 @@
+"""Find a model's blocks and their layers, by shape and not by name.
+
+The blocks are the members of the outermost ``nn.ModuleList`` of the decoder that holds the most
+linear weights; the layers are the ``nn.Linear`` (and GPT-2's ``Conv1D``) inside. There is no
+table of architectures. A model is refused, by name, where this could quantize half of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from optq.errors import ModelError, SettingError
+
+
+@dataclass(eq=False)
+class Layer:
+    """One linear map inside a block; ``name`` is its dotted name in the model."""
+
+    name: str
+    module: nn.Module
+    transposed: bool  # Conv1D keeps [columns, rows]
+    calls: int = 0  # by one batch; a layer belongs to its first call
+    solved: bool = False
+    original: Tensor | None = None  # the weight before, while the full-precision stream needs it
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """``[rows, columns]``: a view of the parameter."""
+        weight = self.parameter.data
+        return weight.T if self.transposed else weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.weight.shape
+        return rows, columns
+
+    def put(self, weight: Tensor) -> None:
+        """Replace the weight in place: its strides, and so the bits of each product, stay."""
+        self.weight.copy_(weight)
+
+
+@dataclass(eq=False)
+class Block:
+    """One decoder layer of the model."""
+
+    index: int
+    name: str
+    module: nn.Module
+    layers: list[Layer] = field(default_factory=list)
+
+
+def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
+    """The blocks of a language model in order, with all layers whose name ``skip`` does not match.
+
+    Raises :class:`ModelError` where there are none, or where experts are fused into one
+    parameter; ``SettingError`` where ``skip`` is no regular expression.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    linear = (nn.Linear, Conv1D)
+    try:
+        skipped = re.compile(skip) if skip else None
+    except re.error as error:
+        raise SettingError(
+            f"--skip {skip} is not a regular expression: {error}", "escape it, or quote it"
+        ) from error
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    name_of = {id(module): name for name, module in model.named_modules()}
+    best, most = None, 0
+    inside: set[int] = set()  # members of a list already seen: lists inside blocks do not count
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and id(module) not in inside:
+            inside.update(id(child) for child in module.modules())
+            weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, linear))
+            if weights > most:
+                best, most = module, weights
+    if best is None:
+        raise ModelError(
+            f"{type(model).__name__} has no blocks with linear layers",
+            "give a decoder-only language model",
+        )
+    blocks, taken = [], set()
+    for index, module in enumerate(best):
+        prefix = name_of[id(best)] + f".{index}"
+        block = Block(index, prefix, module)
+        for name, child in module.named_modules(prefix=prefix):
+            _refuse_experts(name, child)
+            if not isinstance(child, linear) or id(child) in taken:
+                continue
+            taken.add(id(child))  # a module shared between blocks belongs to the first
+            if skipped is None or not skipped.search(name):
+                block.layers.append(Layer(name, child, isinstance(child, Conv1D)))
+        blocks.append(block)
+    if not any(block.layers for block in blocks):
+        raise ModelError(f"--skip {skip} leaves no layer to quantize", "choose a narrower one")
+    return blocks
+
+
+def _refuse_experts(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim >= 3 and min(parameter.shape) > 1:
+            raise ModelError(
+                f"{name}.{own} fuses {parameter.shape[0]} experts in one parameter",
+                "choose a dense model: sparse experts cannot be quantized yet",
+            )
+
+

@@ -1,0 +1,331 @@
+"""Calibration as coroutines: one forward pass through the model, paused at every site.
+
+Each calibration batch is one coroutine (a greenlet), and the coroutine is the model's own
+forward. It pauses when it enters a block, and when a layer is about to read an input whose site
+is not solved yet; there it hands that input over. When every batch has paused, the earliest site
+among them is solved from the inputs handed over, its quantized weights are put in place, and
+those batches go on. So every layer sees the inputs of the model quantized so far, one pass is
+enough, and masks, rotary tables and layer patterns are right because the model itself makes them.
+
+Which layers share a site is found out, not declared: a scout, one more coroutine with one sample,
+goes through each block just before the batches and records which layers read the same tensor: the
+same object at the same version, held alive meanwhile; never equal contents and never an address.
+
+With ``propagate`` every batch runs twice in lockstep: through the quantized weights, and through
+the original ones. What the two streams read at a site differs by the error made so far.
+
+The rejected option is what other packages do: call block 0 with a stub to capture its arguments,
+then replay each block on them once per site. It costs several passes, and goes wrong where the
+arguments differ from block to block (sliding windows, shared keys and values).
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from optq.core.hessian import Hessian, add_product
+from optq.errors import ModelError, NumericsError
+from optq.model.blocks import Block, Layer
+from optq.model.modes import default_modes
+
+
+@dataclass(eq=False)
+class Site:
+    """One distinct input inside a block, with the layers that read it."""
+
+    block: Block
+    layers: list[Layer]
+    order: int  # of the first call in the block
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a site has seen: ``H = X X^T / tokens`` of the quantized model's inputs, undamped.
+
+    ``cross`` is ``X~ X^T / tokens`` with ``X~`` the full-precision model's inputs, if they run.
+    """
+
+    H: Tensor
+    tokens: int
+    cross: Tensor | None = None
+
+
+@dataclass
+class Seconds:
+    """Where the time of a run went."""
+
+    forward: float = 0.0
+    hessian: float = 0.0
+
+
+@dataclass(frozen=True)
+class _AtBlock:
+    block: Block
+
+
+@dataclass(frozen=True)
+class _AtSite:
+    site: Site
+    layer: Layer
+    x: Tensor
+
+
+class _Batch(greenlet):
+    """One forward pass of the model on some token ids, paused wherever it has to wait."""
+
+    def __init__(self, flow: Flow, ids: Tensor, first_sample: int, kind: str) -> None:
+        super().__init__(self._forward)
+        self.flow, self.ids, self.first_sample, self.kind = flow, ids, first_sample, kind
+        self.at: _AtBlock | _AtSite | None = None
+        self.handed: dict[Site, weakref.ref[Tensor]] = {}
+        self.called: set[Layer] = set()
+
+    def _forward(self) -> None:
+        # Nothing after the blocks is needed: the head's pre-hook ends the coroutine.
+        self.flow.model(input_ids=self.ids.to(self.flow.device), use_cache=False)
+
+    def advance(self) -> None:
+        self.at = self.switch()
+
+
+@dataclass(eq=False)
+class Flow:
+    """One calibration run over ``batches`` (token ids ``[samples, tokens]`` each).
+
+    ``solve(site, inputs)`` quantizes the site's layers and puts their weights in place;
+    ``done(block)`` is called when no batch needs the block any more.
+    """
+
+    model: Any
+    blocks: list[Block]
+    batches: list[Tensor]
+    device: torch.device
+    solve: Callable[[Site, Inputs], None]
+    done: Callable[[Block], None] = lambda block: None
+    propagate: bool = False
+    seconds: Seconds = field(default_factory=Seconds)
+    passes: list[int] = field(default_factory=list)  # forward passes of the batches, by block
+
+    def run(self) -> None:
+        """Run to the end. On an error or Ctrl-C every paused batch is unwound before it leaves."""
+        self._site_of: dict[Layer, Site] = {}
+        self._seen: list[tuple[Tensor, int, Site]] = []  # the scout's inputs, held alive
+        self._finished: set[Block] = set()
+        self._current: Block | None = None
+        self._versions = {
+            layer: layer.parameter._version for block in self.blocks for layer in block.layers
+        }
+        self.passes = [0] * len(self.blocks)
+        scout = _Batch(self, self.batches[0][:1], 0, "scout")
+        starts = [0]
+        for ids in self.batches:
+            starts.append(starts[-1] + len(ids))
+        kinds = ["full", "quantized"] if self.propagate else ["quantized"]
+        self._batches = {
+            kind: [_Batch(self, ids, s, kind) for ids, s in zip(self.batches, starts, strict=False)]
+            for kind in kinds
+        }
+        everyone = [scout, *(batch for kind in kinds for batch in self._batches[kind])]
+        with torch.no_grad(), self._hooks():
+            try:
+                self._advance(everyone)
+                while waiting := [b for b in everyone if isinstance(b.at, _AtBlock)]:
+                    block = min((b.at.block for b in waiting), key=lambda block: block.index)
+                    self._through(block, [b for b in waiting if b.at.block is block])
+            finally:
+                for batch in everyone:
+                    if batch and not batch.dead:
+                        batch.throw(GreenletExit)
+
+    def _through(self, block: Block, waiting: list[_Batch]) -> None:
+        """Take all batches that wait before ``block`` to its other side."""
+        if block in self._finished:
+            raise ModelError(
+                f"{block.name} is called again after other blocks",
+                "run without an output folder and save the result: its weights are gone",
+            )
+        for layer in block.layers:
+            if layer.parameter._version != self._versions[layer]:
+                raise ModelError(
+                    f"the model changes {layer.name} while it runs",
+                    "models that rescale their own weights cannot be quantized",
+                )
+        self._current = block
+        block.module.to(self.device)
+        self._advance([batch for batch in waiting if batch.kind == "scout"])
+        self._seen.clear()
+        batches = [batch for batch in waiting if batch.kind != "scout"]
+        self.passes[block.index] += len(batches)
+        self._advance(batches)
+        while at_site := [b for b in batches if isinstance(b.at, _AtSite)]:
+            site = min((b.at.site for b in at_site), key=lambda site: site.order)
+            here = [b for b in at_site if b.at.site is site]
+            inputs = self._inputs(site, here)
+            if self.propagate:
+                for layer in site.layers:
+                    layer.original = layer.parameter.data.clone()
+            self.solve(site, inputs)
+            for layer in site.layers:
+                layer.solved = True
+            self._advance(here)
+        for layer in block.layers:
+            layer.original = None
+        self._finished.add(block)
+        self.done(block)
+
+    def _advance(self, batches: list[_Batch]) -> None:
+        """Let each batch run to its next pause, the full-precision stream on original weights."""
+        start = time.perf_counter()
+        full = [batch for batch in batches if batch.kind == "full"]
+        if full:
+            self._swap_originals()
+            try:
+                for batch in full:
+                    batch.advance()
+            finally:
+                self._swap_originals()
+        for batch in batches:
+            if batch.kind != "full":
+                batch.advance()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds.forward += time.perf_counter() - start
+
+    def _swap_originals(self) -> None:
+        for layer in self._current.layers if self._current else []:
+            if layer.original is not None:
+                data = layer.parameter.data
+                layer.parameter.data = layer.original
+                layer.original = data
+
+    def _inputs(self, site: Site, here: list[_Batch]) -> Inputs:
+        start = time.perf_counter()
+        columns = site.layers[0].shape[1]
+        hessian = Hessian(columns, device=self.device)
+        cross = torch.zeros(columns, columns, device=self.device) if self.propagate else None
+        partner = {b.first_sample: b.at.x for b in here if b.kind == "full"}
+        for batch in here:
+            if batch.kind == "quantized":
+                x = batch.at.x.reshape(-1, columns)
+                hessian.add(x)
+                if cross is not None:
+                    full = partner.get(batch.first_sample, batch.at.x).reshape(-1, columns)
+                    # Streams that took other tokens (experts) have no difference to speak of.
+                    add_product(cross, full if full.shape == x.shape else x, x)
+        H = hessian.matrix()
+        if not torch.isfinite(H.diagonal()).all():
+            self._blame(site, here)
+        if cross is not None:
+            cross /= max(hessian.tokens, 1)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds.hessian += time.perf_counter() - start
+        return Inputs(H, hessian.tokens, cross)
+
+    def _blame(self, site: Site, here: list[_Batch]) -> None:
+        for batch in here:
+            samples = len(batch.ids)
+            x = batch.at.x.reshape(samples, -1)
+            bad = (~torch.isfinite(x)).any(1).nonzero()
+            if bad.numel():
+                sample = batch.first_sample + int(bad[0])
+                raise NumericsError(
+                    f"the input of {site.layers[0].name} (block {site.block.index}) holds NaN or"
+                    f" infinity for calibration sample {sample}",
+                    "check the weights before it, or load the model in bfloat16 or float32",
+                )
+        raise NumericsError(
+            f"the Hessian of {site.layers[0].name} (block {site.block.index}) overflows float32",
+            "look for extreme activations in the calibration text",
+        )
+
+    # What runs inside a coroutine: hooks.
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = []
+        for block in self.blocks:
+            handles.append(_pre_hook(block.module, self._entering, block))
+            handles.extend(_pre_hook(layer.module, self._reading, layer) for layer in block.layers)
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            handles.append(_pre_hook(head, self._leaving, None))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, batch: _Batch, block: Block, args: tuple, kwargs: dict) -> None:
+        from transformers import Cache
+
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            raise ModelError(
+                f"{block.name} is given a key-value cache although none was asked for",
+                "report this model: its calibration would not be repeatable",
+            )
+        _pause(batch, _AtBlock(block))
+
+    def _reading(self, batch: _Batch, layer: Layer, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if batch.kind == "scout":
+            self._record(layer, x)
+            return
+        site = self._site_of.get(layer)
+        if site is None:  # the scout did not come by here
+            site = self._new_site(layer)
+        if layer in batch.called:
+            return  # a layer belongs to its first call
+        batch.called.add(layer)
+        if site not in batch.handed and not layer.solved:
+            batch.handed[site] = weakref.ref(x)
+            _pause(batch, _AtSite(site, layer, x))
+        elif site in batch.handed and batch.handed[site]() is not x:
+            raise ModelError(
+                f"{layer.name} reads another tensor than {site.layers[0].name} for some samples",
+                "report this model: its sites depend on the text",
+            )
+
+    def _leaving(self, batch: _Batch, _: None, args: tuple, kwargs: dict) -> None:
+        raise GreenletExit
+
+    def _record(self, layer: Layer, x: Tensor) -> None:
+        layer.calls += 1
+        if layer in self._site_of:
+            return
+        for tensor, version, site in self._seen:
+            if tensor is x and version == x._version:
+                site.layers.append(layer)
+                self._site_of[layer] = site
+                return
+        self._seen.append((x, x._version, self._new_site(layer)))
+
+    def _new_site(self, layer: Layer) -> Site:
+        block = next(block for block in self.blocks if layer in block.layers)
+        self._site_of[layer] = site = Site(block, [layer], order=len(self._site_of))
+        return site
+
+
+def _pre_hook(module: nn.Module, act: Callable[..., None], what: Any) -> Any:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        batch = getcurrent()
+        if isinstance(batch, _Batch):
+            act(batch, what, args, kwargs)
+        # Returns None: a value would replace the module's arguments.
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _pause(batch: _Batch, at: _AtBlock | _AtSite) -> None:
+    """Hand ``at`` to the scheduler and sleep. torch's modes belong to the thread, not to us."""
+    with default_modes():
+        batch.parent.switch(at)

@@ -1,0 +1,109 @@
+"""What every solver promises about what it returns, checked in float64."""
+
+import numpy as np
+import oracles
+import torch
+
+from optq.core.grid import Storage
+
+EXACT = Storage(scale_dtypes=())
+STORAGES = (
+    Storage(),
+    Storage(min_zero=1),
+    Storage((torch.float16, torch.bfloat16)),
+)
+
+
+def array(tensor):
+    return tensor.double().numpy()
+
+
+def rounding_bound(W, Q, H, d, dtype):
+    """``[rows]``: how far rounding in ``dtype`` can move an error that is computed through a
+    factor of ``H + d I``: the unit roundoff, times the terms that are summed."""
+    eps, cols = torch.finfo(dtype).eps, W.shape[1]
+    trace = np.trace(H) + d * cols
+    miss, size = np.linalg.norm(W - Q, axis=1), np.linalg.norm(W, axis=1)
+    return trace * (8 * cols * eps * miss * (miss + size) + (cols * eps * size) ** 2)
+
+
+def check_solution(solution, p, options, storage, dtype):
+    """Codes in range, grids that a file can keep, errors that are true, none above rounding's."""
+    rows, cols = p.W.shape
+    bits, size = options["wbits"], options["groupsize"]
+    size = cols if size == -1 else min(size, cols)
+    groups = -(-cols // size)
+
+    assert solution.codes.shape == (rows, cols) and solution.codes.dtype == torch.uint8
+    assert int(solution.codes.max()) < 2**bits
+    assert solution.scales.shape == solution.zeros.shape == (rows, groups)
+    assert int(solution.zeros.min()) >= storage.min_zero and int(solution.zeros.max()) < 2**bits
+    if options["sym"]:
+        assert (solution.zeros == 2 ** (bits - 1)).all()
+    assert torch.isfinite(solution.scales).all() and (solution.scales > 0).all()
+    for storage_dtype in storage.scale_dtypes:
+        stored = solution.scales.to(storage_dtype)
+        assert torch.equal(stored.to(solution.scales.dtype), solution.scales)
+
+    assert solution.g_idx.shape == (cols,) and solution.g_idx.dtype == torch.int32
+    counts = np.bincount(solution.g_idx.numpy(), minlength=groups)
+    assert counts.tolist() == [min(size, cols - g * size) for g in range(groups)]
+
+    g_idx = solution.g_idx.numpy()
+    codes, zeros = solution.codes.numpy().astype(int), solution.zeros.numpy().astype(int)
+    Q = oracles.dequantize(codes, array(solution.scales), zeros, g_idx)
+    np.testing.assert_allclose(array(solution.weight), Q, rtol=2 * torch.finfo(dtype).eps)
+
+    dead = np.diag(p.H) == 0
+    assert solution.dead == dead.sum()
+    assert (Q[:, dead] == 0).all()
+
+    W = oracles.without_dead(p.W, p.H)
+    error = oracles.row_errors(W, Q, p.H)
+    bound = rounding_bound(W, Q, p.H, solution.damp, dtype)
+    assert (np.abs(array(solution.error) - error) <= bound).all()
+
+    scales, zeros = oracle_grids(W, g_idx, options, storage, dtype)
+    R = oracles.dequantize(
+        oracles.round_to_nearest(W, bits, scales, zeros, g_idx), scales, zeros, g_idx
+    )
+    rounded = oracles.row_errors(W, R, p.H)
+    bound += rounding_bound(W, R, p.H, solution.damp, dtype)
+    assert (error <= rounded + bound).all()
+    if dtype == torch.float64:
+        assert (np.abs(array(solution.rtn_error) - rounded) <= bound).all()
+
+
+def oracle_grids(W, g_idx, options, storage, dtype):
+    """The grids of round-to-nearest on the groups that the solution has.
+
+    Fitted by the implementation, whose fits have tests of their own: a scale that is rounded to
+    float16 from one side or the other of half way would be another grid.
+    """
+    from optq.core.grid import GridSpec
+
+    names = ("wbits", "sym", "mse")
+    spec = GridSpec(**{name: options[name] for name in names})
+    fits = [
+        spec.fit(torch.tensor(W[:, g_idx == g], dtype=dtype).T, storage)
+        for g in range(max(g_idx) + 1)
+    ]
+    scales = np.stack([array(scale) for scale, _ in fits], 1)
+    zeros = np.stack([array(zero).astype(int) for _, zero in fits], 1)
+    return scales, zeros
+
+
+def same_codes(solution, codes, scales, sure, W):
+    """Codes equal, in the rows where it is sure which of two sets of codes is the better one.
+
+    Groups whose scale is rounding noise beside the row's weights (an exact zero in one order of
+    summation is 1e-17 in another) decode to noise in either.
+    """
+    ours = solution.codes.numpy().astype(int)
+    g_idx = solution.g_idx.numpy()
+    largest = np.abs(W).max(1)
+    noise = scales[:, g_idx] < 1e-9 * largest[:, None]
+    different = (ours != codes) & ~noise & sure[:, None]
+    assert not different.any(), (
+        f"{different.sum()} codes differ, first at {np.argwhere(different)[0]}"
+    )

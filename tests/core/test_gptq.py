@@ -1,0 +1,327 @@
+"""GPTQ: the paper's form code for code, and what is promised of its result."""
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from core.checks import EXACT, STORAGES, check_solution, same_codes
+from core.problems import grid_options, problem, problems
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optq.core.gptq import GPTQ
+from optq.core.grid import SHRINK, Storage
+from optq.core.rtn import RTN
+from optq.errors import NumericsError, SettingError
+
+quick = settings(derandomize=True, deadline=None, max_examples=60)
+
+SWEEPS = st.fixed_dictionaries(
+    {
+        "actorder": st.booleans(),
+        "static_groups": st.booleans(),
+        "blocksize": st.sampled_from((1, 2, 5, 16, 32)),
+    }
+)
+
+
+def paper(p, options, d, follow):
+    """``(codes, scales, sure, sweep)`` of the paper's form, row by row no worse than rounding."""
+    W = oracles.without_dead(p.W, p.H)
+    bits, sym = options["wbits"], options.get("sym", True)
+    shrinks = SHRINK if options.get("mse") else (1.0,)
+    sweep = oracles.gptq(
+        W,
+        p.H,
+        d,
+        bits,
+        options.get("groupsize", -1),
+        sym,
+        options.get("actorder", False),
+        options.get("static_groups", False),
+        shrinks,
+        follow=follow,
+    )
+    g_idx = sweep.g_idx
+    scales, zeros = oracles.fit_all(W, bits, g_idx, sym, shrinks)
+    codes = oracles.round_to_nearest(W, bits, scales, zeros, g_idx, follow)
+    rounded = oracles.Sweep(codes, scales, zeros, g_idx, W, sweep.order)
+    codes, sure = oracles.never_worse(W, p.H, sweep, rounded)
+    return codes, np.minimum(sweep.scales, scales), sure, sweep
+
+
+def compare(p, options):
+    W, H = p.tensors()
+    solution = GPTQ(**options).solve(W, H, EXACT)
+    follow = solution.codes.numpy().astype(int)
+    codes, scales, sure, sweep = paper(p, options, solution.damp, follow)
+    assert solution.g_idx.tolist() == sweep.g_idx.tolist()
+    same_codes(solution, codes, scales, sure, p.W)
+    return solution, sweep, sure
+
+
+# ------------------------------------------------------------------------------ the paper's form
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("groupsize", [-1, 1, 8, 12, 64])
+@pytest.mark.parametrize("actorder", [False, True])
+@pytest.mark.parametrize("static_groups", [False, True])
+def test_the_codes_are_those_of_the_paper_s_form(sym, groupsize, actorder, static_groups):
+    """40 columns in blocks of 8: groups narrower, wider and ragged; most rows sure and swept."""
+    options = {"wbits": 3, "groupsize": groupsize, "sym": sym, "actorder": actorder}
+    options |= {"static_groups": static_groups, "blocksize": 8}
+    p = problem(5, 40, seed=11)
+    solution, sweep, sure = compare(p, options)
+    assert sure.all()
+    if solution.fallback_rows == 0:
+        np.testing.assert_allclose(solution.scales, sweep.scales, rtol=1e-9)
+        np.testing.assert_array_equal(solution.zeros, sweep.zeros)
+
+
+@quick
+@given(problems(), grid_options(mse=(False,)), SWEEPS)
+def test_the_codes_are_the_paper_s_for_any_weight_and_hessian(p, options, sweep):
+    if (np.diag(p.H) == 0).all():
+        return  # the paper has no form for that; below
+    compare(p, options | sweep)
+
+
+@settings(quick, max_examples=12)
+@given(problems(weights=("normal", "positive"), max_rows=3), grid_options(mse=(True,)), SWEEPS)
+def test_the_range_search_in_mid_sweep_sees_the_updated_weights(p, options, sweep):
+    if (np.diag(p.H) == 0).all():
+        return
+    compare(p, options | sweep)
+
+
+@pytest.mark.parametrize("options", [{}, {"actorder": True}, {"static_groups": True}])
+@pytest.mark.parametrize("groupsize", [128, 48, -1])
+def test_the_codes_are_the_paper_s_over_many_blocks(options, groupsize):
+    """300 columns at the default block size: ranges halve several times."""
+    options = {"wbits": 4, "groupsize": groupsize} | options
+    solution, _, sure = compare(problem(3, 300, seed=13), options)
+    assert sure.all() and solution.fallback_rows == 0
+
+
+def test_the_block_size_does_not_change_a_code():
+    W, H = problem(6, 96, seed=17).tensors()
+    one, *others = (GPTQ(4, 24, blocksize=b).solve(W, H, EXACT) for b in (1, 7, 32, 96, 200))
+    for other in others:
+        assert torch.equal(one.codes, other.codes)
+
+
+# ---------------------------------------------------------------------------- what it reduces to
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("wbits", [2, 3, 4, 8])
+def test_one_column_is_round_to_nearest(sym, wbits):
+    W, H = problem(8, 1, seed=19).tensors()
+    gptq, rtn = (s(wbits, sym=sym).solve(W, H, EXACT) for s in (GPTQ, RTN))
+    assert torch.equal(gptq.codes, rtn.codes) and torch.equal(gptq.scales, rtn.scales)
+
+
+@pytest.mark.parametrize("groupsize", [-1, 8, 7])
+@pytest.mark.parametrize("options", [{}, {"static_groups": True, "actorder": True}])
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_diagonal_hessian_gives_round_to_nearest(groupsize, options, sym):
+    W, H = problem(6, 40, "diagonal", seed=23).tensors()
+    gptq = GPTQ(3, groupsize, sym, **options).solve(W, H, EXACT)
+    rtn = RTN(3, groupsize, sym).solve(W, H, EXACT)
+    assert torch.equal(gptq.codes, rtn.codes) and torch.equal(gptq.scales, rtn.scales)
+    torch.testing.assert_close(gptq.error, rtn.error)
+
+
+def test_round_to_nearest_is_the_oracle_s():
+    p = problem(5, 30, seed=29)
+    for groupsize in (-1, 8):
+        for sym in (True, False):
+            solution = RTN(4, groupsize, sym).solve(*p.tensors(), EXACT)
+            g_idx = oracles.group_index(30, groupsize)
+            scales, zeros = oracles.fit_all(p.W, 4, g_idx, sym)
+            follow = solution.codes.numpy()
+            codes = oracles.round_to_nearest(p.W, 4, scales, zeros, g_idx, follow)
+            np.testing.assert_array_equal(solution.codes, codes)
+
+
+# --------------------------------------------------------------------------------- order, groups
+
+
+@pytest.mark.parametrize("groupsize", [-1, 16, 10])
+@pytest.mark.parametrize("sym", [True, False])
+def test_act_order_is_the_permuted_problem_with_its_columns_put_back(groupsize, sym):
+    p = problem(6, 48, "outlier inputs", seed=31)
+    W, H = p.tensors()
+    order = torch.tensor(oracles.act_order(p.H))
+    ordered = GPTQ(3, groupsize, sym, actorder=True).solve(W, H, EXACT)
+    direct = GPTQ(3, groupsize, sym).solve(W[:, order], H[order][:, order], EXACT)
+    assert torch.equal(ordered.codes[:, order], direct.codes)
+    assert torch.equal(ordered.g_idx[order], direct.g_idx)
+    assert torch.equal(ordered.scales, direct.scales)
+    torch.testing.assert_close(ordered.error, direct.error)
+
+
+def test_act_order_takes_columns_of_equal_weight_in_their_own_order():
+    W = problem(3, 8, seed=37).tensors()[0]
+    H = torch.diag(torch.tensor([1.0, 2, 1, 2, 1, 3, 1, 2], dtype=torch.float64))
+    g_idx = GPTQ(4, 2, actorder=True).solve(W, H, EXACT).g_idx
+    assert g_idx.tolist() == [2, 0, 2, 1, 3, 0, 3, 1]
+
+
+@pytest.mark.parametrize("actorder", [False, True])
+def test_static_groups_keep_the_original_columns_and_grids(actorder):
+    W, H = problem(4, 40, seed=41).tensors()
+    solution = GPTQ(4, 16, actorder=actorder, static_groups=True).solve(W, H, EXACT)
+    assert solution.g_idx.tolist() == [k // 16 for k in range(40)]
+    assert torch.equal(solution.scales, RTN(4, 16).solve(W, H, EXACT).scales)
+
+
+def test_stacked_layers_are_solved_as_each_alone():
+    W, H = problem(9, 40, seed=43).tensors()
+    solver = GPTQ(4, 16, actorder=True)
+    parts = solver.solve(W, H, EXACT).split([2, 4, 3])
+    for part, rows in zip(parts, W.split([2, 4, 3]), strict=True):
+        alone = solver.solve(rows, H, EXACT)
+        assert torch.equal(part.codes, alone.codes)
+        torch.testing.assert_close(part.scales, alone.scales)
+        torch.testing.assert_close(part.error, alone.error)
+
+
+# --------------------------------------------------------------------------------------- promises
+
+
+@settings(quick, max_examples=150)
+@given(
+    problems(),
+    grid_options(),
+    SWEEPS,
+    st.sampled_from(STORAGES),
+    st.sampled_from((torch.float32, torch.float64)),
+    st.sampled_from((0.0, 1e-6, 0.01, 0.1)),
+)
+def test_every_solution_keeps_its_promises(p, options, sweep, storage, dtype, percdamp):
+    solution = GPTQ(percdamp=percdamp, **options, **sweep).solve(*p.tensors(dtype), storage)
+    check_solution(solution, p, options, storage, dtype)
+
+
+@settings(quick, max_examples=60)
+@given(problems(), grid_options(), st.sampled_from(STORAGES))
+def test_every_rounded_layer_keeps_them_too(p, options, storage):
+    solution = RTN(**options).solve(*p.tensors(torch.float32), storage)
+    check_solution(solution, p, options, storage, torch.float32)
+
+
+def test_rows_where_the_sweep_loses_are_the_rounded_rows():
+    """Two bits and much noise: the oracle's sweep loses some rows and wins the others."""
+    p = problem(40, 6, "outlier inputs", "outliers", seed=47)
+    solution = GPTQ(2, percdamp=0.1).solve(*p.tensors(), EXACT)
+    follow = solution.codes.numpy().astype(int)
+    sweep = oracles.gptq(p.W, p.H, solution.damp, 2, follow=follow)
+    rtn = RTN(2).solve(*p.tensors(), EXACT)
+    lost = oracles.row_errors(p.W, sweep.weight, p.H) > rtn.error.numpy() * (1 + 1e-9)
+    assert 0 < lost.sum() < 40
+    assert solution.fallback_rows == lost.sum()
+    lost = torch.tensor(lost)
+    assert torch.equal(solution.codes[lost], rtn.codes[lost])
+    assert torch.equal(solution.scales[lost], rtn.scales[lost])
+
+
+@pytest.mark.parametrize("options", [{}, {"actorder": True}, {"groupsize": 16, "sym": False}])
+def test_the_error_is_well_below_round_to_nearest_s(options):
+    solution = GPTQ(3, **options).solve(*problem(16, 64, seed=53).tensors(torch.float32))
+    assert solution.error.sum() < 0.7 * solution.rtn_error.sum()
+
+
+def test_float32_gives_nearly_the_codes_of_float64():
+    p = problem(16, 64, seed=59)
+    single, double = (
+        GPTQ(4, 16).solve(*p.tensors(dtype), Storage()) for dtype in (torch.float32, torch.float64)
+    )
+    assert (single.codes == double.codes).double().mean() > 0.98
+    torch.testing.assert_close(single.error.sum().double(), double.error.sum(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_solved_as_their_float32_values(dtype):
+    W, H = problem(4, 32, seed=61).tensors(torch.float32)
+    W = W.to(dtype)
+    half, single = GPTQ(4, 8).solve(W, H), GPTQ(4, 8).solve(W.float(), H)
+    assert torch.equal(half.codes, single.codes) and torch.equal(half.scales, single.scales)
+
+
+@pytest.mark.parametrize("options", [{}, {"actorder": True}, {"static_groups": True}])
+def test_a_dead_column_has_weight_zero_and_no_say_in_any_grid(options):
+    p = problem(4, 24, "dead columns", seed=67)
+    dead = np.diag(p.H) == 0
+    assert 0 < dead.sum() < 24
+    W, H = p.tensors()
+    loud = W.clone()
+    loud[:, torch.tensor(dead)] = 1e6
+    for solver in (GPTQ(4, 8, sym=False, **options), RTN(4, 8, sym=False)):
+        quiet, solution = solver.solve(W, H), solver.solve(loud, H)
+        assert solution.dead == dead.sum()
+        assert (solution.weight[:, torch.tensor(dead)] == 0).all()
+        assert torch.equal(solution.codes, quiet.codes)
+        assert torch.equal(solution.scales, quiet.scales)
+
+
+@pytest.mark.parametrize("solver", [GPTQ(4, 8), GPTQ(4, 8, actorder=True), RTN(4, 8, mse=True)])
+def test_a_hessian_of_zeros_gives_finite_zeros(solver):
+    """No input was ever anything but zero: every column is dead."""
+    W = problem(3, 20).tensors()[0]
+    solution = solver.solve(W, torch.zeros(20, 20, dtype=torch.float64))
+    assert solution.dead == 20
+    assert (solution.weight == 0).all() and (solution.error == 0).all()
+    assert torch.isfinite(solution.scales).all()
+
+
+def test_the_damping_that_was_used_is_reported():
+    p = problem(2, 16, seed=71)
+    solution = GPTQ(4, percdamp=0.05).solve(*p.tensors())
+    assert solution.damp == pytest.approx(0.05 * np.diag(p.H).mean())
+
+
+def test_a_hessian_that_needed_more_damping_says_so():
+    """A negative eigenvalue of a twentieth of the mean diagonal, as rounding leaves them."""
+    W, H = problem(3, 16, seed=73).tensors()
+    values, vectors = torch.linalg.eigh(H)
+    values[0] = -0.05 * H.diagonal().mean()
+    H = vectors * values @ vectors.T
+    solution = GPTQ(4).solve(W, H)
+    assert solution.damp == pytest.approx(0.1 * H.diagonal().mean().item())
+    assert torch.isfinite(solution.error).all()
+
+
+def test_a_hessian_with_a_nan_is_an_error():
+    W, H = problem(2, 8).tensors()
+    H[1, 1] = float("nan")
+    with pytest.raises(NumericsError):
+        GPTQ(4).solve(W, H)
+
+
+@pytest.mark.parametrize("options", [{}, {"actorder": True}])
+def test_solving_twice_gives_the_same_bits_and_leaves_its_inputs_alone(options):
+    W, H = problem(8, 64, "dead columns", seed=79).tensors(torch.float32)
+    before = W.clone(), H.clone()
+    first, second = (GPTQ(4, 16, **options).solve(W, H) for _ in range(2))
+    assert torch.equal(W, before[0]) and torch.equal(H, before[1])
+    for name in ("codes", "scales", "zeros", "g_idx", "error"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+def test_a_layout_that_is_not_contiguous_gives_the_same_codes():
+    W, H = problem(8, 32, seed=83).tensors()
+    assert torch.equal(
+        GPTQ(4, 8).solve(W.T.contiguous().T, H, EXACT).codes, GPTQ(4, 8).solve(W, H, EXACT).codes
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"wbits": 5}, {"groupsize": 0}, {"percdamp": -0.1}, {"percdamp": float("nan")}]
+    + [{"blocksize": 0}],
+)
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(SettingError):
+        GPTQ(**({"wbits": 4} | options))

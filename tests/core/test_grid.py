@@ -1,0 +1,152 @@
+"""Grids: min-max and range search against the oracle, and what storage does to a scale."""
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from core.problems import grid_options, problems
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optq.core.grid import SHRINK, GridSpec, Storage
+from optq.errors import SettingError
+
+EXACT = Storage(scale_dtypes=())
+BOTH = Storage(scale_dtypes=(torch.float16, torch.bfloat16))
+quick = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def fit(W, options, storage=EXACT, dtype=torch.float64):
+    """``scale, zero [rows, groups]`` as the implementation fits them to ``W [rows, cols]``."""
+    scale, zero = GridSpec(**options).fit_all(torch.tensor(W, dtype=dtype).T, storage)
+    return scale.T.double().numpy(), zero.T.double().numpy()
+
+
+def groups(W, groupsize):
+    """Of every row of ``W``: ``(row, group, the group's weights)``."""
+    g_idx = oracles.group_index(W.shape[1], groupsize)
+    for n, row in enumerate(W):
+        for g in range(g_idx[-1] + 1):
+            yield n, g, row[g_idx == g]
+
+
+@quick
+@given(problems(), grid_options(mse=(False,)), st.sampled_from((0, 1)))
+def test_min_max_is_the_oracle_s(p, options, min_zero):
+    scale, zero = fit(p.W, options, Storage((), min_zero))
+    for n, g, values in groups(p.W, options["groupsize"]):
+        s, z = oracles.fit(values, options["wbits"], options["sym"], min_zero)
+        assert scale[n, g] == pytest.approx(s, rel=1e-12)
+        assert zero[n, g] == z
+
+
+@settings(quick, max_examples=25)
+@given(problems(max_rows=2), grid_options(mse=(True,)), st.sampled_from((0, 1)))
+def test_the_range_search_finds_the_least_loss_of_all_candidates(p, options, min_zero):
+    scale, zero = fit(p.W, options, Storage((), min_zero))
+    bits, sym = options["wbits"], options["sym"]
+    for n, g, values in groups(p.W, options["groupsize"]):
+        s, z = oracles.fit_search(values, bits, sym, SHRINK, min_zero)
+        best = oracles.fit_loss(values, s, z, bits)
+        floor = 1e-30 * np.abs(values).max() ** 2.4
+        assert oracles.fit_loss(values, scale[n, g], zero[n, g], bits) <= best * (1 + 1e-9) + floor
+        candidates = [oracles.fit(values, bits, sym, min_zero, p)[0] for p in SHRINK]
+        assert np.isclose(scale[n, g], candidates, rtol=1e-12).any()
+
+
+def test_the_range_searched_goes_from_all_of_it_to_a_fifth():
+    assert SHRINK[0] == 1 and SHRINK[-1] == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(SHRINK, SHRINK[1:], strict=False))
+
+
+@quick
+@given(problems(), grid_options())
+def test_zero_is_a_value_of_every_grid(p, options):
+    _, zero = fit(p.W, options)
+    assert ((zero >= 0) & (zero <= 2 ** options["wbits"] - 1) & (zero == zero.round())).all()
+
+
+@quick
+@given(problems(), grid_options(mse=(False,)), st.sampled_from((0, 1)))
+def test_a_min_max_grid_has_every_weight_within_half_a_step(p, options, min_zero):
+    """Groups of one sign included. Lifting a zero point from 0 to 1 may cost the least weight."""
+    scale, zero = fit(p.W, options, Storage((), min_zero))
+    for n, g, values in groups(p.W, options["groupsize"]):
+        s, z = scale[n, g], zero[n, g]
+        codes = [oracles.code_of(w, s, z, options["wbits"]) for w in values]
+        assert np.abs(values - s * (np.array(codes) - z)).max() <= s / 2 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("wbits", [2, 3, 4, 8])
+def test_a_symmetric_grid_covers_a_group_of_one_sign(sign, wbits):
+    values = sign * np.linspace(1, 2, 9)
+    scale, zero = fit(values[None], {"wbits": wbits, "sym": True})
+    assert scale[0, 0] == pytest.approx(2 * 2 / (2**wbits - 1))
+    assert zero[0, 0] == 2 ** (wbits - 1)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_group_of_zeros_has_scale_one(sym):
+    scale, _ = fit(np.array([[0.0, 0.0, 1.0, -1.0]]), {"wbits": 4, "groupsize": 2, "sym": sym})
+    assert scale[0, 0] == 1 and scale[0, 1] == pytest.approx(2 / 15)
+
+
+def test_a_ragged_last_group_is_fitted_on_its_own_columns():
+    W = np.array([[1.0, -1.0, 8.0, 2.0, 0.5]])
+    scale, _ = fit(W, {"wbits": 2, "groupsize": 2, "sym": True})
+    np.testing.assert_allclose(scale, [[2 / 3, 16 / 3, 1 / 3]])
+
+
+@quick
+@given(problems(), grid_options(mse=(False,)))
+def test_no_zero_point_is_below_the_smallest_that_the_file_holds(p, options):
+    _, zero = fit(p.W, options, Storage(min_zero=1), torch.float32)
+    assert zero.min() >= 1
+
+
+EXTREMES = st.floats(-60, 60).map(lambda e: 2.0**e)
+
+
+@settings(quick, max_examples=300)
+@given(EXTREMES, st.sampled_from((Storage(), Storage((torch.bfloat16,)), BOTH)))
+def test_a_stored_scale_is_exact_in_every_storage_dtype(value, storage):
+    stored = storage.round(torch.tensor([value]))
+    for dtype in storage.scale_dtypes:
+        assert torch.equal(stored.to(dtype).to(stored.dtype), stored)
+    assert torch.isfinite(stored).all() and (stored > 0).all()
+
+
+@pytest.mark.parametrize("value", [65504.0, 65503.0, 65408.0, 65300.0, 65280.0, 1e6, 3e38])
+def test_a_scale_at_the_end_of_float16_is_exact_in_both_dtypes(value):
+    stored = BOTH.round(torch.tensor([value]))
+    for dtype in BOTH.scale_dtypes:
+        assert torch.equal(stored.to(dtype).to(stored.dtype), stored)
+    assert torch.isfinite(stored).all()
+
+
+@quick
+@given(st.floats(2.0**-14, 6e4))
+def test_a_stored_scale_is_the_nearest_one(value):
+    exact = torch.tensor([value])
+    assert Storage().round(exact).item() == exact.half().item()
+    assert BOTH.round(exact).item() == exact.bfloat16().item()
+
+
+@quick
+@given(problems(), grid_options(), st.sampled_from((Storage(), Storage(min_zero=1), BOTH)))
+def test_fitted_scales_are_exact_in_every_storage_dtype(p, options, storage):
+    W = torch.tensor(p.W, dtype=torch.float32)
+    scale, _ = GridSpec(**options).fit_all(W.T, storage)
+    for dtype in storage.scale_dtypes:
+        assert torch.equal(scale.to(dtype).to(scale.dtype), scale)
+    assert torch.isfinite(scale).all() and (scale > 0).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"wbits": 1}, {"wbits": 5}, {"wbits": 4, "groupsize": 0}, {"wbits": 4, "groupsize": -2}],
+)
+def test_a_grid_that_does_not_exist_is_refused(options):
+    with pytest.raises(SettingError):
+        GridSpec(**options)

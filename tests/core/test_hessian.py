@@ -1,0 +1,153 @@
+"""The Hessian, its damped factor, and the error measured with them."""
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from core.problems import problem, problems
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optq.core import hessian
+from optq.core.hessian import Hessian, factor
+from optq.errors import NumericsError
+
+quick = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def relative(a, b):
+    return (a.double() - b).norm() / b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [8, 1024])
+def test_the_matrix_is_the_mean_outer_product_of_the_tokens(dtype, tile, monkeypatch):
+    """At any activation dtype the sums are float32's: rounding happens to the inputs alone."""
+    monkeypatch.setattr(hessian, "TILE", tile)
+    x = torch.randn(300, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    H = Hessian(20)
+    H.add(x)
+    exact = torch.tensor(oracles.hessian(x.double().numpy()))
+    assert H.matrix().dtype == torch.float32
+    assert relative(H.matrix(), exact) < 1e-6
+
+
+def test_batches_of_any_shape_add_up_to_the_whole():
+    x = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    H = Hessian(6, dtype=torch.float64)
+    H.add(x[:8].view(2, 4, 6))
+    H.add(x[8:9].view(6))
+    H.add(x[9:9])
+    H.add(x[9:])
+    assert H.tokens == 24
+    torch.testing.assert_close(H.matrix(), x.T @ x / 24)
+
+
+def test_the_matrix_is_symmetric_to_the_bit(monkeypatch):
+    monkeypatch.setattr(hessian, "TILE", 7)
+    H = Hessian(30)
+    H.add(torch.randn(50, 30, generator=torch.Generator().manual_seed(2)))
+    assert torch.equal(H.matrix(), H.matrix().T)
+
+
+def test_a_matrix_of_no_tokens_is_zero():
+    assert torch.equal(Hessian(3).matrix(), torch.zeros(3, 3))
+
+
+def test_inputs_are_left_as_they_were():
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+    before = x.clone()
+    Hessian(4).add(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_user_s_matmul_precision_is_neither_used_nor_lost(setting, dtype):
+    before = torch.get_float32_matmul_precision()
+    x = torch.randn(400, 16, generator=torch.Generator().manual_seed(4)).to(dtype)
+    try:
+        torch.set_float32_matmul_precision(setting)
+        H = Hessian(16)
+        H.add(x)
+        after = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert after == setting
+    assert relative(H.matrix(), torch.tensor(oracles.hessian(x.double().numpy()))) < 1e-6
+
+
+def test_the_precision_setting_survives_an_error():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(RuntimeError):
+        Hessian(4).add(torch.zeros(3, 5, dtype=torch.bfloat16))
+    assert torch.get_float32_matmul_precision() == before
+
+
+@quick
+@given(problems(), st.sampled_from((0.001, 0.01, 0.1, 1.0)))
+def test_the_factor_multiplies_back_to_the_damped_hessian(p, percdamp):
+    H = torch.tensor(p.H)
+    f = factor(H, percdamp)
+    assert f.damp == pytest.approx(oracles.damping(p.H, percdamp))
+    assert f.tries == 0
+    assert torch.equal(f.U, f.U.triu()) and (f.U.diagonal() > 0).all()
+    live = ~f.dead
+    damped = H + f.damp * torch.eye(len(H), dtype=torch.float64)
+    product = f.U @ f.U.T
+    torch.testing.assert_close(product[live][:, live], damped[live][:, live], rtol=1e-9, atol=0)
+    off = product - torch.diag(product.diagonal())
+    assert (off[f.dead] == 0).all()
+    assert torch.equal(f.dead, torch.tensor(np.diag(p.H) == 0))
+
+
+def test_factoring_leaves_the_hessian_as_it_was():
+    H = torch.tensor(problem(1, 9, "dead columns").H)
+    before = H.clone()
+    factor(H, 0.01)
+    assert torch.equal(H, before)
+
+
+def indefinite(shift):
+    """A Hessian whose least eigenvalue is ``-shift`` times the mean of its diagonal, which is 1."""
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))[0]
+    values = np.linspace(-shift, 2 + shift, 12)
+    return torch.tensor(vectors * values @ vectors.T)
+
+
+@pytest.mark.parametrize(
+    ("shift", "percdamp", "damp", "tries"),
+    [(0.05, 0.2, 0.2, 0), (0.05, 0.01, 0.1, 1), (0.005, 0.0001, 0.01, 2), (0.4, 0.05, 0.5, 1)]
+    + [(0.8, 0.05, 1.0, 2), (0.05, 0.0, 0.1, None)],
+)
+def test_damping_grows_tenfold_until_the_hessian_factors(shift, percdamp, damp, tries):
+    H = indefinite(shift)
+    f = factor(H, percdamp)
+    assert f.damp == pytest.approx(damp)
+    assert tries is None or f.tries == tries
+    torch.testing.assert_close(f.U @ f.U.T, H + f.damp * torch.eye(12, dtype=torch.float64))
+
+
+def test_damping_stops_at_the_mean_of_the_diagonal():
+    with pytest.raises(NumericsError):
+        factor(indefinite(1.1), 0.01)
+
+
+@pytest.mark.parametrize("kind", ["few tokens", "duplicates", "ill-conditioned"])
+@pytest.mark.parametrize("percdamp", [0.0, 1e-7, 0.01])
+def test_a_hessian_that_is_singular_in_float32_still_factors(kind, percdamp):
+    for seed in range(5):
+        H = torch.tensor(problem(1, 40, kind, seed=seed).H, dtype=torch.float32)
+        f = factor(H, percdamp)
+        assert torch.isfinite(f.U).all()
+        assert f.damp <= H.diagonal().mean().item() * (1 + 1e-6)
+        damped = H.double() + f.damp * torch.eye(40, dtype=torch.float64)
+        assert relative(f.U.double() @ f.U.double().T, damped) < 1e-5
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_a_hessian_that_is_not_finite_is_an_error(poison):
+    H = torch.eye(4)
+    H[1, 2] = H[2, 1] = poison
+    with pytest.raises(NumericsError):
+        factor(H, 0.01)

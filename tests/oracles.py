@@ -1,0 +1,269 @@
+"""The algebra of the solvers a second time: float64, plain loops, obviously right, slow.
+
+Written from the definitions and from the papers, never from ``optq.core``, so that the two can
+disagree. Arrays are NumPy float64: ``W [rows, cols]`` a weight, ``H [cols, cols]`` a Hessian that
+is not damped unless the argument is called ``damped``, ``g_idx [cols]`` the group of each column,
+``scales`` and ``zeros`` ``[rows, groups]``, codes integers in ``0..2^bits - 1``.
+
+Ties. A symmetric grid puts the largest weight of a group exactly half way between two codes, so
+the last bit of a division decides which one rounding takes, and both are right. Every function
+that rounds takes ``follow``: codes from elsewhere that it adopts at a tie, and only there.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TIE = 1e-9  # how near to half way between two codes, in steps, counts as a tie
+
+
+# ---------------------------------------------------------------------------------------- grids
+
+
+def fit(values, bits, sym, min_zero=0, shrink=1.0):
+    """The min-max grid ``(scale, zero)`` of one group, its range first multiplied by ``shrink``."""
+    top = 2**bits - 1
+    low = min(0.0, float(min(values))) * shrink
+    high = max(0.0, float(max(values))) * shrink
+    if low == high:  # nothing but zeros: any zero point would do
+        return 1.0, 2 ** (bits - 1)
+    if sym:
+        return 2 * max(-low, high) / top, 2 ** (bits - 1)
+    scale = (high - low) / top
+    zero = round(-low / scale)
+    if zero < min_zero:
+        return high / (top - min_zero), min_zero
+    return scale, min(zero, top)
+
+
+def code_of(value, scale, zero, bits, follow=None):
+    """The code nearest to ``value`` on the grid; ``follow`` where two codes are equally near."""
+    position = value / scale + zero
+    below = int(np.floor(position))
+    top = 2**bits - 1
+    if abs(position - below - 0.5) < TIE and follow is not None:
+        follow = int(follow)
+        if follow in (min(max(below, 0), top), min(max(below + 1, 0), top)):
+            return follow
+    nearest = below if position - below <= 0.5 else below + 1
+    return min(max(nearest, 0), top)
+
+
+def fit_loss(values, scale, zero, bits, power=2.4):
+    """What the range search minimises: ``sum |w - q|^2.4`` over the group."""
+    return sum(
+        abs(float(w) - scale * (code_of(w, scale, zero, bits) - zero)) ** power for w in values
+    )
+
+
+def fit_search(values, bits, sym, shrinks, min_zero=0):
+    """The best of the grids over ``shrinks``, the wider range where two do equally well."""
+    best = None
+    for shrink in sorted((float(p) for p in shrinks), reverse=True):
+        scale, zero = fit(values, bits, sym, min_zero, shrink)
+        loss = fit_loss(values, scale, zero, bits)
+        if best is None or loss < best[0]:
+            best = (loss, scale, zero)
+    return best[1], best[2]
+
+
+def group_index(cols, groupsize):
+    """``[cols]``: the group of each column, ``groupsize`` consecutive columns to a group."""
+    return np.array([0 if groupsize == -1 else j // groupsize for j in range(cols)])
+
+
+def fit_all(W, bits, g_idx, sym, shrinks=(1.0,), min_zero=0):
+    """Scales and zero points of every group of every row."""
+    groups = max(g_idx) + 1
+    scales, zeros = np.empty((len(W), groups)), np.empty((len(W), groups), dtype=int)
+    for n, row in enumerate(W):
+        for g in range(groups):
+            values = [row[k] for k in range(len(row)) if g_idx[k] == g]
+            scales[n, g], zeros[n, g] = fit_search(values, bits, sym, shrinks, min_zero)
+    return scales, zeros
+
+
+def dequantize(codes, scales, zeros, g_idx):
+    """``[rows, cols]``: ``s * (c - z)`` of every code."""
+    Q = np.empty(codes.shape)
+    for n in range(codes.shape[0]):
+        for k in range(codes.shape[1]):
+            g = g_idx[k]
+            Q[n, k] = float(scales[n, g]) * (int(codes[n, k]) - int(zeros[n, g]))
+    return Q
+
+
+def round_to_nearest(W, bits, scales, zeros, g_idx, follow=None):
+    """Codes ``[rows, cols]`` of round-to-nearest on given grids."""
+    codes = np.empty(W.shape, dtype=int)
+    for n in range(W.shape[0]):
+        for k in range(W.shape[1]):
+            prefer = None if follow is None else follow[n, k]
+            g = g_idx[k]
+            codes[n, k] = code_of(W[n, k], scales[n, g], zeros[n, g], bits, prefer)
+    return codes
+
+
+# --------------------------------------------------------------------------- error and Hessian
+
+
+def row_errors(W, Q, H):
+    """``[rows]``: the summands of ``tr((W - Q) H (W - Q)^T)``."""
+    return np.array([(w - q) @ H @ (w - q) for w, q in zip(W, Q, strict=True)])
+
+
+def hessian(X):
+    """``X^T X / tokens`` of inputs ``[tokens, cols]``, one token at a time."""
+    H = np.zeros((X.shape[1], X.shape[1]))
+    for x in X:
+        H += np.outer(x, x)
+    return H / len(X)
+
+
+def damping(H, percdamp):
+    """``d = percdamp * mean(diag H)``."""
+    return percdamp * float(np.mean(np.diag(H)))
+
+
+# ------------------------------------------------------------------------------- OBS and OBQ
+
+
+def constrained_move(damped, p, change):
+    """The least ``dw^T H dw / 2`` with ``dw_p = change``: ``(dw, that minimum)``.
+
+    Solves the Lagrange conditions ``H dw + m e_p = 0``, ``e_p dw = change`` as one dense system.
+    """
+    n = len(damped)
+    system = np.zeros((n + 1, n + 1))
+    system[:n, :n] = damped
+    system[n, p] = system[p, n] = 1.0
+    right = np.zeros(n + 1)
+    right[n] = change
+    dw = np.linalg.solve(system, right)[:n]
+    return dw, float(dw @ damped @ dw) / 2
+
+
+def obs_remove(w, damped, p):
+    """Weight ``p`` set to zero, the others moved as best they can: ``(new w, cost)``."""
+    dw, cost = constrained_move(damped, p, -w[p])
+    return w + dw, cost
+
+
+def obq_row(w, damped, bits, scales, zeros, g_idx, follow=None):
+    """Greedy OBQ of one row on fixed grids: ``(codes, order, costs)``.
+
+    Every step tries every weight that is left with a dense constrained solve, and takes the one
+    that costs least.
+    """
+    w = np.array(w, dtype=float)
+    left = list(range(len(w)))
+    codes, order, costs = np.empty(len(w), dtype=int), [], []
+    while left:
+        block = damped[np.ix_(left, left)]
+        best = None
+        for position, p in enumerate(left):
+            g = g_idx[p]
+            code = code_of(w[p], scales[g], zeros[g], bits, None if follow is None else follow[p])
+            target = scales[g] * (code - zeros[g])
+            dw, cost = constrained_move(block, position, target - w[p])
+            if best is None or cost < best[0]:
+                best = (cost, p, code, dw)
+        cost, p, codes[p], dw = best
+        w[left] += dw
+        left.remove(p)
+        order.append(p)
+        costs.append(cost)
+    return codes, order, costs
+
+
+# ------------------------------------------------------------------------------------- GPTQ
+
+
+@dataclass
+class Sweep:
+    """What a sweep leaves behind, columns in their original order."""
+
+    codes: np.ndarray  # [rows, cols]
+    scales: np.ndarray  # [rows, groups]
+    zeros: np.ndarray  # [rows, groups]
+    g_idx: np.ndarray  # [cols]
+    reached: np.ndarray  # [rows, cols]: each weight as it stood when its column was reached
+    order: np.ndarray  # [cols]: the columns in the order in which they were quantized
+
+    @property
+    def weight(self):
+        return dequantize(self.codes, self.scales, self.zeros, self.g_idx)
+
+
+def act_order(H):
+    """Columns by falling ``diag H``, equal ones in their own order."""
+    return np.array(sorted(range(len(H)), key=lambda j: -H[j, j]))
+
+
+def gptq(
+    W,
+    H,
+    d,
+    bits,
+    groupsize=-1,
+    sym=True,
+    actorder=False,
+    static_groups=False,
+    shrinks=(1.0,),
+    min_zero=0,
+    follow=None,
+):
+    """GPTQ in the paper's form: ``R = cholesky(H^-1, upper)``, one column after another, no blocks.
+
+    ``d`` is the damping that is added. Dynamic groups follow the order of quantization and fit
+    their grid on the weights as updated so far; static groups are the original columns' groups,
+    fitted on the original weights.
+    """
+    rows, cols = W.shape
+    size = cols if groupsize == -1 else groupsize
+    order = act_order(H) if actorder else np.arange(cols)
+    damped = (H + d * np.eye(cols))[np.ix_(order, order)]
+    R = np.linalg.cholesky(np.linalg.inv(damped)).T
+
+    if static_groups:
+        g_idx = group_index(cols, groupsize)
+        scales, zeros = fit_all(W, bits, g_idx, sym, shrinks, min_zero)
+    else:
+        g_idx = np.empty(cols, dtype=int)
+        for rank, column in enumerate(order):
+            g_idx[column] = rank // size
+        scales = np.full((rows, max(g_idx) + 1), np.nan)
+        zeros = np.zeros((rows, max(g_idx) + 1), dtype=int)
+
+    work = np.array(W[:, order], dtype=float)
+    codes, reached = np.empty(W.shape, dtype=int), np.empty(W.shape)
+    for rank, column in enumerate(order):
+        g = g_idx[column]
+        for n in range(rows):
+            if not static_groups and rank % size == 0:
+                members = work[n, rank : rank + size]
+                scales[n, g], zeros[n, g] = fit_search(members, bits, sym, shrinks, min_zero)
+            w = work[n, rank]
+            prefer = None if follow is None else follow[n, column]
+            code = code_of(w, scales[n, g], zeros[n, g], bits, prefer)
+            e = (w - scales[n, g] * (code - zeros[n, g])) / R[rank, rank]
+            work[n, rank:] -= e * R[rank, rank:]
+            codes[n, column], reached[n, column] = code, w
+    return Sweep(codes, scales, zeros, g_idx, reached, order)
+
+
+def without_dead(W, H):
+    """``W`` with weight zero at every input that is always zero."""
+    return np.where(np.diag(H) == 0, 0.0, W)
+
+
+def never_worse(W, H, sweep, rounded):
+    """``(codes, sure)``: row by row whichever of two sets of codes has the smaller error.
+
+    ``sweep`` and ``rounded`` are :class:`Sweep`; ``sure [rows]`` is False where the two errors
+    are too close to call.
+    """
+    ours, theirs = row_errors(W, sweep.weight, H), row_errors(W, rounded.weight, H)
+    codes = np.where((ours <= theirs)[:, None], sweep.codes, rounded.codes)
+    same = (sweep.weight == rounded.weight).all(1)
+    return codes, same | (np.abs(ours - theirs) > 1e-9 * theirs)

@@ -1,0 +1,381 @@
+"""Configurations of tiny language models, one function per row of the tables in `zoo`.
+
+All are 64 wide (128 in the feed-forward part), with a vocabulary of 128 and two to four blocks, and
+every width of a linear layer is a multiple of 32, so that each can be packed at 2, 3, 4 and 8 bits.
+
+Sliding windows hold `WINDOW` tokens, fewer than the sequences of `zoo.token_ids`; where a family
+allows it, some blocks see the whole sequence and others only the window.
+"""
+
+import transformers as tf
+from transformers import PreTrainedConfig
+
+VOCAB = 128
+WINDOW = 8
+PAD, BOS, EOS, UNK = range(4)
+IMAGE, VIDEO, VISION_START, VISION_END = range(
+    124, 128
+)  # never sampled, never produced by the tokenizer
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+_TOKENS = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_SHAPE = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
+_COMMON = _TOKENS | _HEADS | _SHAPE
+_GPT = _TOKENS | {"n_embd": 64, "n_inner": 128, "n_head": 4, "n_layer": 2, "n_positions": 64}
+
+
+def llama(**changes) -> PreTrainedConfig:
+    return tf.LlamaConfig(**_COMMON | {"num_hidden_layers": 3} | changes)
+
+
+def llama_biases() -> PreTrainedConfig:
+    return llama(attention_bias=True, mlp_bias=True)
+
+
+def llama_tied() -> PreTrainedConfig:
+    return llama(tie_word_embeddings=True)
+
+
+def llama_rope_scaling() -> PreTrainedConfig:
+    scaling = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0}
+    return llama(
+        rope_parameters=scaling | {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    )
+
+
+def mistral() -> PreTrainedConfig:
+    return tf.MistralConfig(**_COMMON, num_hidden_layers=2, head_dim=32, sliding_window=WINDOW)
+
+
+def qwen2() -> PreTrainedConfig:
+    return tf.Qwen2Config(
+        **_COMMON,
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=2,
+    )
+
+
+def qwen3() -> PreTrainedConfig:
+    return tf.Qwen3Config(
+        **_COMMON,
+        num_hidden_layers=3,
+        head_dim=32,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=[FULL, SLIDING, FULL],
+    )
+
+
+def _gemma(**changes) -> dict:
+    heads = {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": WINDOW,
+        "num_hidden_layers": 3,
+    }
+    return _COMMON | heads | {"layer_types": [SLIDING, FULL, SLIDING]} | changes
+
+
+def gemma2() -> PreTrainedConfig:
+    return tf.Gemma2Config(**_gemma())
+
+
+def gemma3_text() -> PreTrainedConfig:
+    return tf.Gemma3TextConfig(**_gemma())
+
+
+def gemma4_text() -> PreTrainedConfig:
+    """The last two blocks have no k_proj and v_proj: they read keys and values of earlier blocks."""
+    config = _gemma(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=[SLIDING, FULL] * 2)
+    del config["query_pre_attn_scalar"]
+    return tf.Gemma4TextConfig(
+        **config,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=32,
+        global_head_dim=32,
+    )
+
+
+def phi3() -> PreTrainedConfig:
+    return tf.Phi3Config(**_COMMON, num_hidden_layers=2, sliding_window=WINDOW)
+
+
+def cohere() -> PreTrainedConfig:
+    return tf.CohereConfig(**_COMMON, num_hidden_layers=2, logit_scale=0.5, use_qk_norm=True)
+
+
+def cohere2() -> PreTrainedConfig:
+    return tf.Cohere2Config(
+        **_COMMON,
+        num_hidden_layers=3,
+        logit_scale=0.5,
+        sliding_window=WINDOW,
+        layer_types=[SLIDING, SLIDING, FULL],
+    )
+
+
+def starcoder2() -> PreTrainedConfig:
+    return tf.Starcoder2Config(**_COMMON, num_hidden_layers=2, sliding_window=WINDOW)
+
+
+def stablelm() -> PreTrainedConfig:
+    return tf.StableLmConfig(**_COMMON, num_hidden_layers=2, use_qkv_bias=True)
+
+
+def stablelm_parallel() -> PreTrainedConfig:
+    return tf.StableLmConfig(
+        **_COMMON, num_hidden_layers=2, use_parallel_residual=True, qk_layernorm=True
+    )
+
+
+def phi() -> PreTrainedConfig:
+    return tf.PhiConfig(**_COMMON, num_hidden_layers=2)
+
+
+def olmo2() -> PreTrainedConfig:
+    return tf.Olmo2Config(**_COMMON, num_hidden_layers=2)
+
+
+def olmo3() -> PreTrainedConfig:
+    return tf.Olmo3Config(
+        **_COMMON, num_hidden_layers=3, sliding_window=WINDOW, layer_types=[SLIDING, SLIDING, FULL]
+    )
+
+
+def granite() -> PreTrainedConfig:
+    return tf.GraniteConfig(
+        **_COMMON,
+        num_hidden_layers=2,
+        attention_multiplier=0.25,
+        embedding_multiplier=6.0,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+    )
+
+
+def smollm3() -> PreTrainedConfig:
+    """Blocks without rotary embeddings, which are also the sliding ones."""
+    return tf.SmolLM3Config(
+        **_COMMON,
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        no_rope_layer_interval=2,
+    )
+
+
+def glm4() -> PreTrainedConfig:
+    return tf.Glm4Config(**_COMMON, num_hidden_layers=2, head_dim=16)
+
+
+def nemotron() -> PreTrainedConfig:
+    return tf.NemotronConfig(**_COMMON, num_hidden_layers=2)
+
+
+def minicpm3() -> PreTrainedConfig:
+    """Attention through low-rank latents."""
+    ranks = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 32}
+    return tf.MiniCPM3Config(
+        **_COMMON | {"num_key_value_heads": 4},
+        **ranks,
+        num_hidden_layers=2,
+        v_head_dim=16,
+        scale_emb=6,
+        dim_model_base=32,
+    )
+
+
+def opt() -> PreTrainedConfig:
+    shape = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "num_hidden_layers": 3}
+    return tf.OPTConfig(**_TOKENS, **shape, max_position_embeddings=64)
+
+
+def opt_350m() -> PreTrainedConfig:
+    """Norms after the sums, and embeddings narrower than the blocks, like facebook/opt-350m."""
+    config = opt()
+    config.do_layer_norm_before, config.word_embed_proj_dim = False, 32
+    return config
+
+
+def bloom() -> PreTrainedConfig:
+    return tf.BloomConfig(**_TOKENS, hidden_size=64, n_layer=2, n_head=4)
+
+
+def gpt2() -> PreTrainedConfig:
+    return tf.GPT2Config(**_GPT)
+
+
+def gpt2_cross_attention() -> PreTrainedConfig:
+    """Cross-attention that nothing calls when the model runs as a plain language model."""
+    return tf.GPT2Config(**_GPT, add_cross_attention=True)
+
+
+def gpt_bigcode() -> PreTrainedConfig:
+    return tf.GPTBigCodeConfig(**_GPT, multi_query=True)
+
+
+def gptj() -> PreTrainedConfig:
+    return tf.GPTJConfig(**_GPT, rotary_dim=8)
+
+
+def gpt_neo() -> PreTrainedConfig:
+    local = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW}
+    return tf.GPTNeoConfig(**_TOKENS, **_SHAPE, **local, num_heads=4)
+
+
+def gpt_neox(parallel: bool = True) -> PreTrainedConfig:
+    return tf.GPTNeoXConfig(
+        **_TOKENS,
+        **_SHAPE,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        use_parallel_residual=parallel,
+    )
+
+
+def gpt_neox_serial() -> PreTrainedConfig:
+    return gpt_neox(parallel=False)
+
+
+def _falcon(**changes) -> PreTrainedConfig:
+    shape = {
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }
+    return tf.FalconConfig(**_TOKENS | shape | {"max_position_embeddings": 64} | changes)
+
+
+def falcon() -> PreTrainedConfig:
+    """Falcon 7B: one key and value head; attention and feed-forward in parallel behind one norm."""
+    return _falcon()
+
+
+def falcon_new() -> PreTrainedConfig:
+    """Falcon 40B: grouped heads; attention and feed-forward in parallel behind a norm each."""
+    return _falcon(new_decoder_architecture=True, num_kv_heads=2)
+
+
+def falcon_new_one_norm() -> PreTrainedConfig:
+    """Falcon 2 11B: as the 40B, with one norm."""
+    return _falcon(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1)
+
+
+def falcon_rw() -> PreTrainedConfig:
+    """Falcon RW: serial, alibi, biases."""
+    return _falcon(parallel_attn=False, multi_query=False, alibi=True, bias=True)
+
+
+def mpt() -> PreTrainedConfig:
+    return tf.MptConfig(
+        **_TOKENS, d_model=64, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=64
+    )
+
+
+# Language models inside wrappers that also take images.
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def llava() -> PreTrainedConfig:
+    """A vision tower deeper than the language model."""
+    vision = tf.CLIPVisionConfig(**_VISION | {"num_hidden_layers": 5}, image_size=16, patch_size=8)
+    return tf.LlavaConfig(
+        vision_config=vision, text_config=llama(), image_token_index=IMAGE, image_seq_length=4
+    )
+
+
+def _qwen_vl(config_class, vision: dict) -> PreTrainedConfig:
+    # Three rotary sections (time, height, width) share the eight frequencies of a head.
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    marks = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    return config_class(
+        text_config=_COMMON | {"num_hidden_layers": 3, "rope_parameters": rope},
+        vision_config={"depth": 2, "num_heads": 2, "patch_size": 8} | vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        **marks,
+    )
+
+
+def qwen2_vl() -> PreTrainedConfig:
+    return _qwen_vl(tf.Qwen2VLConfig, {"embed_dim": 32, "hidden_size": 64})
+
+
+def qwen2_5_vl() -> PreTrainedConfig:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
+    }
+    return _qwen_vl(tf.Qwen2_5_VLConfig, vision)
+
+
+def gemma3() -> PreTrainedConfig:
+    vision = tf.SiglipVisionConfig(**_VISION, image_size=32, patch_size=8, vision_use_head=False)
+    marks = {
+        "boi_token_index": VISION_START,
+        "eoi_token_index": VISION_END,
+        "image_token_index": IMAGE,
+    }
+    return tf.Gemma3Config(
+        text_config=gemma3_text(), vision_config=vision, mm_tokens_per_image=4, **marks
+    )
+
+
+def idefics3() -> PreTrainedConfig:
+    vision = tf.models.idefics3.Idefics3VisionConfig(**_VISION, image_size=32, patch_size=8)
+    return tf.Idefics3Config(
+        vision_config=vision,
+        text_config=llama(),
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+        scale_factor=2,
+    )
+
+
+# Models that must be refused.
+
+
+def llama_no_blocks() -> PreTrainedConfig:
+    return llama(num_hidden_layers=0)
+
+
+def bert() -> PreTrainedConfig:
+    return tf.BertConfig(vocab_size=VOCAB, num_hidden_layers=2, num_attention_heads=4, **_SHAPE)
+
+
+def t5() -> PreTrainedConfig:
+    return tf.T5Config(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+
+
+def mixtral() -> PreTrainedConfig:
+    return tf.MixtralConfig(
+        **_COMMON, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2
+    )
+
+
+def qwen3_moe() -> PreTrainedConfig:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return tf.Qwen3MoeConfig(**_COMMON, **experts, num_hidden_layers=2, head_dim=16)
+
+
+def rwkv() -> PreTrainedConfig:
+    return tf.RwkvConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        context_length=64,
+    )
