@@ -1,3 +1,33 @@
-"""OPTQ: quantize the weights of language models with GPTQ."""
+"""OPTQ: quantize the weights of language models with GPTQ.
+
+Names are loaded when they are first used, so that importing the package does nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "GPTQ": "optq.core.gptq",
+    "OBQ": "optq.core.obq",
+    "QEP": "optq.core.qep",
+    "RTN": "optq.core.rtn",
+    "ModelConfig": "optq.runner",
+    "Runner": "optq.runner",
+    "OptqError": "optq.errors",
+}
+__all__ = ["GPTQ", "OBQ", "QEP", "RTN", "ModelConfig", "OptqError", "Runner"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'optq' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

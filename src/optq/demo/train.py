@@ -39,7 +39,9 @@ SHARD = 4  # windows per thread at a time
 MUON_RATE, ADAMW_RATE = 0.02, 0.003
 WARMUP_STEPS = 60
 DECAY_SHARE = 0.3  # of all steps, at the end
+REPORT_STEPS = 20
 CHECKPOINT_STEPS = 100
+MEASURE_STEPS = 500  # held-out perplexity
 LIBRARY_REPEATS = 2  # per pass, beside one of the tests
 
 
@@ -171,33 +173,35 @@ def train(out: Path, steps: int, seed: int) -> None:
     print(f"{len(batches.stream)} tokens, {batches.steps_per_pass} steps in a pass", flush=True)
     gradients(batches[step][:SHARD])  # compiles, before there are threads
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    start, mean_loss = time.monotonic(), 0.0
+    start, losses = time.monotonic(), []
     for step in range(step, steps):
         shards = list(pool.map(gradients, batches[step].split(SHARD)))
-        loss, *means = [torch.stack(parts).mean(0) for parts in zip(*shards, strict=True)]
-        for parameter, mean in zip(parameters, means, strict=True):
-            parameter.grad = mean
+        loss, *averages = [torch.stack(parts).mean(0) for parts in zip(*shards, strict=True)]
+        for parameter, gradient in zip(parameters, averages, strict=True):
+            parameter.grad = gradient
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 rate = MUON_RATE if isinstance(optimizer, torch.optim.Muon) else ADAMW_RATE
                 group["lr"] = rate * rate_factor(step, steps)
         list(pool.map(lambda optimizer: optimizer.step(), optimizers))
-        mean_loss = loss.item() if mean_loss == 0.0 else 0.98 * mean_loss + 0.02 * loss.item()
-        if (step + 1) % 20 == 0:
-            speed = 20 * BATCH * WINDOW / (time.monotonic() - start)
-            print(f"step {step + 1}/{steps} loss {mean_loss:.3f}, {speed:.0f} tokens/s", flush=True)
-            start = time.monotonic()
-        if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == steps:
+        losses.append(loss.item())
+        done = step + 1
+        if done % REPORT_STEPS == 0 or done == steps:
+            mean = sum(losses) / len(losses)
+            speed = len(losses) * BATCH * WINDOW / (time.monotonic() - start)
+            print(f"step {done}/{steps} loss {mean:.3f}, {speed:.0f} tokens/s", flush=True)
+            start, losses = time.monotonic(), []
+        if done % CHECKPOINT_STEPS == 0 or done == steps:
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
             state = {
-                "step": step + 1,
+                "step": done,
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             torch.save(state, out / "training.tmp")
             os.replace(out / "training.tmp", out / "training.pt")
-            value = perplexity(model, held_out)
-            print(f"step {step + 1} held-out perplexity {value:.3f}", flush=True)
+        if done % MEASURE_STEPS == 0 or done == steps:
+            print(f"held-out perplexity {perplexity(model, held_out):.3f}", flush=True)
 
 
 def main() -> None:

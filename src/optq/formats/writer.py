@@ -34,17 +34,13 @@ class Writer:
     def __init__(self, target: Path, source: Checkpoint, form: GPTQFormat, force: bool) -> None:
         self.target, self.source, self.form, self.force = target, source, form, force
         self.layers: list[str] = []  # names on disk
-        self.bytes = 0  # of the quantized layers
         self._pending: dict[str, Tensor] = {}
         self._solutions: dict[str, Solution] = {}
         self._shards: list[list[str]] = []
         self._total = 0
 
     def __enter__(self) -> Writer:
-        if self.target.exists() and not self.force:
-            raise OutputError(f"{self.target} exists", "choose another folder, or pass --force")
-        if self.target.resolve() == self.source.folder.resolve():
-            raise OutputError(f"{self.target} is the model itself", "choose another folder")
+        check_target(self.target, self.source, self.force)
         with writing(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(
@@ -56,13 +52,11 @@ class Writer:
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def add(self, name: str, solution: Solution) -> None:
-        """Take the solved layer called ``name`` on disk."""
-        tensors = self.form.encode(solution)
+    def add(self, name: str, solution: Solution, tensors: dict[str, Tensor]) -> None:
+        """Take the solved layer called ``name`` on disk, and its encoded ``tensors``."""
         self.layers.append(name)
         self._solutions[name] = solution
         self._pending |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in tensors.items()}
-        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._flush(SHARD_BYTES)
 
     def finish(self, quantizer: Any, dense: list[str], record: dict[str, Any]) -> None:
@@ -144,6 +138,14 @@ class Writer:
         self.target.rename(old)
         self.folder.rename(self.target)
         shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def check_target(target: Path, source: Checkpoint, force: bool) -> None:
+    """Refuse a target that must not be replaced."""
+    if target.resolve() == source.folder.resolve():
+        raise OutputError(f"{target} is the model itself", "choose another folder")
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists", "choose another folder, or pass --force")
 
 
 @contextmanager

@@ -55,6 +55,7 @@ class Block:
     name: str
     module: nn.Module
     layers: list[Layer] = field(default_factory=list)
+    linears: list[str] = field(default_factory=list)  # names of all, also of those skipped
 
 
 def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
@@ -96,12 +97,23 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
             if not isinstance(child, linear) or id(child) in taken:
                 continue
             taken.add(id(child))  # a module shared between blocks belongs to the first
+            block.linears.append(name)
             if skipped is None or not skipped.search(name):
                 block.layers.append(Layer(name, child, isinstance(child, Conv1D)))
         blocks.append(block)
     if not any(block.layers for block in blocks):
         raise ModelError(f"--skip {skip} leaves no layer to quantize", "choose a narrower one")
     return blocks
+
+
+def release(block: Block, blocks: list[Block]) -> None:
+    """Let go of the weights of a finished block, except those that another block shares."""
+    shared = {
+        id(p) for other in blocks if other is not block for p in other.module.parameters()
+    }
+    for parameter in block.module.parameters():
+        if id(parameter) not in shared:
+            parameter.data = parameter.data.new_empty(0)
 
 
 def _refuse_experts(name: str, module: nn.Module) -> None:

@@ -135,6 +135,7 @@ class Flow:
             for kind in kinds
         }
         everyone = [scout, *(batch for kind in kinds for batch in self._batches[kind])]
+        self._place_outside_blocks(self.device)
         with torch.no_grad(), self._hooks():
             try:
                 self._advance(everyone)
@@ -145,6 +146,17 @@ class Flow:
                 for batch in everyone:
                     if batch and not batch.dead:
                         batch.throw(GreenletExit)
+                self._place_outside_blocks(torch.device("cpu"))
+
+    def _place_outside_blocks(self, device: torch.device) -> None:
+        """Embeddings, norms and tables: they are needed all the time."""
+        inside = {id(m) for block in self.blocks for m in block.module.modules()}
+        for module in self.model.modules():
+            if id(module) not in inside:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(device)
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(device))
 
     def _through(self, block: Block, waiting: list[_Batch]) -> None:
         """Take all batches that wait before ``block`` to its other side."""

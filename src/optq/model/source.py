@@ -118,6 +118,19 @@ def load_model(checkpoint: Checkpoint, state: dict[str, Tensor] | None = None) -
     return model.eval()
 
 
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer. Raises :class:`ModelError` where it has none."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{checkpoint.folder} has no tokenizer that transformers can read: {_line(error)}",
+            "copy the tokenizer's files of the model into that folder",
+        ) from error
+
+
 def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
     """The name on disk of each of the model's tensors that stands there one to one.
 

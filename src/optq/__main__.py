@@ -1,0 +1,5 @@
+"""``python -m optq``."""
+
+from optq.cli import main
+
+main()

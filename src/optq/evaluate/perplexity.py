@@ -1,0 +1,108 @@
+"""Perplexity on windows of tokens.
+
+``exp`` of the mean negative log-likelihood over the ``seqlen - 1`` predicted tokens of each window.
+The GPTQ code multiplies each window's mean by ``seqlen`` and divides by all tokens, which is the
+same mean. The model computes in its own dtype; the loss is taken in float32, a few positions at a
+time (in float32 and whole, the logits of one window of 2048 tokens and a vocabulary of 128k would
+be 1 GB, three times over); sums are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from optq.errors import DataError, NumericsError
+
+POSITIONS = 256  # whose float32 logits are held at one time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``perplexity = exp(nll)``; ``nll`` is the mean in nats over ``tokens`` predicted tokens."""
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+
+
+def perplexity(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows seqlen"],
+    batch_tokens: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """The model's perplexity on token ids; ``seqlen`` must be 2 or more.
+
+    ``batch_tokens``: about as many tokens go through the model at once, one window at least.
+    ``progress(done, total)`` is called with windows after each batch. The model runs in evaluation
+    mode and gets its modes back.
+
+    Raises ``NumericsError`` if a predicted token's loss is NaN or infinite, and names its window;
+    ``DataError`` if nothing is to be predicted.
+    """
+    count, seqlen = windows.shape
+    if count == 0 or seqlen < 2:
+        raise DataError(
+            f"{count} windows of {seqlen} tokens leave nothing to predict",
+            "use at least one window of 2 tokens",
+        )
+    at_once = max(1, batch_tokens // seqlen)
+    total = 0.0
+    with torch.no_grad(), _evaluation_mode(model):
+        for start in range(0, count, at_once):
+            ids = windows[start : start + at_once].to(model.device, torch.int64)
+            logits = model(input_ids=ids, use_cache=False).logits
+            losses = _losses(logits, ids).cpu().double()  # not every device has float64
+            del logits  # before the next ones are made
+            for window, loss in enumerate(losses.sum(1).tolist(), start=start):
+                if not math.isfinite(loss):
+                    raise NumericsError(
+                        f"the model's logits are not finite in window {window}",
+                        "load it in bfloat16 or float32, and check its weights for NaN",
+                    )
+                total += loss
+            if progress is not None:
+                progress(min(start + at_once, count), count)
+    tokens = count * (seqlen - 1)
+    nll = total / tokens
+    # torch's exp, because Python's raises above 709; a broken model's perplexity may be infinite.
+    value = torch.tensor(nll, dtype=torch.float64).exp().item()
+    return Perplexity(value, nll, tokens, count)
+
+
+def _losses(
+    logits: Float[Tensor, "batch seqlen vocabulary"], ids: Int[Tensor, "batch seqlen"]
+) -> Float[Tensor, "batch predicted"]:
+    """Negative log-likelihoods, float32, of every token but the first of each window."""
+    losses = torch.empty(ids[:, 1:].shape, dtype=torch.float32, device=logits.device)
+    ids = ids.to(logits.device)
+    for window in range(len(ids)):
+        for start in range(0, ids.shape[1] - 1, POSITIONS):
+            stop = min(start + POSITIONS, ids.shape[1] - 1)
+            losses[window, start:stop] = cross_entropy(
+                logits[window, start:stop].float(),
+                ids[window, start + 1 : stop + 1],
+                reduction="none",
+            )
+    return losses
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
