@@ -36,17 +36,21 @@ def fit(values, bits, sym, min_zero=0, shrink=1.0):
     return scale, min(zero, top)
 
 
+def is_tie(value, scale, zero, bits):
+    """Whether ``value`` lies half way between two codes that both exist."""
+    position = value / scale + zero
+    below = int(np.floor(position))
+    return abs(position - below - 0.5) < TIE and 0 <= below < 2**bits - 1
+
+
 def code_of(value, scale, zero, bits, follow=None):
     """The code nearest to ``value`` on the grid; ``follow`` where two codes are equally near."""
     position = value / scale + zero
     below = int(np.floor(position))
-    top = 2**bits - 1
-    if abs(position - below - 0.5) < TIE and follow is not None:
-        follow = int(follow)
-        if follow in (min(max(below, 0), top), min(max(below + 1, 0), top)):
-            return follow
+    if follow in (below, below + 1) and is_tie(value, scale, zero, bits):
+        return int(follow)
     nearest = below if position - below <= 0.5 else below + 1
-    return min(max(nearest, 0), top)
+    return min(max(nearest, 0), 2**bits - 1)
 
 
 def fit_loss(values, scale, zero, bits, power=2.4):
@@ -93,14 +97,13 @@ def dequantize(codes, scales, zeros, g_idx):
     return Q
 
 
-def round_to_nearest(W, bits, scales, zeros, g_idx, follow=None):
-    """Codes ``[rows, cols]`` of round-to-nearest on given grids."""
+def round_to_nearest(W, bits, scales, zeros, g_idx):
+    """Codes ``[rows, cols]`` of round-to-nearest on given grids, ties to the even step."""
     codes = np.empty(W.shape, dtype=int)
     for n in range(W.shape[0]):
         for k in range(W.shape[1]):
-            prefer = None if follow is None else follow[n, k]
-            g = g_idx[k]
-            codes[n, k] = code_of(W[n, k], scales[n, g], zeros[n, g], bits, prefer)
+            s, z = scales[n, g_idx[k]], zeros[n, g_idx[k]]
+            codes[n, k] = code_of(W[n, k], s, z, bits, follow=round(W[n, k] / s) + z)
     return codes
 
 
@@ -189,6 +192,7 @@ class Sweep:
     g_idx: np.ndarray  # [cols]
     reached: np.ndarray  # [rows, cols]: each weight as it stood when its column was reached
     order: np.ndarray  # [cols]: the columns in the order in which they were quantized
+    tied: np.ndarray  # [rows]: whether a weight of the row was half way between two codes
 
     @property
     def weight(self):
@@ -237,6 +241,7 @@ def gptq(
 
     work = np.array(W[:, order], dtype=float)
     codes, reached = np.empty(W.shape, dtype=int), np.empty(W.shape)
+    tied = np.zeros(rows, dtype=bool)
     for rank, column in enumerate(order):
         g = g_idx[column]
         for n in range(rows):
@@ -246,10 +251,11 @@ def gptq(
             w = work[n, rank]
             prefer = None if follow is None else follow[n, column]
             code = code_of(w, scales[n, g], zeros[n, g], bits, prefer)
+            tied[n] |= is_tie(w, scales[n, g], zeros[n, g], bits)
             e = (w - scales[n, g] * (code - zeros[n, g])) / R[rank, rank]
             work[n, rank:] -= e * R[rank, rank:]
             codes[n, column], reached[n, column] = code, w
-    return Sweep(codes, scales, zeros, g_idx, reached, order)
+    return Sweep(codes, scales, zeros, g_idx, reached, order, tied)
 
 
 def without_dead(W, H):
@@ -257,13 +263,13 @@ def without_dead(W, H):
     return np.where(np.diag(H) == 0, 0.0, W)
 
 
-def never_worse(W, H, sweep, rounded):
-    """``(codes, sure)``: row by row whichever of two sets of codes has the smaller error.
+def never_worse(W, H, sweep, rounded, codes):
+    """What is left of a sweep where a row that lost to rounding takes the rounded codes.
 
-    ``sweep`` and ``rounded`` are :class:`Sweep`; ``sure [rows]`` is False where the two errors
-    are too close to call.
+    ``sweep`` and ``rounded`` are weights and ``codes`` theirs ``(sweep's, rounded's)``. Returns
+    the codes and, row by row, whether they are sure: whether the two errors are not too close to
+    call.
     """
-    ours, theirs = row_errors(W, sweep.weight, H), row_errors(W, rounded.weight, H)
-    codes = np.where((ours <= theirs)[:, None], sweep.codes, rounded.codes)
-    same = (sweep.weight == rounded.weight).all(1)
-    return codes, same | (np.abs(ours - theirs) > 1e-9 * theirs)
+    ours, theirs = row_errors(W, sweep, H), row_errors(W, rounded, H)
+    better = np.where((ours <= theirs)[:, None], codes[0], codes[1])
+    return better, (sweep == rounded).all(1) | (np.abs(ours - theirs) > 1e-9 * theirs)

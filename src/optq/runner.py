@@ -53,13 +53,22 @@ class ModelConfig:
     model_id: str
     device: str = "auto"
 
+    @property
+    def is_demo(self) -> bool:
+        return self.model_id == "demo"
+
     def checkpoint(self) -> Checkpoint:
         """The checkpoint on disk."""
-        if str(self.model_id) == "demo":
+        if self.is_demo:
             from optq.demo import MODEL
 
             return Checkpoint.open(str(MODEL))
         return Checkpoint.open(str(self.model_id))
+
+    def load(self) -> tuple[Any, Any]:
+        """The model on its device, quantized or not, and its tokenizer."""
+        device, checkpoint = self.torch_device(), self.checkpoint()
+        return load(checkpoint).to(device), load_tokenizer(checkpoint)
 
     def torch_device(self) -> torch.device:
         """The device, checked to be there."""
@@ -185,20 +194,27 @@ class Runner:
         return work.result(time.perf_counter() - started)
 
     def _tokens(self, checkpoint: Checkpoint, model: Any) -> Tensor:
-        longest = positions(model)
-        seqlen = self.seqlen or min(2048, longest or 2048)
-        if longest is not None and seqlen > longest:
-            raise SettingError(
-                f"seqlen {seqlen} is more than the model's {longest} positions",
-                f"choose {longest} or less",
-            )
+        seqlen = sequence_length(model, self.seqlen)
         if isinstance(self.calib, Tensor):
             return calibration_tokens(self.calib, None, self.nsamples, seqlen, self.seed)
-        calib = self.calib or ("demo" if self.model_config.model_id == "demo" else "c4")
+        calib = self.calib or ("demo" if self.model_config.is_demo else "c4")
         tokenizer = load_tokenizer(checkpoint)
         return calibration_tokens(
             str(calib), tokenizer, self.nsamples, seqlen, self.seed, chat=self.chat
         )
+
+
+def sequence_length(model: Any, seqlen: int | None) -> int:
+    """``seqlen``, checked against the model's positions; 2048 by default, if it has so many."""
+    longest = positions(model)
+    if seqlen is None:
+        return min(2048, longest or 2048)
+    if longest is not None and seqlen > longest:
+        raise SettingError(
+            f"seqlen {seqlen} is more than the model's {longest} positions",
+            f"choose {longest} or less",
+        )
+    return seqlen
 
 
 class _Work:
@@ -226,7 +242,9 @@ class _Work:
         self.solutions: dict[str, Solution] = {}  # without a writer: all of them, for save()
         self.records: list[LayerRecord] = []
         self.bytes = self.weights = 0
-        self.seconds = dict.fromkeys(("total", "forward", "hessian", "factor", "solve", "write"), 0.0)
+        self.seconds = dict.fromkeys(
+            ("total", "forward", "hessian", "factor", "solve", "write"), 0.0
+        )
 
     def calibrate(self, tokens: Tensor, device: torch.device) -> None:
         """Take all calibration tokens ``[samples, tokens]`` through the model once."""

@@ -4,7 +4,7 @@ import numpy as np
 import oracles
 import torch
 
-from optq.core.grid import Storage
+from optq.core.grid import GridSpec, Storage
 
 EXACT = Storage(scale_dtypes=())
 STORAGES = (
@@ -63,10 +63,7 @@ def check_solution(solution, p, options, storage, dtype):
     bound = rounding_bound(W, Q, p.H, solution.damp, dtype)
     assert (np.abs(array(solution.error) - error) <= bound).all()
 
-    scales, zeros = oracle_grids(W, g_idx, options, storage, dtype)
-    R = oracles.dequantize(
-        oracles.round_to_nearest(W, bits, scales, zeros, g_idx), scales, zeros, g_idx
-    )
+    R = rounded_weight(W, g_idx, options, storage, dtype)
     rounded = oracles.row_errors(W, R, p.H)
     bound += rounding_bound(W, R, p.H, solution.damp, dtype)
     assert (error <= rounded + bound).all()
@@ -74,23 +71,21 @@ def check_solution(solution, p, options, storage, dtype):
         assert (np.abs(array(solution.rtn_error) - rounded) <= bound).all()
 
 
-def oracle_grids(W, g_idx, options, storage, dtype):
-    """The grids of round-to-nearest on the groups that the solution has.
+def rounded_weight(W, g_idx, options, storage, dtype):
+    """Round-to-nearest on the groups that the solution has, group by group.
 
-    Fitted by the implementation, whose fits have tests of their own: a scale that is rounded to
-    float16 from one side or the other of half way would be another grid.
+    Grids are the implementation's, whose fits have tests of their own, and the division is done
+    in ``dtype``: in another one a scale or a weight half way between two values, as the largest
+    of a symmetric group is, goes the other way.
     """
-    from optq.core.grid import GridSpec
-
-    names = ("wbits", "sym", "mse")
-    spec = GridSpec(**{name: options[name] for name in names})
-    fits = [
-        spec.fit(torch.tensor(W[:, g_idx == g], dtype=dtype).T, storage)
-        for g in range(max(g_idx) + 1)
-    ]
-    scales = np.stack([array(scale) for scale, _ in fits], 1)
-    zeros = np.stack([array(zero).astype(int) for _, zero in fits], 1)
-    return scales, zeros
+    spec = GridSpec(options["wbits"], sym=options["sym"], mse=options["mse"])
+    R = np.empty(W.shape)
+    for g in range(max(g_idx) + 1):
+        group = torch.tensor(W[:, g_idx == g], dtype=dtype)
+        scale, zero = (grid[:, None] for grid in spec.fit(group.T, storage))
+        steps = torch.clamp(torch.round(group / scale), -zero, 2 ** options["wbits"] - 1 - zero)
+        R[:, g_idx == g] = array(steps) * array(scale)
+    return R
 
 
 def same_codes(solution, codes, scales, sure, W):

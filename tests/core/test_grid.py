@@ -1,5 +1,7 @@
 """Grids: min-max and range search against the oracle, and what storage does to a scale."""
 
+from itertools import pairwise
+
 import numpy as np
 import oracles
 import pytest
@@ -56,7 +58,7 @@ def test_the_range_search_finds_the_least_loss_of_all_candidates(p, options, min
 
 def test_the_range_searched_goes_from_all_of_it_to_a_fifth():
     assert SHRINK[0] == 1 and SHRINK[-1] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(SHRINK, SHRINK[1:], strict=False))
+    assert all(a > b for a, b in pairwise(SHRINK))
 
 
 @quick

@@ -117,8 +117,14 @@ def indefinite(shift):
 
 @pytest.mark.parametrize(
     ("shift", "percdamp", "damp", "tries"),
-    [(0.05, 0.2, 0.2, 0), (0.05, 0.01, 0.1, 1), (0.005, 0.0001, 0.01, 2), (0.4, 0.05, 0.5, 1)]
-    + [(0.8, 0.05, 1.0, 2), (0.05, 0.0, 0.1, None)],
+    [
+        (0.05, 0.2, 0.2, 0),
+        (0.05, 0.01, 0.1, 1),
+        (0.005, 0.0001, 0.01, 2),
+        (0.4, 0.05, 0.5, 1),
+        (0.8, 0.05, 1.0, 2),
+        (0.05, 0.0, 0.1, None),
+    ],
 )
 def test_damping_grows_tenfold_until_the_hessian_factors(shift, percdamp, damp, tries):
     H = indefinite(shift)

@@ -174,7 +174,7 @@ class _Sweep:
         self._set_zero(slice(None), zero)
 
     def run(self, start: int, stop: int) -> None:
-        """Quantize the columns ``start .. stop``, whose ``W^`` holds all errors before ``start``."""
+        """Quantize the columns ``start .. stop``; ``W^`` holds all errors before ``start``."""
         count, width = stop - start, self.grid.width(len(self.group))
         if self.dynamic and start % width == 0 and stop == min(start + width, len(self.group)):
             self._fit_group(start, stop)

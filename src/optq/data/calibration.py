@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Int64
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -113,8 +114,6 @@ def _encoder(text: Text, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Enco
 
 def _render(text: Text, tokenizer: PreTrainedTokenizerBase, document: Document, index: int) -> str:
     """One document in the chat template's own words; nothing for a blank one."""
-    from jinja2 import TemplateError
-
     if isinstance(document, list):
         whole = all(isinstance(message, dict) and "role" in message for message in document)
         if not document or not whole:

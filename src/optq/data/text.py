@@ -25,16 +25,11 @@ from typing import Any, Literal
 from optq.errors import DataError
 
 Use = Literal["calibration", "evaluation"]
-Conversation = list[dict[str, Any]]  # messages, each with a role
-Document = str | Conversation
+Document = object  # text, or a conversation; files hold anything, so it is checked when it is used
 
 CHOICES = "demo, wikitext2, ptb, c4, a .txt file, a .jsonl file, or NAME:SPLIT:COLUMN of datasets"
 _NO_NETWORK = "demo, a .txt file or a .jsonl file"
 
-_PTB = (
-    "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/"
-    "penn_treebank/{split}/0000.parquet"
-)
 _C4 = {
     "train": "en/c4-train.00000-of-01024.json.gz",
     "validation": "en/c4-validation.00000-of-00008.json.gz",
@@ -70,13 +65,15 @@ class Text:
         """``document``, number ``index``, if it is text; ``DataError`` otherwise."""
         if isinstance(document, str):
             return document
-        found = "a conversation" if isinstance(document, list) else type(document).__name__
-        remedy = (
-            "use --chat, which takes conversations"
-            if isinstance(document, list)
-            else "name a column of strings"
+        if isinstance(document, list):
+            raise DataError(
+                f"{self.name}: record {index + 1} is a conversation, not text",
+                "use --chat, which takes conversations",
+            )
+        raise DataError(
+            f"{self.name}: record {index + 1} is {type(document).__name__}, not text",
+            "name a column of strings",
         )
-        raise DataError(f"{self.name}: record {index + 1} is {found}, not text", remedy)
 
 
 def read_text(spec: str, use: Use, chat: bool = False) -> Text:
@@ -93,8 +90,14 @@ def read_text(spec: str, use: Use, chat: bool = False) -> Text:
         return Text(spec, lines, "\n\n")
     if spec == "ptb":
         split = "train" if use == "calibration" else "test"
-        files = {split: _PTB.format(split=split)}
-        sentences = _load(spec, "sentence", "parquet", data_files=files, split=split)
+        sentences = _load(
+            spec,
+            "sentence",
+            "ptb-text-only/ptb_text_only",
+            revision="refs/convert/parquet",
+            data_files={split: f"penn_treebank/{split}/0000.parquet"},
+            split=split,
+        )
         return Text(spec, sentences, " ")
     if spec == "c4":
         split = "train" if use == "calibration" else "validation"
@@ -187,18 +190,14 @@ def _dataset(spec: str, name: str, split: str, column: str) -> Sequence[Document
 
 def _load(spec: str, column: str, *where: str, **options: Any) -> Sequence[Document]:
     """One column of ``datasets.load_dataset(*where, **options)``, read as it is indexed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{spec} is read with the datasets package, which is not installed",
-            f"run `pip install datasets`, or use {_NO_NETWORK}",
-        ) from error
+    import datasets  # takes a second, and files need none of it
+
     try:
         dataset = datasets.load_dataset(*where, **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        # What this package raises has no common class: ConnectionError without a network,
-        # FileNotFoundError for a wrong name, ValueError for a wrong split or configuration.
+    except Exception as error:
+        # This package's errors have no common class: ConnectionError without a network (or its
+        # web client's own), FileNotFoundError for a wrong name, ValueError for a wrong split,
+        # RuntimeError for a script. What it says goes on, and the traceback with it.
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{spec} cannot be loaded: {first_line}",
@@ -210,6 +209,4 @@ def _load(spec: str, column: str, *where: str, **options: Any) -> Sequence[Docum
             f"choose one of its columns: {', '.join(dataset.column_names)}",
         )
     documents: Sequence[Document] = dataset[column]
-    if len(documents) == 0:
-        raise DataError(f"{spec} has no records", "choose another split")
     return documents

@@ -97,7 +97,7 @@ def _text(modules: Iterable[str]) -> str:
 
 
 def _is_test_of(part: str, modules: Iterable[str]) -> bool:
-    """Whether a path's part names a test of one of ``modules``: ``test_heapq``, ``test_shlex_x``."""
+    """Whether a path's part names a test of one of ``modules``, as in ``test_heapq``."""
     return any(part == f"test_{name}" or part.startswith(f"test_{name}_") for name in modules)
 
 

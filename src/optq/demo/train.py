@@ -34,14 +34,14 @@ from optq.demo import corpus
 VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"
 WINDOW = 512  # tokens
-BATCH = 16  # windows per step
-SHARD = 4  # windows per thread at a time
+BATCH = 8  # windows per step
+SHARD = 2  # windows per thread at a time
 MUON_RATE, ADAMW_RATE = 0.02, 0.003
-WARMUP_STEPS = 60
+WARMUP_STEPS = 100
 DECAY_SHARE = 0.3  # of all steps, at the end
-REPORT_STEPS = 20
-CHECKPOINT_STEPS = 100
-MEASURE_STEPS = 500  # held-out perplexity
+REPORT_STEPS = 50
+CHECKPOINT_STEPS = 200
+MEASURE_STEPS = 1000  # held-out perplexity
 LIBRARY_REPEATS = 2  # per pass, beside one of the tests
 
 
@@ -156,28 +156,33 @@ def train(out: Path, steps: int, seed: int) -> None:
     parameters = list(model.parameters())
     optimizers = make_optimizers(model, threads)
     compiled = torch.compile(model, dynamic=False)
-    step = 0
+    first = 0
     if (out / "training.pt").exists():
         state = torch.load(out / "training.pt")
-        step = state["step"]
+        first = state["step"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
     def gradients(windows: Tensor) -> tuple[Tensor, ...]:
-        """The loss and the gradient of every parameter."""
+        """These windows' share of the batch's loss, and its gradient for every parameter."""
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # its cache is shared
             loss = compiled(input_ids=windows, labels=windows, use_cache=False).loss
-        return (loss.detach(), *torch.autograd.grad(loss, parameters))
+            share = loss * len(windows) / BATCH
+        return (share.detach(), *torch.autograd.grad(share, parameters))
 
     print(f"{len(batches.stream)} tokens, {batches.steps_per_pass} steps in a pass", flush=True)
-    gradients(batches[step][:SHARD])  # compiles, before there are threads
+    gradients(batches[first][:SHARD])  # compiles, before there are threads
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     start, losses = time.monotonic(), []
-    for step in range(step, steps):
-        shards = list(pool.map(gradients, batches[step].split(SHARD)))
-        loss, *averages = [torch.stack(parts).mean(0) for parts in zip(*shards, strict=True)]
-        for parameter, gradient in zip(parameters, averages, strict=True):
+    for step in range(first, steps):
+        shards = pool.map(gradients, batches[step].split(SHARD))
+        totals = next(shards)
+        for shard in shards:
+            for total, part in zip(totals, shard, strict=True):
+                total += part
+        loss, *summed = totals
+        for parameter, gradient in zip(parameters, summed, strict=True):
             parameter.grad = gradient
         for optimizer in optimizers:
             for group in optimizer.param_groups:

@@ -13,7 +13,7 @@ Version 1 stores ``z - 1``, so it cannot hold ``z = 0``; ``gptq_v2`` stores ``z`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,18 +82,18 @@ class GPTQFormat:
             "qweight": pack(layer.codes.T, layer.wbits).contiguous(),
             "qzeros": pack(zeros, layer.wbits).T.contiguous(),
             "scales": layer.scales.T.to(torch.float16).contiguous(),
-            "g_idx": layer.g_idx.to(torch.int32),
+            "g_idx": layer.g_idx.to(torch.int32, copy=True),  # layers of a site share theirs
         }
 
-    def decode(self, get: Callable[[str], Tensor], bits: int) -> PackedLayer:
-        """The inverse of :meth:`encode`; ``get`` gives a tensor by its suffix."""
+    def decode(self, tensors: dict[str, Tensor], bits: int) -> PackedLayer:
+        """The inverse of :meth:`encode`."""
         mask = 2**bits - 1
-        zeros = unpack(get("qzeros").T.contiguous(), bits).to(torch.int64)
+        zeros = unpack(tensors["qzeros"].T.contiguous(), bits).to(torch.int64)
         return PackedLayer(
-            codes=unpack(get("qweight"), bits).T,
-            scales=get("scales").T,
+            codes=unpack(tensors["qweight"], bits).T,
+            scales=tensors["scales"].T,
             zeros=((zeros + self.zero_offset) & mask).to(torch.uint8),
-            g_idx=get("g_idx"),
+            g_idx=tensors["g_idx"],
         )
 
     def config(self, quantizer: Any, layers: list[str], dense: list[str]) -> dict[str, Any]:
@@ -114,8 +114,6 @@ class GPTQFormat:
             "meta": {"quantizer": [f"optq:{__version__}"]},
         }
         if dense:
-            import re
-
             inside = {re.sub(r"^.*?\.\d+\.", "", name, count=1): None for name in layers}
             config["modules_in_block_to_quantize"] = [[name] for name in inside]
             config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in dense}

@@ -13,10 +13,8 @@ from optq.model.source import Checkpoint, disk_names, empty_model, load_model
 
 def load(checkpoint: Checkpoint) -> Any:
     """The model on the CPU; quantized layers hold their dequantized weights."""
-    found = detect(checkpoint.config())
-    if found is None:
+    if detect(checkpoint.config()) is None:
         return load_model(checkpoint)
-    form, bits = found
     layers, state = read(checkpoint)
     dense = {f"{name}.weight": layer for name, layer in layers.items()}
     skeleton = empty_model(checkpoint)
@@ -39,21 +37,19 @@ def read(checkpoint: Checkpoint) -> tuple[dict[str, PackedLayer], dict[str, Tens
     if found is None:
         raise ModelError(f"{checkpoint.folder} is not quantized", "give what optq quantize wrote")
     form, bits = found
-    names = [name.removesuffix(".qweight") for name in checkpoint.files if _is_codes(name)]
+    names = [
+        name.removesuffix(".qweight") for name in checkpoint.files if name.endswith(".qweight")
+    ]
     parts = {f"{name}.{suffix}" for name in names for suffix in SUFFIXES}
     missing = sorted(parts - set(checkpoint.files))
     if missing:
         raise ModelError(f"{checkpoint.folder} lacks {missing[0]}", "copy the model again")
     tensors = dict(checkpoint.tensors())
     layers = {
-        name: form.decode(lambda suffix, name=name: tensors[f"{name}.{suffix}"], bits)
+        name: form.decode({suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES}, bits)
         for name in names
     }
     return layers, {name: tensor for name, tensor in tensors.items() if name not in parts}
-
-
-def _is_codes(name: str) -> bool:
-    return name.endswith(".qweight")
 
 
 def _conv1d_weights(model: Any) -> set[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from optq.core.solution import Solution
 from optq.errors import OptqError, OutputError
-from optq.formats.gptq import GPTQFormat
+from optq.formats.gptq import SUFFIXES, GPTQFormat
 from optq.model.source import Checkpoint
 
 SHARD_BYTES = 2**30
@@ -62,7 +62,9 @@ class Writer:
     def finish(self, quantizer: Any, dense: list[str], record: dict[str, Any]) -> None:
         """Add all that is not quantized, and rename the folder to the target."""
         replaced = {f"{name}.weight" for name in self.layers}
-        for name, tensor in self.source.tensors([n for n in self.source.files if n not in replaced]):
+        for name, tensor in self.source.tensors(
+            [n for n in self.source.files if n not in replaced]
+        ):
             self._pending[name] = tensor
             self._flush(SHARD_BYTES)
         self._flush(0)
@@ -106,9 +108,8 @@ class Writer:
 
         with safe_open(path, "pt") as file:
             for name, solution in self._solutions.items():
-                read = self.form.decode(
-                    lambda suffix, name=name: file.get_tensor(f"{name}.{suffix}"), solution.wbits
-                )
+                tensors = {s: file.get_tensor(f"{name}.{s}") for s in SUFFIXES}
+                read = self.form.decode(tensors, solution.wbits)
                 if not torch.equal(read.weight(), solution.weight.float().cpu()):
                     raise OutputError(
                         f"{name} reads back from {path} with other weights than were written",
@@ -159,7 +160,9 @@ def writing(target: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OutputError(f"the disk of {target} is full", "make room, and run again") from error
+            raise OutputError(
+                f"the disk of {target} is full", "make room, and run again"
+            ) from error
         raise OutputError(
             f"{target} cannot be written: {error}", "choose a folder that you may write to"
         ) from error

@@ -108,9 +108,7 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
 
 def release(block: Block, blocks: list[Block]) -> None:
     """Let go of the weights of a finished block, except those that another block shares."""
-    shared = {
-        id(p) for other in blocks if other is not block for p in other.module.parameters()
-    }
+    shared = {id(p) for other in blocks if other is not block for p in other.module.parameters()}
     for parameter in block.module.parameters():
         if id(parameter) not in shared:
             parameter.data = parameter.data.new_empty(0)
@@ -125,5 +123,3 @@ def _refuse_experts(name: str, module: nn.Module) -> None:
                 f"{name}.{own} fuses {parameter.shape[0]} experts in one parameter",
                 "choose a dense model: sparse experts cannot be quantized yet",
             )
-
-

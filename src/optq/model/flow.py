@@ -67,25 +67,16 @@ class Seconds:
     hessian: float = 0.0
 
 
-@dataclass(frozen=True)
-class _AtBlock:
-    block: Block
-
-
-@dataclass(frozen=True)
-class _AtSite:
-    site: Site
-    layer: Layer
-    x: Tensor
-
-
 class _Batch(greenlet):
     """One forward pass of the model on some token ids, paused wherever it has to wait."""
 
     def __init__(self, flow: Flow, ids: Tensor, first_sample: int, kind: str) -> None:
         super().__init__(self._forward)
         self.flow, self.ids, self.first_sample, self.kind = flow, ids, first_sample, kind
-        self.at: _AtBlock | _AtSite | None = None
+        # Where it is paused: before a block, or before a site whose input it hands over.
+        self.before: Block | None = None
+        self.site: Site | None = None
+        self.x = ids
         self.handed: dict[Site, weakref.ref[Tensor]] = {}
         self.called: set[Layer] = set()
 
@@ -93,8 +84,11 @@ class _Batch(greenlet):
         # Nothing after the blocks is needed: the head's pre-hook ends the coroutine.
         self.flow.model(input_ids=self.ids.to(self.flow.device), use_cache=False)
 
-    def advance(self) -> None:
-        self.at = self.switch()
+    def pause(self) -> None:
+        """Sleep, inside the coroutine. torch's modes belong to the thread, not to us."""
+        with default_modes():
+            self.parent.switch()
+        self.before = self.site = None
 
 
 @dataclass(eq=False)
@@ -139,9 +133,9 @@ class Flow:
         with torch.no_grad(), self._hooks():
             try:
                 self._advance(everyone)
-                while waiting := [b for b in everyone if isinstance(b.at, _AtBlock)]:
-                    block = min((b.at.block for b in waiting), key=lambda block: block.index)
-                    self._through(block, [b for b in waiting if b.at.block is block])
+                while waiting := [batch.before for batch in everyone if batch.before]:
+                    block = min(waiting, key=lambda block: block.index)
+                    self._through(block, [batch for batch in everyone if batch.before is block])
             finally:
                 for batch in everyone:
                     if batch and not batch.dead:
@@ -178,9 +172,9 @@ class Flow:
         batches = [batch for batch in waiting if batch.kind != "scout"]
         self.passes[block.index] += len(batches)
         self._advance(batches)
-        while at_site := [b for b in batches if isinstance(b.at, _AtSite)]:
-            site = min((b.at.site for b in at_site), key=lambda site: site.order)
-            here = [b for b in at_site if b.at.site is site]
+        while sites := [batch.site for batch in batches if batch.site]:
+            site = min(sites, key=lambda site: site.order)
+            here = [batch for batch in batches if batch.site is site]
             inputs = self._inputs(site, here)
             if self.propagate:
                 for layer in site.layers:
@@ -202,12 +196,12 @@ class Flow:
             self._swap_originals()
             try:
                 for batch in full:
-                    batch.advance()
+                    batch.switch()
             finally:
                 self._swap_originals()
         for batch in batches:
             if batch.kind != "full":
-                batch.advance()
+                batch.switch()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds.forward += time.perf_counter() - start
@@ -224,13 +218,13 @@ class Flow:
         columns = site.layers[0].shape[1]
         hessian = Hessian(columns, device=self.device)
         cross = torch.zeros(columns, columns, device=self.device) if self.propagate else None
-        partner = {b.first_sample: b.at.x for b in here if b.kind == "full"}
+        partner = {b.first_sample: b.x for b in here if b.kind == "full"}
         for batch in here:
             if batch.kind == "quantized":
-                x = batch.at.x.reshape(-1, columns)
+                x = batch.x.reshape(-1, columns)
                 hessian.add(x)
                 if cross is not None:
-                    full = partner.get(batch.first_sample, batch.at.x).reshape(-1, columns)
+                    full = partner.get(batch.first_sample, batch.x).reshape(-1, columns)
                     # Streams that took other tokens (experts) have no difference to speak of.
                     add_product(cross, full if full.shape == x.shape else x, x)
         H = hessian.matrix()
@@ -246,7 +240,7 @@ class Flow:
     def _blame(self, site: Site, here: list[_Batch]) -> None:
         for batch in here:
             samples = len(batch.ids)
-            x = batch.at.x.reshape(samples, -1)
+            x = batch.x.reshape(samples, -1)
             bad = (~torch.isfinite(x)).any(1).nonzero()
             if bad.numel():
                 sample = batch.first_sample + int(bad[0])
@@ -285,7 +279,8 @@ class Flow:
                 f"{block.name} is given a key-value cache although none was asked for",
                 "report this model: its calibration would not be repeatable",
             )
-        _pause(batch, _AtBlock(block))
+        batch.before = block
+        batch.pause()
 
     def _reading(self, batch: _Batch, layer: Layer, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -300,7 +295,8 @@ class Flow:
         batch.called.add(layer)
         if site not in batch.handed and not layer.solved:
             batch.handed[site] = weakref.ref(x)
-            _pause(batch, _AtSite(site, layer, x))
+            batch.site, batch.x = site, x
+            batch.pause()
         elif site in batch.handed and batch.handed[site]() is not x:
             raise ModelError(
                 f"{layer.name} reads another tensor than {site.layers[0].name} for some samples",
@@ -335,9 +331,3 @@ def _pre_hook(module: nn.Module, act: Callable[..., None], what: Any) -> Any:
         # Returns None: a value would replace the module's arguments.
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _pause(batch: _Batch, at: _AtBlock | _AtSite) -> None:
-    """Hand ``at`` to the scheduler and sleep. torch's modes belong to the thread, not to us."""
-    with default_modes():
-        batch.parent.switch(at)

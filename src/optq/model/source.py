@@ -25,7 +25,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".o
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a ``config.json`` and weights; ``files`` maps each tensor's name to its file."""
+    """A folder with ``config.json`` and weights; ``files`` maps each tensor to its file."""
 
     folder: Path
     files: dict[str, str]
@@ -63,7 +63,7 @@ class Checkpoint:
                     yield name, get(name)
 
     def companions(self) -> list[Path]:
-        """All that is neither weights nor config: tokenizer, chat template, generation config, .."""
+        """All but weights and config: tokenizer, chat template, generation config, .."""
         return [
             path
             for path in sorted(self.folder.iterdir())
@@ -73,6 +73,11 @@ class Checkpoint:
             and not path.name.endswith(".index.json")
             and path.name not in ("config.json", "quantize_config.json")
         ]
+
+
+def tensor_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of each tensor. Reads no weights: the files are mapped, not read."""
+    return {name: tensor.nbytes for name, tensor in checkpoint.tensors()}
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:

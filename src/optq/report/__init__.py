@@ -1,0 +1,1 @@
+"""What a person looks at: progress while a run goes, tables when it is done."""

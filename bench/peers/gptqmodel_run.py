@@ -1,0 +1,29 @@
+"""Quantize the benchmark's model with GPTQModel, under GPTQModel's own Python."""
+
+import os
+
+# Read when GPTQModel is imported. Its default leaves too few workers on a small machine.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count()))
+
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig, __version__
+from measure import Measurement, arguments
+
+args = arguments()
+tokens = torch.load(args.tokens)
+calibration = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
+
+measurement = Measurement(args.model)
+with measurement.seconds("load"):
+    model = GPTQModel.load(
+        str(args.model),
+        QuantizeConfig(
+            bits=4, group_size=128, sym=True, desc_act=False, act_group_aware=False, device="cpu"
+        ),
+    )
+with measurement.seconds("quantize"):
+    model.quantize(calibration, batch_size=8)
+measurement.peak()
+with measurement.seconds("save"):
+    model.save(str(args.out))
+measurement.print("GPTQModel", __version__, torch.__version__)

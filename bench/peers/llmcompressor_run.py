@@ -1,0 +1,33 @@
+"""Quantize the benchmark's model with llm-compressor, under llm-compressor's own Python.
+
+Settings are those of its GPTQ example. Act-order is off because it is off for every tool. The
+calibration batch is 8, as for the other peer: its default of 1 is no faster here.
+"""
+
+import torch
+from datasets import Dataset
+from llmcompressor import __version__, oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from measure import Measurement, arguments
+from transformers import AutoModelForCausalLM
+
+args = arguments()
+tokens = torch.load(args.tokens)
+dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
+
+measurement = Measurement(args.model)
+with measurement.seconds("load"):
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+with measurement.seconds("quantize"):
+    oneshot(
+        model=model,
+        dataset=dataset,
+        recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"], actorder=None),
+        max_seq_length=tokens.shape[1],
+        num_calibration_samples=tokens.shape[0],
+        batch_size=8,
+    )
+measurement.peak()
+with measurement.seconds("save"):
+    model.save_pretrained(args.out, save_compressed=True)
+measurement.print("llm-compressor", __version__, torch.__version__)

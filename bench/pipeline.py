@@ -1,0 +1,94 @@
+"""A whole model: OPTQ beside llm-compressor and GPTQModel, on the same model and tokens.
+
+The 61-million-parameter Llama of ``bench/model.py``, 32 x 512 tokens, 4 bits, groups of 128,
+symmetric, no act-order, on the CPU with all cores. Each peer lives in a virtual environment of
+its own, since their requirements exclude each other's:
+
+    python -m venv LLMC && LLMC/bin/pip install torch==2.13.0 llmcompressor
+    python -m venv GPTQ && GPTQ/bin/pip install gptqmodel
+    python bench/pipeline.py --llmcompressor LLMC/bin/python --gptqmodel GPTQ/bin/python --runs 3
+
+The tools take turns, each run a fresh process, so that a slow minute of the machine hits all of
+them. What is compared is the median of ``quantize_seconds``; loading and saving are reported
+beside it. Appends one record to bench/results/pipeline.jsonl and prints a table.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import append, machine
+from model import build
+
+BENCH = Path(__file__).parent
+RESULTS = BENCH / "results" / "pipeline.jsonl"
+COMPARED = ("quantize_seconds", "load_seconds", "save_seconds", "peak_memory_over_model_gb")
+
+
+def run_once(python: str, script: Path, checkpoint: Path, tokens: Path) -> dict[str, object]:
+    """One run in a process of its own; its record is the last line it prints."""
+    inputs = ("--model", checkpoint, "--tokens", tokens)
+    with tempfile.TemporaryDirectory() as scratch:
+        process = subprocess.run(
+            [python, script, *inputs, "--out", Path(scratch) / "out"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if process.returncode:
+        raise SystemExit(f"{script.name} failed:\n{process.stderr[-4000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--llmcompressor", metavar="PYTHON", help="Python that has llm-compressor")
+    parser.add_argument("--gptqmodel", metavar="PYTHON", help="Python that has GPTQModel")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--cache", type=Path, default=Path(".bench"), help="keeps the model")
+    args = parser.parse_args()
+
+    checkpoint, tokens = build(args.cache)
+    tools = {"optq": (sys.executable, BENCH / "ours.py")}
+    for name in ("llmcompressor", "gptqmodel"):
+        if python := getattr(args, name):
+            tools[name] = (python, BENCH / "peers" / f"{name}_run.py")
+
+    before = machine()
+    runs: dict[str, list[dict]] = {name: [] for name in tools}
+    for turn in range(args.runs):
+        for name, (python, script) in tools.items():
+            record = run_once(python, script, checkpoint, tokens)
+            runs[name].append(record)
+            print(f"run {turn + 1}: {name} {record['quantize_seconds']:.1f} s", file=sys.stderr)
+
+    medians = {
+        name: {key: statistics.median(run[key] for run in records) for key in COMPARED}
+        for name, records in runs.items()
+    }
+    ours = medians["optq"]["quantize_seconds"]
+    ratios = {name: round(each["quantize_seconds"] / ours, 2) for name, each in medians.items()}
+    append(RESULTS, {**before, "runs": runs, "median": medians, "ratio": ratios})
+    print_table(runs, medians, ratios)
+
+
+def print_table(runs: dict, medians: dict, ratios: dict) -> None:
+    """Medians, one line to a tool."""
+    header = ("tool", "version", "torch", "quantize s", "ratio", "load s", "save s", "memory GB")
+    rows = [header]
+    for name, each in medians.items():
+        first = runs[name][0]
+        who = (first["tool"], first["version"], first["torch"])
+        quantize, *others = (f"{each[key]:.2f}" for key in COMPARED)
+        rows.append((*who, quantize, f"{ratios[name]:.2f}", *others))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The command: flags become objects. Nothing here imports torch before a command runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from optq.errors import OptqError, SettingError
+
+if TYPE_CHECKING:
+    from optq.runner import Quantizer
+
+app = typer.Typer(
+    name="optq",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize the weights of language models to 2, 3, 4 or 8 bits with GPTQ.",
+)
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, or 'demo'.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ..")]
+Seqlen = Annotated[
+    int | None, typer.Option(help="Tokens in a sequence: 2048, or the model's positions if fewer.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def main() -> NoReturn:
+    """Run the command: exit status 0 done, 2 bad input, 1 a defect, 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` cleans up as well
+    try:
+        code = app(standalone_mode=False) or 0
+    except OptqError as error:
+        _say(error.cause, error.remedy)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted", "nothing was left behind: run the command again")
+        code = 130
+    except Exception as error:
+        # typer brings its own copy of click or shares one, depending on its version: its usage
+        # errors are known by what they can do.
+        if not (hasattr(error, "show") and hasattr(error, "exit_code")):
+            raise
+        error.show()
+        code = error.exit_code
+    sys.exit(code)
+
+
+@app.command()
+def demo(
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model."""
+    from dataclasses import asdict
+
+    from optq.compare import demo_rows
+    from optq.report import progress, tables
+
+    with progress.bar("optq demo") as bar:
+        rows = [asdict(row) for row in demo_rows(device, bar.update)]
+    if as_json:
+        _print_json({"model": "demo", "rows": rows})
+    else:
+        tables.demo(rows)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    method: Annotated[str, typer.Option(help="gptq, rtn (round to nearest) or obq.")] = "gptq",
+    wbits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    groupsize: Annotated[
+        int, typer.Option(help="Columns that share a scale; -1: one scale to a row.")
+    ] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Zero point fixed, or fitted.")] = True,
+    actorder: Annotated[bool, typer.Option(help="Columns of large activations first.")] = False,
+    static_groups: Annotated[
+        bool, typer.Option(help="Fit all grids beforehand: act-order costs nothing then.")
+    ] = False,
+    mse: Annotated[bool, typer.Option(help="Search the range of each grid.")] = False,
+    percdamp: Annotated[float, typer.Option(help="Damping, of the mean of diag H.")] = 0.01,
+    qep: Annotated[bool, typer.Option("--qep", help="Error propagation.")] = False,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="demo, a .txt or .jsonl file, wikitext2, ptb, c4, NAME:SPLIT:COLUMN."
+            " Default: c4; demo for the bundled model."
+        ),
+    ] = None,
+    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seqlen: Seqlen = None,
+    seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    skip: Annotated[str | None, typer.Option(help="Regex of layers to leave dense.")] = None,
+    device: Device = "auto",
+    form: Annotated[str, typer.Option("--format", help="gptq or gptq_v2.")] = "gptq",
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL and write the checkpoint OUT."""
+    from optq.report import progress, tables
+
+    options = {"sym": sym, "mse": mse, "percdamp": percdamp}
+    options |= {"actorder": actorder, "static_groups": static_groups}
+    quantizer = _quantizer(method, wbits, groupsize, options)
+    from optq.runner import ModelConfig, Progress, Runner
+
+    calib = calib or ("demo" if model == "demo" else "c4")
+    with progress.bar("quantizing") as bar:
+
+        def solved(step: Progress) -> None:
+            worst = max(step.layers, key=lambda layer: layer.relative_error)
+            note = f"{step.site} error {worst.relative_error:.2%}"
+            bar.update(step.block, step.blocks, note)
+
+        result = Runner(
+            ModelConfig(model, device),
+            quantizer,
+            qep=qep,
+            calib=calib,
+            output=out,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            format=form,
+            skip=skip,
+            chat=chat,
+            force=force,
+            progress=solved,
+        ).run()
+    layers = result.record["layers"]
+    if as_json:
+        timed = [
+            record | {"seconds": layer.seconds}
+            for record, layer in zip(layers, result.layers, strict=True)
+        ]
+        _print_json(
+            {
+                "model": model,
+                "out": str(out),
+                "method": method,
+                "wbits": wbits,
+                "groupsize": groupsize,
+                "sym": sym,
+                "actorder": actorder,
+                "percdamp": percdamp,
+                "bits_per_weight": result.bits_per_weight,
+                "bytes": result.bytes,
+                "seconds": result.seconds,
+                "layers": timed,
+            }
+        )
+        return
+    weights = sum(layer.rows * layer.cols for layer in result.layers)
+    total, rounding = (
+        sum(getattr(layer, name) for layer in result.layers) for name in ("error", "rtn_error")
+    )
+    tables.stages(result.seconds)
+    tables.facts(
+        {
+            "wrote": f"{out}  ({form}, {result.bits_per_weight:.2f} bits per weight)",
+            "layers": f"{len(result.layers)} quantized, {tables.size(result.bytes)} for"
+            f" {weights / 1e6:.1f} million weights; {len(result.dense)} linear layers left dense",
+            "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
+            "calibrated": f"on {calib}, seed {seed}",
+            "next": f"optq eval {out}    optq inspect {out}    optq generate {out} PROMPT",
+        }
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    text: Annotated[
+        str | None,
+        typer.Option(help="As --calib of quantize. Default: wikitext2; demo for the demo model."),
+    ] = None,
+    seqlen: Seqlen = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity of MODEL, quantized or not, by the paper's protocol."""
+    from optq.compare import measure
+    from optq.report import progress, tables
+    from optq.runner import ModelConfig
+
+    config = ModelConfig(model, device)
+    text = text or ("demo" if config.is_demo else "wikitext2")
+    with progress.bar("perplexity") as bar:
+        result, seqlen = measure(config, text, seqlen, bar.update)
+    if as_json:
+        _print_json(
+            {
+                "model": model,
+                "text": text,
+                "seqlen": seqlen,
+                "tokens": result.tokens,
+                "perplexity": result.perplexity,
+            }
+        )
+        return
+    tables.facts(
+        {
+            "perplexity": f"{result.perplexity:.4f}",
+            "text": f"{text}, {result.windows} windows of {seqlen} tokens",
+        }
+    )
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
+    device: Device = "auto",
+) -> None:
+    """Continue PROMPT with MODEL, quantized or not, taking the likeliest token each time."""
+    from optq.evaluate.generate import complete
+    from optq.runner import ModelConfig
+
+    config = ModelConfig(model, device)
+    for piece in complete(*config.load(), prompt, max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """What is in a checkpoint: bits, groups, sizes, errors by layer."""
+    from optq.formats.describe import describe
+    from optq.report import tables
+
+    what = describe(folder)
+    if as_json:
+        _print_json(what)
+        return
+    tables.facts({name: str(value) for name, value in what.items() if name != "layers"})
+    if what["layers"]:
+        tables.layers(what["layers"])
+
+
+def _quantizer(method: str, wbits: int, groupsize: int, options: dict[str, Any]) -> Quantizer:
+    """The solver, with those options that it has; one that it lacks must not be asked for."""
+    from dataclasses import fields
+
+    from optq.runner import METHODS
+
+    if method not in METHODS:
+        raise SettingError(f"the method {method} is unknown", f"choose {', '.join(METHODS)}")
+    solver = METHODS[method]
+    known = {field.name for field in fields(solver)}
+    for name, value in options.items():
+        if name not in known and value is True:
+            flag = name.replace("_", "-")
+            raise SettingError(f"{method} has no --{flag}", "leave it out, or use --method gptq")
+    return solver(
+        wbits=wbits, groupsize=groupsize, **{k: v for k, v in options.items() if k in known}
+    )
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+def _say(cause: str, remedy: str) -> None:
+    print(f"optq: {cause}", file=sys.stderr)
+    print(f"      {remedy}", file=sys.stderr)

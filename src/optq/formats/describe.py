@@ -1,0 +1,49 @@
+"""What is in a checkpoint, without loading its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from optq.errors import ModelError
+from optq.formats.gptq import SUFFIXES, detect
+from optq.formats.writer import RECORD
+from optq.model.source import Checkpoint, tensor_sizes
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Format, settings, sizes in bytes, and the records of the layers if OPTQ wrote them."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder", "give a checkpoint's folder")
+    checkpoint = Checkpoint.open(str(folder))
+    config = checkpoint.config()
+    sizes = tensor_sizes(checkpoint)
+    found = detect(config)
+    what: dict[str, Any] = {
+        "architecture": (config.get("architectures") or [config.get("model_type")])[0],
+        "files": len(set(checkpoint.files.values())),
+        "tensors": len(sizes),
+        "bytes": sum(sizes.values()),
+        "format": "not quantized",
+        "layers": [],
+    }
+    if found is None:
+        return what
+    settings = config["quantization_config"]
+    packed = [name.removesuffix(".qweight") for name in sizes if name.endswith(".qweight")]
+    what |= {
+        "format": found[0].name,
+        "bits": settings["bits"],
+        "group_size": settings["group_size"],
+        "sym": settings["sym"],
+        "desc_act": settings["desc_act"],
+        "quantized_layers": len(packed),
+        "quantized_bytes": sum(sizes[f"{name}.{s}"] for name in packed for s in SUFFIXES),
+    }
+    record = folder / RECORD
+    if record.is_file():
+        made = json.loads(record.read_text())
+        what |= {key: made[key] for key in ("method", "quantizer", "qep", "calibration", "layers")}
+        what["bits_per_weight"] = round(made["bits_per_weight"], 3)
+    return what

@@ -1,0 +1,94 @@
+"""Tables for stdout. Every function takes plain values and prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+
+stdout = Console(highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def facts(pairs: Mapping[str, str]) -> None:
+    """Names on the left, values on the right."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        table.add_row(name, value)
+    stdout.print(table)
+
+
+def demo(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Perplexities of the bundled model; the bar is the rise over full precision."""
+    full = rows[0]["perplexity"]
+    most = max((row["perplexity"] - full for row in rows), default=1.0) or 1.0
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("bits", "method", "bits/weight", "layers", "perplexity", "rise"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_column("")
+    for row in rows:
+        rise = row["perplexity"] - full
+        plain = row["method"] == "none"
+        table.add_row(
+            "16" if plain else str(row["wbits"]),
+            {"none": "full precision", "rtn": "round to nearest", "gptq": "GPTQ"}[row["method"]],
+            f"{row['bits_per_weight']:.2f}",
+            size(row["bytes"]),
+            f"{row['perplexity']:.2f}",
+            "" if plain else f"+{rise:.2f}",
+            Bar(
+                most, 0, max(rise, 0), width=30, color="cyan" if row["method"] == "gptq" else "red"
+            ),
+            end_section=row["method"] != "rtn",
+        )
+    stdout.print(table)
+
+
+def stages(seconds: Mapping[str, float]) -> None:
+    """Where the time went."""
+    total = seconds["total"] or 1.0
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("stage", "seconds"):
+        table.add_column(name, justify="right" if name == "seconds" else "left")
+    table.add_column("")
+    known = 0.0
+    for stage, value in seconds.items():
+        if stage != "total":
+            known += value
+            table.add_row(stage, f"{value:.1f}", Bar(total, 0, value, width=30))
+    table.add_row("other", f"{max(total - known, 0):.1f}", Bar(total, 0, total - known, width=30))
+    table.add_row("total", f"{total:.1f}", "")
+    stdout.print(table)
+
+
+def layers(records: Sequence[Mapping[str, Any]]) -> None:
+    """Errors by layer; the bar is the relative error, on the scale of the largest."""
+    most = max((record["relative_error"] for record in records), default=1.0) or 1.0
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("layer", "rows x cols", "error", "relative", "of rounding's"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    table.add_column("")
+    for record in records:
+        rounding = record["rtn_error"]
+        table.add_row(
+            record["name"],
+            f"{record['rows']} x {record['cols']}",
+            f"{record['error']:.3g}",
+            f"{record['relative_error']:.2%}",
+            f"{record['error'] / rounding:.0%}" if rounding else "-",
+            Bar(most, 0, record["relative_error"], width=20),
+        )
+    stdout.print(table)
