@@ -23,6 +23,7 @@ from torch import Tensor
 from optq import __version__
 from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
+from optq.core.hessian import output_energy
 from optq.core.obq import OBQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
@@ -271,12 +272,13 @@ class _Work:
         solution = self.runner.quantizer.solve(target, inputs.H, self.storage)
         if target is not weight:  # errors are the original weight's
             solution = _measured_on(weight, inputs.H, solution, self.runner.quantizer, self.storage)
-        parts = solution.split([layer.shape[0] for layer in site.layers])
+        rows = [layer.shape[0] for layer in site.layers]
+        energies = output_energy(weight, inputs.H).split(rows)
         records = []
-        for layer, part in zip(site.layers, parts, strict=True):
+        for layer, part, energy in zip(site.layers, solution.split(rows), energies, strict=True):
             layer.put(part.weight)
             self._keep(layer, part)
-            records.append(_record(layer, part, len(weight)))
+            records.append(_record(layer, part, energy.sum().item(), len(weight)))
         self.records += records
         for stage in ("factor", "solve"):
             self.seconds[stage] += solution.seconds[stage]
@@ -379,13 +381,12 @@ def _measured_on(
         solution,
         error=((miss @ H) * miss).sum(1).clamp(min=0),
         rtn_error=rounding.error,
-        energy=rounding.energy,
     )
 
 
-def _record(layer: Layer, part: Solution, site_rows: int) -> LayerRecord:
+def _record(layer: Layer, part: Solution, energy: float, site_rows: int) -> LayerRecord:
     rows, cols = layer.shape
-    error, energy = part.error.sum().item(), part.energy.sum().item()
+    error = part.error.sum().item()
     return LayerRecord(
         name=layer.name,
         rows=rows,

@@ -35,9 +35,17 @@ from torch import Tensor
 
 from optq.core.clock import elapsed
 from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import Factor, check_percdamp, factor, row_error, worse_than
-from optq.core.rtn import round_columns, working_copy
-from optq.core.solution import Solution, group_index
+from optq.core.hessian import (
+    Factor,
+    check_percdamp,
+    factor,
+    fast_bfloat16,
+    row_error,
+    surely_less,
+    weighted_squares,
+)
+from optq.core.rtn import round_groups, working_copy
+from optq.core.solution import Solution, dequantize, group_index
 from optq.errors import SettingError
 
 
@@ -85,43 +93,44 @@ class GPTQ:
         """
         start = time.perf_counter()
         columns, grid = H.shape[0], self.grid
-        width = grid.width(columns)
-        order = None
-        if self.actorder:
-            order = torch.argsort(H.diagonal(), descending=True, stable=True)
-            H = H[order][:, order]
-        factored = factor(H, self.percdamp)
+        order = torch.argsort(H.diagonal(), descending=True, stable=True) if self.actorder else None
+        factored = factor(H if order is None else H[order][:, order], self.percdamp)
         factor_seconds = elapsed(start, H)
 
         start = time.perf_counter()
-        group = group_index(columns, width, H.device)
-        dead = factored.dead
-        W = working_copy(weight if order is None else weight[:, order], dead)
-        if self.static_groups and order is not None:
-            original = torch.empty_like(W)
-            original[order] = W
-            rounded_scale, rounded_zero = grid.fit_all(original, storage)
-            del original
-            group = group[order]
-        else:
-            rounded_scale, rounded_zero = grid.fit_all(W, storage)
+        group = group_index(columns, grid.width(columns), H.device)
+        if order is not None:
+            weight = weight[:, order]
+            group = group[order] if self.static_groups else group
+        W = working_copy(weight, factored.dead)
+        quick = torch.bfloat16 if W.dtype == torch.float32 and fast_bfloat16(W.device) else W.dtype
+        rounded = round_groups(W, group, grid, storage, miss_dtype=quick)
+        damped = row_error(rounded.miss, factored, exact=False)
+
         sweep = _Sweep(W, factored, grid, storage, group, self.blocksize)
-        if self.static_groups or width == columns:
-            sweep.use_grids(rounded_scale, rounded_zero)
+        if self.static_groups or grid.width(columns) == columns:
+            sweep.use_grids(rounded.scale, rounded.zero)
         sweep.run(0, columns)
 
-        rounded = round_columns(W, rounded_scale, rounded_zero, group, grid.levels)
-        rounded_miss = W - rounded * rounded_scale[group]
-        error = sweep.row_error()
-        worse, rtn_error = worse_than(error, rounded_miss, factored)
-        del rounded_miss
-        steps, scale, zero = sweep.steps, sweep.scale, sweep.zero
+        error = sweep.error()
+        better, rtn_error = surely_less(error, damped, rounded.miss, factored)
+        worse = (~better).nonzero().flatten()
         if worse.numel():
-            steps[:, worse] = rounded[:, worse]
-            scale[:, worse] = rounded_scale[:, worse]
-            zero[:, worse] = rounded_zero[:, worse]
+            miss = working_copy(weight[worse], factored.dead)
+            miss -= dequantize(
+                rounded.codes[:, worse].T,
+                rounded.scale[:, worse].T,
+                rounded.zero[:, worse].T,
+                group,
+            ).T
+            exact = row_error(miss, factored) - factored.damp * miss.square().sum(0)
+            rtn_error[worse] = exact.clamp_(min=0)
+            worse = worse[error[worse] > rtn_error[worse]]
+            sweep.codes[:, worse] = rounded.codes[:, worse]
+            sweep.scale[:, worse] = rounded.scale[:, worse]
+            sweep.zero[:, worse] = rounded.zero[:, worse]
             error[worse] = rtn_error[worse]
-        codes = steps.add_(zero[group]).to(torch.uint8)
+        codes = sweep.codes
         if order is not None:
             inverse = torch.argsort(order)
             codes, group = codes[inverse], group[inverse]
@@ -129,22 +138,24 @@ class GPTQ:
             wbits=self.wbits,
             sym=self.sym,
             codes=codes.T.contiguous(),
-            scales=scale.T.contiguous(),
-            zeros=zero.to(torch.uint8).T.contiguous(),
+            scales=sweep.scale.T.contiguous(),
+            zeros=sweep.zero.to(torch.uint8).T.contiguous(),
             g_idx=group,
             error=error,
             rtn_error=rtn_error,
-            energy=row_error(W, factored),
             damp=factored.damp,
             damp_tries=factored.tries,
-            dead=int(dead.sum()),
+            dead=int(factored.dead.sum()),
             fallback_rows=worse.numel(),
             seconds={"factor": factor_seconds, "solve": elapsed(start, H)},
         )
 
 
 class _Sweep:
-    """The sweep over the columns of one ``W``; its tensors are ``[cols, rows]``."""
+    """The sweep over the columns of one ``W``; its tensors are ``[cols, rows]``.
+
+    ``W`` is used up: column by column its weights become the errors ``e``.
+    """
 
     def __init__(
         self,
@@ -155,17 +166,15 @@ class _Sweep:
         group: Tensor,
         blocksize: int,
     ) -> None:
-        self.W, self.grid, self.storage = W, grid, storage
+        self.W, self.W_hat, self.grid, self.storage = W, W.clone(), grid, storage
         self.factored, self.blocksize = factored, blocksize
-        self.N = factored.U / factored.U.diagonal()
-        self.W_hat = W.clone()  # w^ on the right of the sweep, w^ - q on its left
-        self.E = torch.empty_like(W)
-        self.steps = torch.empty_like(W)  # c - z
+        self.codes = torch.empty_like(W, dtype=torch.uint8)
         self.scale = W.new_empty(int(group.max()) + 1, W.shape[1])
-        self.zero = torch.empty_like(self.scale)
-        self.lowest, self.highest = torch.empty_like(self.scale), torch.empty_like(self.scale)
-        self.group = group.tolist()
+        self.zero, self.lowest, self.highest = (torch.empty_like(self.scale) for _ in range(3))
+        self.group_of, self.group = group, group.tolist()
         self.dynamic = True
+        self.steps = W.new_empty(blocksize, W.shape[1])
+        self.residual = W.new_zeros(W.shape[1])  # sum_j U_jj^2 (w^_j - q_j)^2
 
     def use_grids(self, scale: Tensor, zero: Tensor) -> None:
         """Sweep on grids fitted beforehand."""
@@ -185,14 +194,14 @@ class _Sweep:
         middle = start + unit * max(1, count // unit // 2)
         self.run(start, middle)
         left, right = slice(start, middle), slice(middle, stop)
-        self.W_hat[right].addmm_(self.N[left, right].T, self.E[left])
+        self.W_hat[right].addmm_(self.factored.N[left, right].T, self.W[left])
         self.run(middle, stop)
 
-    def row_error(self) -> Float[Tensor, " rows"]:
-        """The error of each row, from the residuals that the sweep left behind."""
-        pivots = self.factored.U.diagonal().square()[:, None]
-        damped = (self.W_hat.square() * pivots).sum(0)
-        return damped.sub_(self.E.square().sum(0), alpha=self.factored.damp).clamp_(min=0)
+    def error(self) -> Float[Tensor, " rows"]:
+        """The error of each row, ``H`` not damped."""
+        ones = torch.ones_like(self.factored.pivots)[None]
+        norm = weighted_squares(ones, self.W)[0]
+        return (self.residual - self.factored.damp * norm).clamp_(min=0)
 
     def _set_zero(self, group: int | slice, zero: Tensor) -> None:
         self.zero[group] = zero
@@ -200,23 +209,30 @@ class _Sweep:
         self.highest[group] = self.grid.levels - zero
 
     def _fit_group(self, start: int, stop: int) -> None:
-        columns = slice(start, stop)
+        columns, N = slice(start, stop), self.factored.N
         sums = self.W_hat[columns] - self.W[columns]
-        inverse_of = self.N[columns, columns].T
-        updated = torch.linalg.solve_triangular(inverse_of, sums, upper=False, unitriangular=True)
-        scale, zero = self.grid.fit(updated.add_(self.W[columns]), self.storage)
+        one = torch.eye(stop - start, dtype=N.dtype, device=N.device)
+        inverse = torch.linalg.solve_triangular(
+            N[columns, columns], one, upper=True, unitriangular=True
+        )
+        updated = torch.addmm(self.W[columns], inverse.T, sums)
+        scale, zero = self.grid.fit(updated, self.storage)
         self.scale[self.group[start]] = scale
         self._set_zero(self.group[start], zero)
 
     def _columns(self, start: int, stop: int) -> None:
-        quantized = torch.empty_like(self.W[0])
+        N, quantized = self.factored.N, torch.empty_like(self.residual)
+        steps = self.steps[: stop - start]
         for j in range(start, stop):
-            group, w_hat, steps = self.group[j], self.W_hat[j], self.steps[j]
+            group, w_hat, step = self.group[j], self.W_hat[j], steps[j - start]
             scale = self.scale[group]
-            torch.div(w_hat, scale, out=steps).round_()
-            torch.clamp(steps, self.lowest[group], self.highest[group], out=steps)
-            torch.mul(steps, scale, out=quantized)
+            torch.div(w_hat, scale, out=step).round_()
+            torch.clamp(step, self.lowest[group], self.highest[group], out=step)
+            torch.mul(step, scale, out=quantized)
             w_hat.sub_(quantized)
-            torch.sub(self.W[j], quantized, out=self.E[j])
+            self.W[j].sub_(quantized)
             if j + 1 < stop:
-                self.W_hat[j + 1 : stop].addr_(self.N[j, j + 1 : stop], self.E[j])
+                self.W_hat[j + 1 : stop].addr_(N[j, j + 1 : stop], self.W[j])
+        columns = slice(start, stop)
+        self.codes[columns] = steps.add_(self.zero[self.group_of[columns]]).to(torch.uint8)
+        self.residual += self.factored.pivots[columns].square() @ self.W_hat[columns].square()

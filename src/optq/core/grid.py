@@ -99,19 +99,6 @@ class GridSpec:
                 best = torch.where(better, loss, best)
         return best_scale, best_zero
 
-    def fit_all(
-        self, weight: Float[Tensor, "columns rows"], storage: Storage
-    ) -> tuple[Float[Tensor, "groups rows"], Float[Tensor, "groups rows"]]:
-        """:meth:`fit` of every group of a layer; a last group may be narrower."""
-        columns, rows = weight.shape
-        width = self.width(columns)
-        whole = columns // width
-        fits = [self.fit(weight[: whole * width].view(whole, width, rows), storage)]
-        if whole * width < columns:
-            scale, zero = self.fit(weight[whole * width :], storage)
-            fits.append((scale[None], zero[None]))
-        return torch.cat([scale for scale, _ in fits]), torch.cat([zero for _, zero in fits])
-
     def _range(self, low: Tensor, high: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
         if self.sym:
             extent = torch.maximum(high, -low) * 2

@@ -19,6 +19,7 @@ from torch import Tensor
 from optq.errors import NumericsError, SettingError
 
 TILE = 1024  # columns of H computed by one product; smaller tiles run below the units' speed
+CHOLESKY_BLOCK = 256  # columns that LAPACK factors at a time
 
 
 class Hessian:
@@ -78,17 +79,32 @@ def reduced_precision(allowed: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Factor:
-    """``H + damp I = U U^T`` with ``U`` upper triangular; ``dead`` columns have a zero input."""
+    """``H + damp I = U U^T`` with ``U = N diag(pivots)``, ``N`` unit upper triangular.
 
-    U: Float[Tensor, "cols cols"]
+    ``diagonal`` is that of ``H + damp I``; ``dead`` columns have an input that is always zero.
+    """
+
+    N: Float[Tensor, "cols cols"]
+    pivots: Float[Tensor, " cols"]
+    diagonal: Float[Tensor, " cols"]
     damp: float
     tries: int
     dead: Bool[Tensor, " cols"]
+
+    @property
+    def U(self) -> Float[Tensor, "cols cols"]:
+        return self.N * self.pivots
 
 
 def find_dead(H: Float[Tensor, "cols cols"]) -> Bool[Tensor, " cols"]:
     """The columns whose input was zero in every token."""
     return H.diagonal() == 0
+
+
+def check_percdamp(percdamp: float) -> None:
+    """Refuse a damping that is no fraction."""
+    if not 0 <= percdamp <= 1:
+        raise SettingError(f"percdamp is {percdamp}", "choose a fraction from 0 to 1, such as 0.01")
 
 
 def factor(H: Float[Tensor, "cols cols"], percdamp: float) -> Factor:
@@ -99,25 +115,21 @@ def factor(H: Float[Tensor, "cols cols"], percdamp: float) -> Factor:
 
     Raises :class:`NumericsError` if ``H`` holds a NaN or infinity.
     """
-    diagonal = H.diagonal()
-    mean = diagonal.mean().item()
+    mean = H.diagonal().mean().item()
     if not torch.isfinite(H.sum()):
         raise NumericsError(
             "the Hessian is not finite", "look for extreme activations in the calibration text"
         )
     dead = find_dead(H)
-    # One Cholesky with both axes reversed gives the upper factor U U^T instead of L L^T.
-    reversed_H = H.flip(0, 1)
-    reversed_diagonal = reversed_H.diagonal()
-    # A dead column is decoupled from all others and its weight is zero: any pivot will do.
-    reversed_diagonal.masked_fill_(dead.flip(0), mean if mean > 0 else 1.0)
-    damp, added, tries = percdamp * mean, 0.0, 0
+    damp, tries = percdamp * mean, 0
     while True:
-        reversed_diagonal.add_(damp - added)
-        added = damp
-        L, info = torch.linalg.cholesky_ex(reversed_H)
-        if info.item() == 0 and torch.isfinite(L.diagonal().min()):
-            return Factor(L.flip(0, 1), damp, tries, dead)
+        U = H.clone()
+        # A dead column is decoupled from all others and its weight is zero: any pivot will do.
+        U.diagonal().masked_fill_(dead, mean if mean > 0 else 1.0).add_(damp)
+        diagonal = U.diagonal().clone()
+        if factor_upper(U):
+            pivots = U.diagonal().clone()
+            return Factor(U.div_(pivots), pivots, diagonal, damp, tries, dead)
         if damp >= mean:
             raise NumericsError(
                 "the Hessian cannot be factored at any damping",
@@ -126,44 +138,101 @@ def factor(H: Float[Tensor, "cols cols"], percdamp: float) -> Factor:
         damp, tries = min(max(10 * damp, 1e-6 * mean), mean), tries + 1
 
 
-def check_percdamp(percdamp: float) -> None:
-    """Refuse a damping that is no fraction."""
-    if not 0 <= percdamp <= 1:
-        raise SettingError(f"percdamp is {percdamp}", "choose a fraction from 0 to 1, such as 0.01")
+def factor_upper(A: Float[Tensor, "cols cols"]) -> bool:
+    """Overwrite a symmetric ``A = U U^T`` with its upper triangular ``U``; False if it has none.
+
+    From the lower right corner, a block at a time: ``U22`` from ``A22``, ``U12 = A12 U22^-T``,
+    and on with ``A11 - U12 U12^T``. On a CPU this beats LAPACK on the reversed matrix, because
+    nearly all of it is matrix products, and it needs no reversed copies.
+    """
+    for stop in range(len(A), 0, -CHOLESKY_BLOCK):
+        start = max(0, stop - CHOLESKY_BLOCK)
+        corner, panel = A[start:stop, start:stop], A[:start, start:stop]
+        L, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        corner.copy_(L.flip(0, 1))
+        if info.item() or not torch.isfinite(corner.diagonal()).all():
+            return False
+        one = torch.eye(stop - start, dtype=A.dtype, device=A.device)
+        panel.copy_(panel @ torch.linalg.solve_triangular(corner, one, upper=True).T)
+        for top in range(0, start, 2 * CHOLESKY_BLOCK):  # on and above the diagonal
+            rows = slice(top, min(top + 2 * CHOLESKY_BLOCK, start))
+            A[rows, top:start].addmm_(panel[rows], panel[top:].T, alpha=-1)
+        A[stop:, start:stop] = 0
+    return True
 
 
 def row_error(
-    miss: Float[Tensor, "cols rows"], factored: Factor, exact: bool = False
+    miss: Float[Tensor, "cols rows"], factored: Factor, exact: bool = True
 ) -> Float[Tensor, " rows"]:
-    """``miss^T H miss`` row by row, ``H`` not damped, as ``|U^T miss|^2 - damp |miss|^2``.
+    """``miss^T (H + damp I) miss`` row by row, as ``|U^T miss|^2``; in float32 at least.
 
-    ``U`` is triangular, so this is half the work of a product with ``H``. Unless ``exact``,
-    it may run on bfloat16 units: :func:`worse_than` knows how far off that can be.
+    ``U`` is triangular, so this is half the work of a product with ``H``. Unless ``exact``, the
+    product may run in bfloat16: see :func:`surely_less`.
     """
-    U, columns = factored.U, miss.shape[0]
-    damped = miss.new_zeros(miss.shape[1])
+    columns, rows = miss.shape
+    N = factored.N
+    if not exact and N.dtype == torch.float32 and fast_bfloat16(N.device):
+        N, miss = N.bfloat16(), miss.bfloat16()
+    else:
+        miss = miss.to(N.dtype)
+    total = torch.zeros(rows, dtype=factored.N.dtype, device=miss.device)
     tile = max(256, columns // 8)
-    with reduced_precision(not exact):
-        for start in range(0, columns, tile):
-            stop = min(start + tile, columns)
-            damped += (U[:stop, start:stop].T @ miss[:stop]).square_().sum(0)
-    return damped.sub_(miss.square().sum(0), alpha=factored.damp).clamp_(min=0)
+    for start in range(0, columns, tile):
+        stop = min(start + tile, columns)
+        product = (N[:stop, start:stop].T @ miss[:stop]).to(total.dtype)
+        total += factored.pivots[start:stop].square() @ product.square_()
+    return total
 
 
-def worse_than(
-    error: Float[Tensor, " rows"], other_miss: Float[Tensor, "cols rows"], factored: Factor
-) -> tuple[Tensor, Float[Tensor, " rows"]]:
-    """The rows whose ``error`` is above that of ``other_miss``, and that other error.
+def output_energy(
+    weight: Float[Tensor, "rows cols"], H: Float[Tensor, "cols cols"]
+) -> Float[Tensor, " rows"]:
+    """``W H W^T`` row by row: the mean square of the layer's output per token.
 
-    The other error is first computed in reduced precision: rounding both factors to 8 bits moves
-    the norm ``|U^T miss|`` by about ``2^-9 sqrt(sum_j miss_j^2 H_jj)``. Rows where four times as
-    much could change the answer are computed again in full precision.
+    In bfloat16 where that is fast: its rounding averages out to less than 1e-3 of the sum.
     """
-    other = row_error(other_miss, factored)
-    spread = (factored.U.square().sum(1)[:, None] * other_miss.square()).sum(0)
-    damped = other + factored.damp * other_miss.square().sum(0)
-    least = (damped.sqrt() - 4 * 2**-9 * spread.sqrt()).clamp_(min=0).square() - (damped - other)
-    unsure = torch.nonzero(error >= least).flatten()
-    if unsure.numel():
-        other[unsure] = row_error(other_miss[:, unsure], factored, exact=True)
-    return torch.nonzero(error > other).flatten(), other
+    total = torch.zeros(len(weight), dtype=H.dtype, device=H.device)
+    quick = H.dtype == torch.float32 and fast_bfloat16(H.device)
+    W = weight.to(torch.bfloat16 if quick else H.dtype)
+    for start in range(0, len(H), TILE):  # on and above the diagonal; what is above counts twice
+        stop = min(start + TILE, len(H))
+        tile = 2 * H[:stop, start:stop]
+        tile[start:] /= 2
+        product = W[:, :stop] @ tile.to(W.dtype)
+        total += (product.to(H.dtype) * W[:, start:stop]).sum(1)
+    return total
+
+
+def weighted_squares(
+    weights: Float[Tensor, "kinds cols"], miss: Float[Tensor, "cols rows"]
+) -> Float[Tensor, "kinds rows"]:
+    """``weights @ miss^2``, a few columns at a time: a large temporary costs more than the sum."""
+    total = weights.new_zeros(len(weights), miss.shape[1])
+    for start in range(0, miss.shape[0], 128):
+        part = miss[start : start + 128].to(weights.dtype)
+        total += weights[:, start : start + 128] @ part.square()
+    return total
+
+
+def surely_less(
+    error: Float[Tensor, " rows"],
+    damped: Float[Tensor, " rows"],
+    miss: Float[Tensor, "cols rows"],
+    factored: Factor,
+) -> tuple[Bool[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Whether ``error`` is below the error of ``miss``, given :func:`row_error` in bfloat16.
+
+    Also returns that error, undamped. Rounding both factors of ``U^T miss`` to 8 bits moves its
+    norm by about ``2^-9 sqrt(sum_j miss_j^2 (H + damp I)_jj)``; what four times as much could
+    change is not sure.
+    """
+    kinds = torch.stack([torch.ones_like(factored.diagonal), factored.diagonal])
+    norm, spread = weighted_squares(kinds, miss)
+    other = damped - factored.damp * norm
+    least = (damped.sqrt() - 4 * 2**-9 * spread.sqrt()).clamp_(min=0).square_()
+    return error < least - factored.damp * norm, other.clamp_(min=0)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a bfloat16 product is faster than a float32 one."""
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from optq.core.clock import elapsed
 from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import check_percdamp, factor, row_error, worse_than
+from optq.core.hessian import Factor, check_percdamp, factor, row_error
 from optq.core.obs import eliminate
-from optq.core.rtn import round_columns, working_copy
+from optq.core.rtn import nearest, round_groups, working_copy
 from optq.core.solution import Solution, group_index
 
 ENTRIES_AT_ONCE = 2**26  # of the rows' inverse Hessians: 256 MB in float32
@@ -57,40 +57,37 @@ class OBQ:
         start = time.perf_counter()
         columns, grid = H.shape[0], self.grid
         factored = factor(H, self.percdamp)
-        inverse = torch.cholesky_inverse(factored.U.flip(0, 1), upper=False).flip(0, 1)
+        inverse = torch.cholesky_inverse(factored.U.flip(0, 1)).flip(0, 1)
         factor_seconds = elapsed(start, H)
 
         start = time.perf_counter()
         W = working_copy(weight, factored.dead)
         group = group_index(columns, grid.width(columns), H.device)
-        scale, zero = grid.fit_all(W, storage)
+        rounded = round_groups(W, group, grid, storage)
+        scale, zero = rounded.scale[group], rounded.zero[group]  # of each weight
         at_once = max(1, ENTRIES_AT_ONCE // columns**2)
         steps = torch.cat(
             [
-                _greedy(rows, inverse, each_scale, each_zero, grid.levels)
-                for rows, each_scale, each_zero in zip(
-                    W.T.split(at_once),
-                    scale[group].T.split(at_once),
-                    zero[group].T.split(at_once),
-                    strict=True,
-                )
+                _greedy(w, s, z, inverse, grid.levels)
+                for w, s, z in zip(*(x.T.split(at_once) for x in (W, scale, zero)), strict=True)
             ]
         ).T
-        error = row_error(W - steps * scale[group], factored, exact=True)
-        rounded = round_columns(W, scale, zero, group, grid.levels)
-        worse, rtn_error = worse_than(error, W - rounded * scale[group], factored)
-        steps[:, worse] = rounded[:, worse]
+        miss = W - steps * scale
+        error = _undamped(miss, factored)
+        rtn_error = _undamped(rounded.miss, factored)
+        codes = (steps + zero).to(torch.uint8)
+        worse = (error > rtn_error).nonzero().flatten()
+        codes[:, worse] = rounded.codes[:, worse]
         error[worse] = rtn_error[worse]
         return Solution(
             wbits=self.wbits,
             sym=self.sym,
-            codes=(steps + zero[group]).to(torch.uint8).T.contiguous(),
-            scales=scale.T.contiguous(),
-            zeros=zero.to(torch.uint8).T.contiguous(),
+            codes=codes.T.contiguous(),
+            scales=rounded.scale.T.contiguous(),
+            zeros=rounded.zero.to(torch.uint8).T.contiguous(),
             g_idx=group,
             error=error,
             rtn_error=rtn_error,
-            energy=row_error(W, factored),
             damp=factored.damp,
             damp_tries=factored.tries,
             dead=int(factored.dead.sum()),
@@ -99,11 +96,15 @@ class OBQ:
         )
 
 
+def _undamped(miss: Float[Tensor, "cols rows"], factored: Factor) -> Float[Tensor, " rows"]:
+    return (row_error(miss, factored) - factored.damp * miss.square().sum(0)).clamp_(min=0)
+
+
 def _greedy(
     W: Float[Tensor, "rows cols"],
-    inverse: Float[Tensor, "cols cols"],
     scale: Float[Tensor, "rows cols"],
     zero: Float[Tensor, "rows cols"],
+    inverse: Float[Tensor, "cols cols"],
     levels: int,
 ) -> Float[Tensor, "rows cols"]:
     """The steps from zero ``c - z`` of every weight, each row in its own order."""
@@ -114,13 +115,13 @@ def _greedy(
     steps = torch.empty_like(W)
     left = torch.ones_like(W, dtype=torch.bool)
     for _ in range(columns):
-        nearest = torch.clamp((W / scale).round_(), -zero, levels - zero)
+        closest = nearest(W, scale, -zero, levels - zero)
         pivots = inverses.diagonal(dim1=1, dim2=2)
-        cost = (nearest * scale - W).square_() / pivots
+        cost = (closest * scale - W).square_() / pivots
         p = cost.masked_fill_(~left, torch.inf).argmin(1)
-        steps[each, p] = nearest[each, p]
+        steps[each, p] = closest[each, p]
         left[each, p] = False
-        miss = W[each, p] - (nearest * scale)[each, p]
+        miss = W[each, p] - (closest * scale)[each, p]
         W -= (miss / pivots[each, p])[:, None] * inverses[each, :, p]
         eliminate(inverses, p)
     return steps

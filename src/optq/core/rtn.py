@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
@@ -44,22 +44,18 @@ class RTN:
         start = time.perf_counter()
         dead = find_dead(H)
         W = working_copy(weight, dead)
-        grid, columns = self.grid, W.shape[0]
-        scale, zero = grid.fit_all(W, storage)
-        group = group_index(columns, grid.width(columns), W.device)
-        steps = round_columns(W, scale, zero, group, grid.levels)
-        miss = W - steps * scale[group]
-        error = (miss * (H @ miss)).sum(0).clamp_(min=0)
+        group = group_index(len(W), self.grid.width(len(W)), W.device)
+        rounded = round_groups(W, group, self.grid, storage)
+        error = (rounded.miss * (H @ rounded.miss)).sum(0).clamp_(min=0)
         return Solution(
             wbits=self.wbits,
             sym=self.sym,
-            codes=(steps + zero[group]).to(torch.uint8).T.contiguous(),
-            scales=scale.T.contiguous(),
-            zeros=zero.to(torch.uint8).T.contiguous(),
+            codes=rounded.codes.T.contiguous(),
+            scales=rounded.scale.T.contiguous(),
+            zeros=rounded.zero.to(torch.uint8).T.contiguous(),
             g_idx=group,
             error=error,
             rtn_error=error,
-            energy=(W * (H @ W)).sum(0),
             dead=int(dead.sum()),
             seconds={"factor": 0.0, "solve": elapsed(start, W)},
         )
@@ -73,13 +69,49 @@ def working_copy(weight: Tensor, dead: Tensor) -> Float[Tensor, "cols rows"]:
     return W
 
 
-def round_columns(
+@dataclass(frozen=True)
+class Rounded:
+    """Every weight on the nearest value of its own grid; transposed, as the solvers hold it."""
+
+    codes: UInt8[Tensor, "cols rows"]
+    scale: Float[Tensor, "groups rows"]
+    zero: Float[Tensor, "groups rows"]
+    miss: Float[Tensor, "cols rows"]  # W - Q
+
+
+def round_groups(
     W: Float[Tensor, "cols rows"],
-    scale: Float[Tensor, "groups rows"],
-    zero: Float[Tensor, "groups rows"],
-    group: Tensor,
-    levels: int,
-) -> Float[Tensor, "cols rows"]:
+    group: Int[Tensor, " cols"],
+    grid: GridSpec,
+    storage: Storage,
+    miss_dtype: torch.dtype | None = None,
+) -> Rounded:
+    """Fit a grid to each group of columns, and round; group by group, to stay in the cache."""
+    groups = int(group.max()) + 1
+    scale, zero = W.new_empty(groups, W.shape[1]), W.new_empty(groups, W.shape[1])
+    codes = torch.empty_like(W, dtype=torch.uint8)
+    miss = torch.empty_like(W, dtype=miss_dtype)
+    for index, columns in enumerate(members(group)):
+        part = W[columns]
+        scale[index], zero[index] = grid.fit(part, storage)
+        steps = nearest(part, scale[index], -zero[index], grid.levels - zero[index])
+        codes[columns] = (steps + zero[index]).to(torch.uint8)
+        miss[columns] = (part - steps.mul_(scale[index])).to(miss.dtype)
+    return Rounded(codes, scale, zero, miss)
+
+
+def members(group: Int[Tensor, " cols"]) -> list[slice | Tensor]:
+    """The columns of each group: a slice where they are consecutive."""
+    found: list[slice | Tensor] = []
+    for index in range(int(group.max()) + 1):
+        columns = (group == index).nonzero().flatten()
+        first, last = int(columns[0]), int(columns[-1])
+        consecutive = last - first + 1 == len(columns)
+        found.append(slice(first, last + 1) if consecutive else columns)
+    return found
+
+
+def nearest(weight: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """The steps from zero, ``c - z``, of the value nearest to each weight."""
-    steps = (W / scale[group]).round_()
-    return torch.clamp(steps, -zero[group], levels - zero[group], out=steps)
+    steps = (weight / scale).round_()
+    return torch.clamp(steps, lowest, highest, out=steps)

@@ -14,8 +14,7 @@ class Solution:
     """One layer, or the stacked layers of one site, on their grids.
 
     ``error`` is ``(W - Q) H (W - Q)^T`` row by row with ``H`` not damped: the mean squared output
-    error per token; ``rtn_error`` the same of round-to-nearest on a grid with the same options,
-    ``energy`` the same of ``Q = 0``, which relates an error to the layer's output.
+    error per token; ``rtn_error`` the same of round-to-nearest on a grid with the same options.
     """
 
     wbits: int
@@ -26,7 +25,6 @@ class Solution:
     g_idx: Int[Tensor, " cols"]  # int32: the group of each column
     error: Float[Tensor, " rows"]
     rtn_error: Float[Tensor, " rows"]
-    energy: Float[Tensor, " rows"]
     damp: float = 0.0  # the d of H + d I that was used
     damp_tries: int = 0  # factorizations that failed before it
     dead: int = 0  # input columns that are always zero
@@ -53,7 +51,6 @@ class Solution:
                     zeros=self.zeros[part],
                     error=self.error[part],
                     rtn_error=self.rtn_error[part],
-                    energy=self.energy[part],
                 )
             )
         return parts

@@ -66,11 +66,19 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """All texts as one row of ids, each text ended by the end-of-text token."""
-    end = tokenizer.eos_token_id
-    ids = tokenizer(texts, verbose=False)["input_ids"]
-    return torch.tensor([token for text in ids for token in (*text, end)])
+def prepare(out: Path) -> tuple[PreTrainedTokenizerFast, Tensor]:
+    """The tokenizer and the training text as one row of ids, each file ended by end-of-text."""
+    if (out / "stream.pt").exists():
+        return PreTrainedTokenizerFast.from_pretrained(out), torch.load(out / "stream.pt")
+    files = corpus.training_files()
+    texts = [path.read_text(encoding="utf-8") + END_OF_TEXT for path in files]
+    tokenizer = train_tokenizer(texts)
+    tokenizer.save_pretrained(out)
+    repeats = [1 if {"test", "tests"} & {*path.parts} else LIBRARY_REPEATS for path in files]
+    ids = [torch.tensor(text) for text in tokenizer(texts, verbose=False)["input_ids"]]
+    stream = torch.cat([text for text, times in zip(ids, repeats, strict=True) for _ in range(times)])
+    torch.save(stream, out / "stream.pt")
+    return tokenizer, stream
 
 
 class Batches:
@@ -129,12 +137,8 @@ def train(out: Path, steps: int, seed: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    files = corpus.training_files()
-    texts = [path.read_text(encoding="utf-8") for path in files]
-    library = [t for t, p in zip(texts, files, strict=True) if not {"test", "tests"} & {*p.parts}]
-    tokenizer = train_tokenizer(texts)
-    tokenizer.save_pretrained(out)
-    batches = Batches(token_stream(tokenizer, texts + library * (LIBRARY_REPEATS - 1)), seed)
+    tokenizer, stream = prepare(out)
+    batches = Batches(stream, seed)
     held_out = torch.tensor(tokenizer(corpus.evaluation_text(), verbose=False)["input_ids"])
 
     model = LlamaForCausalLM(

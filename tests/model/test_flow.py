@@ -1,0 +1,656 @@
+"""The calibration flow against plain forwards, hooks and float64: on the zoo and on odd models."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import zoo
+from greenlet import getcurrent, greenlet
+from torch import nn
+from transformers import DynamicCache
+
+from optq.core.hessian import reduced_precision
+from optq.core.rtn import RTN
+from optq.errors import ModelError, NumericsError
+from optq.model.blocks import find_blocks
+from optq.model.flow import Flow, _Batch
+
+CPU = torch.device("cpu")
+WIDTH = 32
+BRANCH = 7  # the token that takes another way in models that branch
+
+
+class Run:
+    """One run of the flow, and all that a bystander can see of it."""
+
+    def __init__(self, model, batches, solve=None, propagate=False, skip=None, **options):
+        self.model, self.batches = model, batches
+        self.blocks = find_blocks(model, skip)
+        self.sites, self.inputs, self.finished = [], [], []
+        self.outcomes = {}  # (kind, first sample) -> what the head would have read
+        self.forwards = [0] * len(self.blocks)
+        self.own_solve = solve
+        self.flow = Flow(
+            model,
+            self.blocks,
+            batches,
+            CPU,
+            self._solve,
+            self.finished.append,
+            propagate,
+            **options,
+        )
+        handles = [model.get_output_embeddings().register_forward_pre_hook(self._at_head)]
+        for block in self.blocks:
+            handles.append(block.module.register_forward_pre_hook(self._at_block(block.index)))
+        try:
+            self.flow.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _solve(self, site, inputs):
+        self.sites.append(site)
+        self.inputs.append(inputs)
+        if self.own_solve is not None:
+            self.own_solve(site, inputs)
+        else:
+            quantize(site, inputs)
+
+    def _at_head(self, module, args):
+        batch = getcurrent()
+        self.outcomes[batch.kind, batch.first_sample] = args[0].detach().clone()
+
+    def _at_block(self, index):
+        def hook(module, args):
+            self.forwards[index] += 1
+
+        return hook
+
+    def site_names(self, index):
+        block = self.blocks[index]
+        return tuple(
+            tuple(layer.name.removeprefix(block.name + ".") for layer in site.layers)
+            for site in self.sites
+            if site.block is block
+        )
+
+
+def quantize(site, inputs):
+    for layer in site.layers:
+        layer.put(RTN(3).solve(layer.weight.float(), inputs.H).weight)
+
+
+def at_head(model, ids):
+    """What the output embedding reads in a plain forward."""
+    seen = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone())
+    )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+def hook_count(model):
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+def living_batches():
+    gc.collect()
+    return [o for o in gc.get_objects() if type(o) is _Batch and o and not o.dead]
+
+
+def check_outcomes(run, original=None):
+    start = 0
+    for ids in run.batches:
+        assert torch.equal(run.outcomes["quantized", start], at_head(run.model, ids))
+        if original is not None:
+            assert torch.equal(run.outcomes["full", start], at_head(original, ids))
+        start += len(ids)
+
+
+BATCHES = [zoo.token_ids(2, 24), zoo.token_ids(1, 24, seed=1)]
+every_model = pytest.mark.parametrize("row", zoo.ROWS + zoo.MULTIMODAL, ids=lambda row: row.name)
+
+
+@every_model
+def test_one_pass_gives_the_sites_and_the_bits_of_a_plain_forward(row):
+    model = row.build()
+    before = copy.deepcopy(model)
+    hooks = hook_count(model)
+    run = Run(model, BATCHES)
+    assert hook_count(model) == hooks and not living_batches()
+    assert [block.name for block in run.finished] == [block.name for block in run.blocks]
+
+    for block in run.blocks:
+        assert block.name == f"{row.blocks}.{block.index}"
+        assert run.site_names(block.index) == row.sites_of(block.index)
+        unsolved = [layer.name for layer in block.layers if not layer.solved]
+        assert unsolved == [f"{block.name}.{name}" for name in row.never_called]
+        assert all(layer.calls == int(layer.solved) for layer in block.layers)
+    assert run.forwards == [len(BATCHES) + 1] * len(run.blocks)  # and the one-sample dry run
+    assert run.flow.passes == [len(BATCHES)] * len(run.blocks)
+    assert all(inputs.tokens == 3 * 24 and inputs.cross is None for inputs in run.inputs)
+    check_outcomes(run)
+    start = ("quantized", 0)
+    assert not torch.equal(run.outcomes[start], at_head(before, BATCHES[0])), "not quantized"
+
+
+@every_model
+def test_two_streams_are_the_quantized_and_the_untouched_model(row):
+    model = row.build()
+    original = copy.deepcopy(model)
+    run = Run(model, BATCHES, propagate=True)
+    for block in run.blocks:
+        assert run.site_names(block.index) == row.sites_of(block.index)
+    assert run.flow.passes == [2 * len(BATCHES)] * len(run.blocks)
+    assert run.forwards == [2 * len(BATCHES) + 1] * len(run.blocks)
+    check_outcomes(run, original)
+    assert all(layer.original is None for block in run.blocks for layer in block.layers)
+    assert not living_batches()
+    # Up to the first quantized site both streams read the same: there the two products agree.
+    first, last = run.inputs[0], run.inputs[-1]
+    torch.testing.assert_close(first.cross, first.H, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(last.cross, last.H, rtol=1e-3, atol=1e-3)
+
+
+# Synthetic models, for what the zoo does not exercise.
+
+
+def linear():
+    return nn.Linear(WIDTH, WIDTH, bias=False)
+
+
+class Decoder(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.embed = nn.Embedding(64, WIDTH)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        for block in self.blocks:
+            h = block(h, ids)
+        return h
+
+
+class Tiny(nn.Module):
+    def __init__(self, *blocks, around=None):
+        super().__init__()
+        self.decoder = Decoder(blocks)
+        self.head = nn.Linear(WIDTH, 64, bias=False)
+
+    def get_decoder(self):
+        return self.decoder
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache):
+        assert use_cache is False
+        return self.head(self.decoder(input_ids))
+
+
+class Block(nn.Module):
+    """A block out of a function of itself, its input and the token ids."""
+
+    def __init__(self, act, **modules):
+        super().__init__()
+        self.act = act
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, h, ids):
+        return self.act(self, h, ids)
+
+
+def plain():
+    return Block(lambda self, h, ids: h + self.a(h), a=linear())
+
+
+def ids_of(*rows):
+    return torch.tensor(rows)
+
+
+IDS = [ids_of([1, 2, 3, 4], [5, 6, 8, 9]), ids_of([10, 11, 12, 13])]
+
+
+def test_equal_but_distinct_tensors_are_two_sites():
+    block = Block(lambda self, h, ids: self.a(h) + self.b(h.clone()), a=linear(), b=linear())
+    run = Run(Tiny(block), IDS)
+    assert run.site_names(0) == (("a",), ("b",))
+    assert torch.equal(run.inputs[0].H, run.inputs[1].H)
+    check_outcomes(run)
+
+
+def test_a_tensor_changed_in_place_between_two_readers_is_two_sites():
+    def act(self, h, ids):
+        x = 2 * h
+        first = self.a(x)
+        x.add_(1)
+        return first + self.b(x) + self.c(x)
+
+    run = Run(Tiny(Block(act, a=linear(), b=linear(), c=linear())), IDS)
+    assert run.site_names(0) == (("a",), ("b", "c"))
+    assert not torch.allclose(run.inputs[0].H, run.inputs[1].H)
+    check_outcomes(run)
+
+
+def test_one_tensor_read_again_after_another_site_is_still_one_site():
+    block = Block(
+        lambda self, h, ids: self.a(h) + self.b(self.c(h)) + self.d(h),
+        **{name: linear() for name in "abcd"},
+    )
+    run = Run(Tiny(block), IDS)
+    assert run.site_names(0) == (("a", "c", "d"), ("b",))
+    check_outcomes(run)
+
+
+def test_a_freed_address_used_again_is_another_site():
+    def act(self, h, ids):
+        total = torch.zeros_like(h)
+        for layer in self.layers:
+            x = h * 1.0  # each freed before the next: the allocator gives the same memory
+            total += layer(x)
+            del x
+        return total
+
+    block = Block(act, layers=nn.ModuleList(linear() for _ in range(6)))
+    # Two lists of modules: the outermost one holds the blocks.
+    run = Run(Tiny(block, plain()), IDS)
+    assert run.site_names(0) == tuple((f"layers.{index}",) for index in range(6))
+    check_outcomes(run)
+
+
+def test_keyword_arguments_of_layers_are_read():
+    block = Block(lambda self, h, ids: self.a(input=h) + self.b(h), a=linear(), b=linear())
+    run = Run(Tiny(block), IDS)
+    assert run.site_names(0) == (("a", "b"),)
+
+
+def test_a_layer_belongs_to_its_first_call():
+    block = Block(lambda self, h, ids: self.a(self.b(self.a(h))), a=linear(), b=linear())
+    model = Tiny(block, plain())
+    reads = []
+    handle = block.a.register_forward_pre_hook(
+        lambda module, args: reads.append(args[0]) if getcurrent().kind != "scout" else None
+    )
+    run = Run(model, IDS)
+    handle.remove()
+    assert run.site_names(0) == (("a",), ("b",))
+    assert [layer.calls for layer in run.blocks[0].layers] == [2, 1]
+    assert len(reads) == 2 * len(IDS)
+    assert run.inputs[0].tokens == sum(ids.numel() for ids in IDS)
+    x = model.decoder.embed(torch.cat([ids.flatten() for ids in IDS])).detach()
+    torch.testing.assert_close(run.inputs[0].H, x.T @ x / len(x))
+    check_outcomes(run)
+
+
+def shared_model():
+    shared = linear()
+    blocks = [
+        Block(lambda self, h, ids: h + self.a(self.b(h)), a=linear(), b=shared) for _ in range(3)
+    ]
+    return Tiny(*blocks)
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+def test_a_module_shared_between_blocks_is_solved_once(propagate):
+    model = shared_model()
+    original = copy.deepcopy(model)
+    run = Run(model, IDS, propagate=propagate)
+    assert [run.site_names(i) for i in range(3)] == [(("b",), ("a",)), (("a",),), (("a",),)]
+    assert run.blocks[0].layers[1].calls == 3
+    check_outcomes(run, original if propagate else None)
+
+
+def test_autocast_of_a_forward_does_not_leak():
+    states = []
+
+    def act(self, h, ids):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            states.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            h = self.b(self.a(h))
+            states.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        assert not torch.is_autocast_enabled("cpu")
+        return h.float()
+
+    seen = []
+
+    def solve(site, inputs):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+        quantize(site, inputs)
+
+    blocks = [Block(act, a=linear(), b=linear()) for _ in range(2)]
+    run = Run(Tiny(*blocks), IDS, solve)
+    assert seen == [(False, False)] * 4
+    assert states == [(True, torch.bfloat16)] * len(states) and len(states) == 12
+    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    check_outcomes(run)
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+def test_autocast_around_all_blocks_reads_the_quantized_weights(propagate):
+    """Autocast keeps casts of weights until its outermost region ends: those must not be stale."""
+
+    class Around(Tiny):
+        def forward(self, input_ids, use_cache):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(input_ids, use_cache)
+
+    blocks = [Block(lambda self, h, ids: h + self.b(self.a(h)), a=linear(), b=linear())]
+    model = Around(*blocks, plain())
+    original = copy.deepcopy(model)
+    run = Run(model, IDS, propagate=propagate)
+    check_outcomes(run, original if propagate else None)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_no_gradients_inside_and_the_callers_mode_afterwards():
+    inside = []
+
+    def act(self, h, ids):
+        inside.append(torch.is_grad_enabled() or torch.is_inference_mode_enabled())
+        with torch.enable_grad():
+            y = self.a(h)
+            inside.append(not torch.is_grad_enabled())
+        inside.append(torch.is_grad_enabled())
+        return y.detach()
+
+    grads = []
+    run = Run(
+        Tiny(Block(act, a=linear()), plain()),
+        IDS,
+        lambda site, inputs: grads.append(torch.is_grad_enabled()) or quantize(site, inputs),
+    )
+    assert not any(inside) and not any(grads) and torch.is_grad_enabled()
+    assert not run.outcomes["quantized", 0].requires_grad
+
+
+def test_matmul_precision_stays_the_callers():
+    with reduced_precision(False):
+        before = torch.get_float32_matmul_precision()
+        Run(Tiny(plain()), IDS)
+        assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_live_cache_is_refused():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = linear()
+
+        def forward(self, h, ids, past=None):
+            return self.a(h)
+
+    class Model(Tiny):
+        def forward(self, input_ids, use_cache):
+            h = self.decoder.embed(input_ids)
+            for block in self.decoder.blocks:
+                h = block(h, input_ids, past=DynamicCache())
+            return self.head(h)
+
+    model = Model(Caching(), Caching())
+    with pytest.raises(ModelError, match=r"decoder\.blocks\.0 is given a key-value cache"):
+        Run(model, IDS)
+    assert hook_count(model) == 0 and not living_batches()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("solver"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.parametrize("when", [0, 3])
+def test_an_error_in_solve_unwinds_every_batch(error, propagate, when):
+    unwound = []
+
+    def act(self, h, ids):
+        try:
+            h = self.b(self.a(h))
+        finally:
+            unwound.append(1)
+        return h
+
+    count = 0
+
+    def solve(site, inputs):
+        nonlocal count
+        if count == when:
+            raise error
+        count += 1
+        quantize(site, inputs)
+
+    model = Tiny(*(Block(act, a=linear(), b=linear()) for _ in range(3)))
+    with pytest.raises(type(error)) as caught:
+        Run(model, IDS, solve, propagate)
+    assert caught.value is error
+    assert hook_count(model) == 0 and not living_batches()
+    batches = len(IDS) * (2 if propagate else 1)
+    # The scout is a block ahead of the batches.
+    assert len(unwound) == (batches + 1) * (1 + when // 2)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("model"), KeyboardInterrupt()], ids=repr)
+def test_an_error_in_a_forward_unwinds_every_batch(error):
+    def act(self, h, ids):
+        if BRANCH in ids:
+            raise error
+        return self.a(h)
+
+    model = Tiny(plain(), Block(act, a=linear()))
+    with pytest.raises(type(error)):
+        Run(model, [*IDS, ids_of([1, 2, BRANCH, 3])])
+    assert hook_count(model) == 0 and not living_batches()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("propagate", [False, True])
+def test_nan_in_an_activation_names_block_layer_and_sample(value, propagate):
+    def act(self, h, ids):
+        x = self.a(h)
+        return self.b(torch.where((ids == BRANCH)[..., None], value, x))
+
+    model = Tiny(plain(), Block(act, a=linear(), b=linear()))
+    batches = [*IDS, ids_of([1, 2, 3, 4], [1, BRANCH, 3, 4])]
+    with pytest.raises(NumericsError) as caught:
+        Run(model, batches, propagate=propagate)
+    assert "decoder.blocks.1.b (block 1)" in caught.value.cause
+    assert "sample 4" in caught.value.cause
+    assert not living_batches() and hook_count(model) == 0
+
+
+def routed(self, h, ids):
+    """Tokens BRANCH go through ``b``, all go through ``a`` and ``c``: the way of an expert."""
+    h = h + self.a(h)
+    chosen = ids == BRANCH
+    if chosen.any():
+        h = h.clone()
+        h[chosen] = self.b(h[chosen])
+    return h + self.c(h)
+
+
+def routed_model():
+    return Tiny(*(Block(routed, a=linear(), b=linear(), c=linear()) for _ in range(2)))
+
+
+WITH_BRANCH = [
+    ids_of([1, 2, BRANCH, 4], [5, 6, 8, 9]),
+    ids_of([1, 2, 3, 4]),
+    ids_of([10, BRANCH, BRANCH, 13]),
+]
+
+
+def test_nan_for_a_routed_token_is_named_too():
+    model = routed_model()
+    with torch.no_grad():
+        model.decoder.embed.weight[BRANCH] = float("nan")
+
+    def act(self, h, ids):
+        chosen = ids == BRANCH
+        if chosen.any():
+            return h + 0 * self.b(h[chosen]).nansum()
+        return h
+
+    # Three tokens of two samples: they do not divide into samples.
+    model.decoder.blocks = nn.ModuleList([Block(act, b=linear()), plain()])
+    with pytest.raises(NumericsError, match=r"decoder\.blocks\.0\.b \(block 0\)"):
+        Run(model, [ids_of([1, BRANCH, BRANCH, 4], [5, 6, BRANCH, 9])])
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+def test_a_batch_that_never_reaches_a_site_holds_nobody_up(propagate):
+    model = routed_model()
+    original = copy.deepcopy(model)
+    run = Run(model, WITH_BRANCH, propagate=propagate)
+    for index in range(2):
+        assert run.site_names(index) == (("a",), ("b",), ("c",))
+    assert [inputs.tokens for inputs in run.inputs] == 2 * [16, 3, 16]
+    check_outcomes(run, original if propagate else None)
+
+
+def test_no_sample_reaches_a_layer():
+    run = Run(routed_model(), IDS)
+    assert [run.site_names(i) for i in range(2)] == [(("a",), ("c",))] * 2
+    assert [layer.solved for layer in run.blocks[0].layers] == [True, False, True]
+    check_outcomes(run)
+
+
+def test_a_site_that_the_scout_did_not_see():
+    """It is solved from the batches that reach it, and what comes after it still sees all."""
+    batches = [IDS[0], *WITH_BRANCH]
+    run = Run(routed_model(), batches)
+    for index in range(2):
+        assert sorted(run.site_names(index)) == [("a",), ("b",), ("c",)]
+    tokens = {
+        layer.name: inputs.tokens
+        for site, inputs in zip(run.sites, run.inputs, strict=True)
+        for layer in site.layers
+    }
+    for index in range(2):
+        assert tokens[f"decoder.blocks.{index}.a"] == 24
+        assert tokens[f"decoder.blocks.{index}.b"] == 3
+        assert tokens[f"decoder.blocks.{index}.c"] == 24, "a batch at a late site was left out"
+    check_outcomes(run)
+
+
+def test_a_layer_that_only_the_full_precision_stream_reaches_is_not_solved():
+    """Without inputs of the quantized model there is nothing to solve it from."""
+
+    def act(self, h, ids):
+        x = self.a(h)
+        return self.c(self.b(h) if x.abs().sum() > 0 else h)
+
+    def solve(site, inputs):
+        assert inputs.tokens > 0
+        for layer in site.layers:
+            layer.put(torch.zeros_like(layer.weight))
+
+    block = Block(act, a=linear(), b=linear(), c=linear())
+    run = Run(Tiny(block), IDS, solve, propagate=True)
+    assert [layer.solved for layer in run.blocks[0].layers] == [True, False, True]
+
+
+def test_a_site_whose_layers_part_for_some_samples_is_refused():
+    def act(self, h, ids):
+        return self.a(h) + self.b(h.clone() if BRANCH in ids else h)
+
+    with pytest.raises(ModelError, match=r"blocks\.0\.b reads another tensor than .*blocks\.0\.a"):
+        Run(Tiny(Block(act, a=linear(), b=linear())), [IDS[0], ids_of([1, BRANCH])])
+
+
+def test_a_block_called_again_after_others_is_refused():
+    class Loop(Tiny):
+        def forward(self, input_ids, use_cache):
+            h = self.decoder(input_ids)
+            for block in self.decoder.blocks:
+                h = block(h, input_ids)
+            return self.head(h)
+
+    model = Loop(plain(), plain())
+    with pytest.raises(ModelError, match=r"decoder\.blocks\.0 is called again"):
+        Run(model, IDS)
+    assert not living_batches()
+
+
+def test_a_model_that_rescales_its_weights_is_refused():
+    row = next(row for row in zoo.REFUSED if row.name == "rwkv")
+    model = row.build()
+    with pytest.raises(ModelError, match="the model changes .* while it runs"):
+        Run(model, BATCHES)
+    assert hook_count(model) == 0 and not living_batches()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "llama_bfloat16"])
+@pytest.mark.parametrize("propagate", [False, True])
+def test_the_hessian_is_that_of_the_inputs(name, propagate):
+    model = next(row for row in zoo.ROWS if row.name == name).build()
+    reads = {}
+
+    def watch(layer):
+        def hook(module, args):
+            kind = getcurrent().kind
+            if kind != "scout":
+                x = args[0].detach().double().reshape(-1, args[0].shape[-1])
+                reads.setdefault((layer.name, kind), []).append(x)
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_pre_hook(watch(layer))
+        for block in find_blocks(model)
+        for layer in block.layers
+    ]
+    run = Run(model, BATCHES, propagate=propagate)
+    for handle in handles:
+        handle.remove()
+    for site, inputs in zip(run.sites, run.inputs, strict=True):
+        for layer in site.layers:
+            X = torch.cat(reads[layer.name, "quantized"])
+            assert inputs.tokens == len(X) == 72
+            exact = X.T @ X / len(X)
+            size = exact.diagonal().mean()
+            assert inputs.H.dtype == torch.float32 and torch.equal(inputs.H, inputs.H.T)
+            assert (inputs.H - exact).abs().max() < 1e-5 * size
+            if propagate:
+                full = torch.cat(reads[layer.name, "full"])
+                assert (inputs.cross - full.T @ X / len(X)).abs().max() < 1e-5 * size
+
+
+def test_skipped_layers_are_left_alone():
+    row = next(row for row in zoo.ROWS if row.name == "llama")
+    model = row.build()
+    before = copy.deepcopy(model)
+    run = Run(model, BATCHES, skip=r"k_proj|layers\.0\.mlp\.down")
+    qv = ("self_attn.q_proj", "self_attn.v_proj")
+    assert run.site_names(0) == (qv, *row.sites[1:3])
+    assert run.site_names(1) == (qv, *row.sites[1:])
+    for name, parameter in model.named_parameters():
+        touched = any(
+            name == f"{layer.name}.weight" for block in run.blocks for layer in block.layers
+        )
+        assert touched != torch.equal(parameter, before.get_parameter(name)), name
+    check_outcomes(run)
+
+
+def test_strides_of_weights_stay():
+    model = next(row for row in zoo.ROWS if row.name == "gpt2").build()
+    before = {name: (p.stride(), p.data_ptr()) for name, p in model.named_parameters()}
+    Run(model, BATCHES)
+    assert {name: (p.stride(), p.data_ptr()) for name, p in model.named_parameters()} == before
+
+
+def test_hooks_do_nothing_outside_the_flow():
+    """Another greenlet, or none, may use the model while the flow's hooks are on it."""
+    model = Tiny(plain(), plain())
+    seen = []
+
+    def solve(site, inputs):
+        seen.append(model(input_ids=IDS[0], use_cache=False))
+        seen.append(greenlet(lambda: model(input_ids=IDS[0], use_cache=False)).switch())
+
+    run = Run(model, IDS, solve)
+    assert len(seen) == 4 and torch.equal(seen[0], seen[1])
+    check_outcomes(run)
