@@ -245,9 +245,7 @@ def inspect(
     if as_json:
         _print_json(what)
         return
-    tables.facts({name: str(value) for name, value in what.items() if name != "layers"})
-    if what["layers"]:
-        tables.layers(what["layers"])
+    tables.checkpoint(what)
 
 
 def _quantizer(method: str, wbits: int, groupsize: int, options: dict[str, Any]) -> Quantizer:

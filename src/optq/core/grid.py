@@ -46,12 +46,14 @@ class Storage:
 
     def round(self, scale: Tensor) -> Tensor:
         """The stored value nearest to each scale; never 0 and never infinite."""
-        for dtype in sorted(self.scale_dtypes, key=lambda d: torch.finfo(d).eps, reverse=True):
+        limits = sorted(map(torch.finfo, self.scale_dtypes), key=lambda limit: limit.eps)
+        if limits:  # the largest value of one dtype need not be exact in another
+            scale = scale.clamp(max=min(limit.max for limit in limits) * (1 - limits[-1].eps))
+        for limit in reversed(limits):
             # Coarse mantissa first: what is exact in bfloat16 stays exact in float16, also
             # among its subnormals, but not the other way round.
-            limits = torch.finfo(dtype)
-            scale = scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(dtype)
-            scale = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            scale = scale.clamp(min=limit.smallest_normal * limit.eps)
+            scale = scale.to(getattr(torch, limit.dtype)).to(scale.dtype)
         return scale
 
 

@@ -8,13 +8,13 @@ significant first; word ``w`` is stream bits ``32w .. 32w + 31``, held as a sign
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int32, Integer, UInt8
 from torch import Tensor
 
 from optq.errors import SettingError
 
 
-def pack(values: Int[Tensor, "count streams"], bits: int) -> Int[Tensor, "words streams"]:
+def pack(values: Integer[Tensor, "count streams"], bits: int) -> Int32[Tensor, "words streams"]:
     """Pack each column of ``values`` (``0 .. 2**bits - 1``) into int32 words, down dimension 0.
 
     Raises ``SettingError`` where ``count * bits`` is not a multiple of 32.
@@ -40,7 +40,7 @@ def pack(values: Int[Tensor, "count streams"], bits: int) -> Int[Tensor, "words 
     return _signed(words & 0xFFFFFFFF).reshape(-1, streams)
 
 
-def unpack(words: Int[Tensor, "words streams"], bits: int) -> Int[Tensor, "count streams"]:
+def unpack(words: Int32[Tensor, "words streams"], bits: int) -> UInt8[Tensor, "count streams"]:
     """The inverse of :func:`pack`, as uint8."""
     streams = words.shape[1]
     period_values = 32 if bits == 3 else 32 // bits

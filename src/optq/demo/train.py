@@ -74,9 +74,10 @@ def prepare(out: Path) -> tuple[PreTrainedTokenizerFast, Tensor]:
     texts = [path.read_text(encoding="utf-8") + END_OF_TEXT for path in files]
     tokenizer = train_tokenizer(texts)
     tokenizer.save_pretrained(out)
-    repeats = [1 if {"test", "tests"} & {*path.parts} else LIBRARY_REPEATS for path in files]
     ids = [torch.tensor(text) for text in tokenizer(texts, verbose=False)["input_ids"]]
-    stream = torch.cat([text for text, times in zip(ids, repeats, strict=True) for _ in range(times)])
+    pairs = zip(ids, files, strict=True)
+    library = [text for text, path in pairs if not {"test", "tests"} & {*path.parts}]
+    stream = torch.cat(ids + library * (LIBRARY_REPEATS - 1))
     torch.save(stream, out / "stream.pt")
     return tokenizer, stream
 

@@ -96,6 +96,7 @@ class Writer:
                 path,
                 metadata={"format": "pt"},
             )
+            path.chmod(0o644)  # safetensors makes it the owner's alone
         self._compare(path)
         self._total += size
         self._shards.append(list(self._pending))

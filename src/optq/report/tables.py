@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 stdout = Console(highlight=False)
+if not stdout.is_terminal:
+    stdout = Console(highlight=False, width=110)  # a file or a pipe has no width of its own
 
 
 def size(count: float) -> str:
@@ -29,6 +31,22 @@ def facts(pairs: Mapping[str, str]) -> None:
     for name, value in pairs.items():
         table.add_row(name, value)
     stdout.print(table)
+
+
+def checkpoint(what: Mapping[str, Any]) -> None:
+    """What :func:`optq.formats.describe.describe` found."""
+    lines = {}
+    for name, value in what.items():
+        if name.endswith("bytes"):
+            lines[name.replace("bytes", "size").replace("_", " ")] = size(value)
+        elif isinstance(value, Mapping):
+            lines[name] = ", ".join(f"{key} {each}" for key, each in value.items())
+        elif name != "layers" and value is not None:
+            lines[name.replace("_", " ")] = str(value)
+    facts(lines)
+    if what["layers"]:
+        stdout.print()
+        layers(what["layers"])
 
 
 def demo(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -77,14 +95,18 @@ def stages(seconds: Mapping[str, float]) -> None:
 def layers(records: Sequence[Mapping[str, Any]]) -> None:
     """Errors by layer; the bar is the relative error, on the scale of the largest."""
     most = max((record["relative_error"] for record in records), default=1.0) or 1.0
+    first, last = (each(record["name"] for record in records).split(".") for each in (min, max))
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    prefix = "".join(f"{part}." for part in first[:same])
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("layer", "rows x cols", "error", "relative", "of rounding's"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+    for name in (f"layer ({prefix}..)", "rows x cols", "error", "relative", "of rounding's"):
+        left = name.startswith("layer")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     table.add_column("")
     for record in records:
         rounding = record["rtn_error"]
         table.add_row(
-            record["name"],
+            record["name"].removeprefix(prefix),
             f"{record['rows']} x {record['cols']}",
             f"{record['error']:.3g}",
             f"{record['relative_error']:.2%}",

@@ -1,0 +1,474 @@
+"""Checkpoints on disk: whole, broken, renamed, tied; and models that must be refused."""
+
+import copy
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from optq.errors import ModelError, SettingError
+from optq.model.blocks import find_blocks, release
+from optq.model.flow import Flow
+from optq.model.source import (
+    Checkpoint,
+    disk_names,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    positions,
+    tensor_sizes,
+)
+
+BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=zoo.token_ids(), use_cache=False).logits
+
+
+def saved(name, folder, **options):
+    zoo.save(BY_NAME[name], folder)
+    if options:
+        model = BY_NAME[name].build()
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, **options)
+    return folder
+
+
+def as_bin(folder, shards=1, **options):
+    """Turn the folder's weights into what ``torch.save`` writes."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin", **options)
+        return folder
+    names, where = sorted(state), {}
+    for index in range(shards):
+        file = f"pytorch_model-{index + 1:05}-of-{shards:05}.bin"
+        members = names[index::shards]
+        torch.save({name: state[name] for name in members}, folder / file, **options)
+        where |= dict.fromkeys(members, file)
+    text = json.dumps({"metadata": {}, "weight_map": where})
+    (folder / "pytorch_model.bin.index.json").write_text(text)
+    return folder
+
+
+def check_reads(folder, name="llama"):
+    """All tensors are there, and the model is that of the table."""
+    checkpoint = Checkpoint.open(str(folder))
+    model = load_model(checkpoint)
+    assert torch.equal(logits(model), logits(BY_NAME[name].build()))
+    tensors = dict(checkpoint.tensors())
+    assert tensors.keys() == checkpoint.files.keys()
+    assert tensor_sizes(checkpoint) == {name: t.nbytes for name, t in tensors.items()}
+    two = sorted(tensors)[:2]
+    for name, tensor in checkpoint.tensors(two):
+        assert torch.equal(tensor, tensors[name])
+    return checkpoint, model
+
+
+def test_one_file(tmp_path):
+    checkpoint, model = check_reads(saved("llama", tmp_path))
+    assert set(checkpoint.files.values()) == {"model.safetensors"}
+    assert not model.training and model.dtype == torch.float32
+    assert [path.name for path in checkpoint.companions()] == [
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert load_tokenizer(checkpoint)("the").input_ids
+
+
+def test_sharded_files(tmp_path):
+    checkpoint, _ = check_reads(saved("llama", tmp_path, max_shard_size="100KB"))
+    assert len(set(checkpoint.files.values())) > 2
+    assert "model.safetensors.index.json" not in [p.name for p in checkpoint.companions()]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_files_of_torch_save(tmp_path, shards, zipped):
+    folder = as_bin(saved("llama", tmp_path), shards, _use_new_zipfile_serialization=zipped)
+    checkpoint, _ = check_reads(folder)
+    assert len(set(checkpoint.files.values())) == shards
+
+
+def test_the_dtype_is_the_checkpoints(tmp_path):
+    _, model = check_reads(saved("llama_bfloat16", tmp_path), "llama_bfloat16")
+    assert model.dtype == torch.bfloat16
+
+
+def test_home_and_relative_paths(tmp_path, monkeypatch):
+    saved("llama", tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert Checkpoint.open("~/model").files
+    monkeypatch.chdir(tmp_path)
+    assert Checkpoint.open("model").files
+
+
+def shard_of(folder):
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def refusal(folder):
+    """How opening or else loading the folder is refused, as the two lines of the command."""
+    with pytest.raises(ModelError) as caught:
+        load_model(Checkpoint.open(str(folder)))
+    assert "\n" not in caught.value.cause and "\n" not in caught.value.remedy
+    return caught.value.cause
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = saved("llama", tmp_path, max_shard_size="100KB")
+    shard = shard_of(folder)
+    shard.unlink()
+    assert f"{shard} is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_missing_bin_shard_is_named(tmp_path, zipped):
+    folder = as_bin(saved("llama", tmp_path), 2, _use_new_zipfile_serialization=zipped)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    assert "pytorch_model-00002-of-00002.bin is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "damage", [halve, lambda p: p.write_bytes(b""), lambda p: p.write_text("x" * 99)]
+)
+def test_a_damaged_shard_is_named(tmp_path, damage):
+    folder = saved("llama", tmp_path, max_shard_size="100KB")
+    damage(shard_of(folder))
+    assert f"{shard_of(folder)} is truncated or corrupt" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "damage", [halve, lambda p: p.write_bytes(b""), lambda p: p.write_text("x" * 99)]
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_damaged_bin_is_named(tmp_path, damage, zipped):
+    folder = as_bin(saved("llama", tmp_path), _use_new_zipfile_serialization=zipped)
+    damage(folder / "pytorch_model.bin")
+    assert "pytorch_model.bin is truncated or corrupt" in refusal(folder)
+
+
+def test_a_bin_with_code_in_it_is_not_run(tmp_path):
+    folder = as_bin(saved("llama", tmp_path))
+    mark = tmp_path / "mark"
+
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (mark,)
+
+    torch.save({"x": Attack()}, folder / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refusal(folder)
+    with (folder / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"x": Attack()}, file)
+    assert "pytorch_model.bin" in refusal(folder)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"x": 1}}'],
+)
+def test_a_corrupt_index_is_named(tmp_path, text):
+    folder = saved("llama", tmp_path, max_shard_size="100KB")
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json is not an index" in refusal(folder)
+
+
+def test_no_weights(tmp_path):
+    folder = saved("llama", tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert f"{folder} has no weights" in refusal(folder)
+
+
+def test_no_config(tmp_path):
+    folder = saved("llama", tmp_path)
+    (folder / "config.json").unlink()
+    assert f"{folder} has no config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "null", '"text"'])
+def test_a_config_that_is_not_one(tmp_path, text):
+    folder = saved("llama", tmp_path)
+    (folder / "config.json").write_text(text)
+    assert "config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": None},
+        {"model_type": "no-such-model", "architectures": ["NoSuchForCausalLM"]},
+        {"hidden_size": "wide"},
+        {"architectures": ["NoSuchForCausalLM"]},
+        {"architectures": []},
+    ],
+    ids=str,
+)
+def test_a_config_that_transformers_does_not_know(tmp_path, changes):
+    folder = saved("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
+    if changes == {"architectures": []}:  # the model type says enough
+        check_reads(folder)
+    else:
+        refusal(folder)
+
+
+def test_no_such_folder(tmp_path):
+    assert "nowhere" in refusal(tmp_path / "nowhere")
+
+
+def test_no_such_id_on_a_hub_that_cannot_be_reached():
+    assert "nobody/no-such-model" in refusal("nobody/no-such-model")
+    assert "not a valid id!" in refusal("not a valid id!")
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    folder = saved("llama", tmp_path)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    del state[name]
+    save_file(state, path, metadata={"format": "pt"})
+    assert name in refusal(folder)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(tmp_path):
+    folder = saved("llama", tmp_path)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name] = state[name][:-1].clone()
+    save_file(state, path, metadata={"format": "pt"})
+    refusal(folder)
+
+
+def test_no_tokenizer(tmp_path):
+    folder = saved("llama", tmp_path)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_tokenizer(Checkpoint.open(str(folder)))
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_tokenizer(tmp_path, text):
+    folder = saved("llama", tmp_path)
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_tokenizer(Checkpoint.open(str(folder)))
+
+
+@pytest.mark.parametrize("row", zoo.ROWS + zoo.MULTIMODAL, ids=lambda row: row.name)
+def test_each_weight_of_the_blocks_has_its_name_on_disk(tmp_path, row):
+    folder = zoo.save(row, tmp_path / "model")
+    checkpoint = Checkpoint.open(str(folder))
+    model = load_model(checkpoint)
+    names = disk_names(model, checkpoint.files)
+    assert disk_names(empty_model(checkpoint), checkpoint.files) == names
+    assert len(set(names.values())) == len(names)
+    tensors, state = dict(checkpoint.tensors()), model.state_dict()
+    for in_model, on_disk in names.items():
+        assert torch.equal(tensors[on_disk], state[in_model]), in_model
+    for block in find_blocks(model):
+        for layer in block.layers:
+            assert f"{layer.name}.weight" in names
+    assert torch.equal(logits(model), logits(row.build()))
+
+
+@pytest.mark.parametrize(
+    ("name", "in_model", "on_disk"),
+    [
+        (
+            "llava",
+            "model.language_model.layers.1.mlp.up_proj.weight",
+            "language_model.model.layers.1.mlp.up_proj.weight",
+        ),
+        (
+            "qwen2_vl",
+            "model.language_model.layers.1.mlp.up_proj.weight",
+            "model.layers.1.mlp.up_proj.weight",
+        ),
+        (
+            "gpt2",
+            "transformer.h.1.mlp.c_fc.weight",
+            "transformer.h.1.mlp.c_fc.weight",
+        ),
+    ],
+)
+def test_names_that_differ_on_disk(tmp_path, name, in_model, on_disk):
+    checkpoint = Checkpoint.open(str(saved(name, tmp_path)))
+    assert disk_names(load_model(checkpoint), checkpoint.files)[in_model] == on_disk
+
+
+def test_a_base_models_names(tmp_path):
+    """What GPT-2's own checkpoint does: it was saved without its head, and without a prefix."""
+    folder = saved("gpt2", tmp_path)
+    path = folder / "model.safetensors"
+    state = {n.removeprefix("transformer."): t for n, t in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+    checkpoint, model = check_reads(folder, "gpt2")
+    names = disk_names(model, checkpoint.files)
+    assert names["transformer.h.0.mlp.c_fc.weight"] == "h.0.mlp.c_fc.weight"
+
+
+def test_unused_tensors_on_disk_do_not_disturb(tmp_path):
+    """Old checkpoints hold buffers that newer models do not have."""
+    folder = saved("gpt2", tmp_path)
+    path = folder / "model.safetensors"
+    state = load_file(path) | {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)}
+    save_file(state, path, metadata={"format": "pt"})
+    checkpoint, model = check_reads(folder, "gpt2")
+    assert "transformer.h.0.attn.bias" not in disk_names(model, checkpoint.files)
+
+
+def test_tied_weights_are_one_tensor(tmp_path):
+    checkpoint, model = check_reads(saved("llama_tied", tmp_path), "llama_tied")
+    assert "lm_head.weight" not in checkpoint.files
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_tied_weights_of_torch_save(tmp_path):
+    folder = as_bin(saved("llama_tied", tmp_path))
+    path = folder / "pytorch_model.bin"
+    state = torch.load(path)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, path)
+    checkpoint, model = check_reads(folder, "llama_tied")
+    assert "lm_head.weight" in checkpoint.files
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_positions():
+    expected = {"llama": 64, "gpt2": 64, "llava": 64, "mpt": 64, "bloom": None}
+    found = {name: positions(BY_NAME[name].build()) for name in expected}
+    config = {n: BY_NAME[n].config().get_text_config() for n in expected}
+    for name, value in found.items():
+        if value is not None:
+            assert value in config[name].to_dict().values()
+    assert found["bloom"] is None and found["llama"] is not None
+
+
+REFUSALS = {
+    "bert_masked": ("load", "BertForMaskedLM is not a causal language model"),
+    "bert": ("load", "BertModel is not a causal language model"),
+    "t5": ("load", "T5ForConditionalGeneration is not a causal language model"),
+    "mixtral": ("blocks", "fuses .* experts in one parameter"),
+    "qwen3_moe": ("blocks", "fuses .* experts in one parameter"),
+    "rwkv": ("flow", "the model changes .* while it runs"),
+    "llama_no_blocks": ("blocks", "has no blocks with linear layers"),
+}
+
+
+@pytest.mark.parametrize("row", zoo.REFUSED, ids=lambda row: row.name)
+def test_what_cannot_be_quantized_is_refused_where_it_is_seen(tmp_path, row):
+    stage, message = REFUSALS[row.name]
+    checkpoint = Checkpoint.open(str(zoo.save(row, tmp_path)))
+    reached = "load"
+    with pytest.raises(ModelError, match=message) as caught:
+        model = load_model(checkpoint)
+        reached = "blocks"
+        blocks = find_blocks(model)
+        reached = "flow"
+        device = torch.device("cpu")
+        Flow(model, blocks, [zoo.token_ids()], device, lambda site, inputs: None).run()
+    assert reached == stage
+    assert "\n" not in caught.value.cause and caught.value.remedy
+
+
+def test_skip_must_be_a_regular_expression_that_leaves_something():
+    model = BY_NAME["llama"].build()
+    with pytest.raises(SettingError, match="not a regular expression"):
+        find_blocks(model, "(")
+    with pytest.raises(ModelError, match="leaves no layer"):
+        find_blocks(model, ".")
+    blocks = find_blocks(model, "q_proj")
+    assert not any("q_proj" in layer.name for block in blocks for layer in block.layers)
+    assert all(f"{block.name}.self_attn.q_proj" in block.linears for block in blocks)
+
+
+@pytest.mark.parametrize("row", zoo.ROWS + zoo.MULTIMODAL, ids=lambda row: row.name)
+def test_blocks_and_their_layers_are_found_by_shape(row):
+    model = row.build()
+    blocks = find_blocks(model)
+    members = list(model.get_submodule(row.blocks))
+    assert [block.module for block in blocks] == members
+    assert [block.name for block in blocks] == [f"{row.blocks}.{i}" for i in range(len(members))]
+    for block in blocks:
+        names = [*(name for site in row.sites_of(block.index) for name in site), *row.never_called]
+        found = [layer.name.removeprefix(block.name + ".") for layer in block.layers]
+        assert sorted(found) == sorted(names)
+        assert block.linears == [layer.name for layer in block.layers]
+        for layer in block.layers:
+            wide = layer.module(torch.zeros(1, layer.shape[1], dtype=row.dtype))
+            assert wide.shape[1] == layer.shape[0]
+
+
+def test_release_keeps_what_another_block_shares():
+    model = BY_NAME["llama"].build()
+    blocks = find_blocks(model)
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    blocks = find_blocks(model)
+    whole = copy.deepcopy(model)
+    release(blocks[0], blocks)
+    for name, parameter in model.model.layers[0].named_parameters():
+        kept = whole.model.layers[0].get_parameter(name).numel() if "up_proj" in name else 0
+        assert parameter.numel() == kept, name
+    assert isinstance(model.model.layers[1].mlp.up_proj, nn.Linear)
+
+
+def anonymous_bytes():
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("the system does not say how much memory is anonymous")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs /proc of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc of Linux")
+def test_weights_are_mapped_not_read(tmp_path):
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, vocab_size=128
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    state = {
+        name: torch.full(tuple(p.shape), 0.01, dtype=torch.bfloat16)
+        for name, p in model.named_parameters()
+    }
+    model.config.dtype = torch.bfloat16
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in state.values())
+    assert size > 80 * 2**20
+    del state, model
+
+    checkpoint = Checkpoint.open(str(tmp_path))
+    before = anonymous_bytes()
+    model = load_model(checkpoint)
+    assert anonymous_bytes() - before < size / 4
+    assert sum(tensor_sizes(checkpoint).values()) == size
+    assert anonymous_bytes() - before < size / 4
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("model.layers.0.mlp.up_proj.weight"), weight)
