@@ -37,6 +37,7 @@ def run_once(python: str, script: Path, checkpoint: Path, tokens: Path) -> dict[
             [python, script, *inputs, "--out", Path(scratch) / "out"],
             capture_output=True,
             text=True,
+            cwd=scratch,  # GPTQModel leaves logs where it runs
             check=False,
         )
     if process.returncode:
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".bench"), help="keeps the model")
     args = parser.parse_args()
 
-    checkpoint, tokens = build(args.cache)
+    checkpoint, tokens = build(args.cache.resolve())
     tools = {"optq": (sys.executable, BENCH / "ours.py")}
     for name in ("llmcompressor", "gptqmodel"):
         if python := getattr(args, name):

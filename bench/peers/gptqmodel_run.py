@@ -1,4 +1,8 @@
-"""Quantize the benchmark's model with GPTQModel, under GPTQModel's own Python."""
+"""Quantize the benchmark's model with GPTQModel, under GPTQModel's own Python.
+
+Act-order is off in both its forms, as for every tool. Finished layers stay in memory instead of
+going to disk, and the calibration batch is 8 sequences: the fastest of what its options offer.
+"""
 
 import os
 
@@ -18,7 +22,13 @@ with measurement.seconds("load"):
     model = GPTQModel.load(
         str(args.model),
         QuantizeConfig(
-            bits=4, group_size=128, sym=True, desc_act=False, act_group_aware=False, device="cpu"
+            bits=4,
+            group_size=128,
+            sym=True,
+            desc_act=False,
+            act_group_aware=False,
+            offload_to_disk=False,
+            device="cpu",
         ),
     )
 with measurement.seconds("quantize"):

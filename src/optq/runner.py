@@ -186,6 +186,7 @@ class Runner:
             form.check(layer.name, *layer.shape, self.quantizer.wbits, self.quantizer.groupsize)
         tokens = self._tokens(checkpoint, model)
         work = _Work(self, checkpoint, model, blocks, form)
+        work.seconds["load"] = time.perf_counter() - started
         if self.output is None:
             work.calibrate(tokens, device)
         else:
@@ -265,9 +266,10 @@ class _Work:
                     f"the weight of {layer.name} (block {site.block.index}) holds NaN or infinity",
                     "copy the model again, or train it again",
                 )
-        weight = torch.cat([layer.weight.float() for layer in site.layers])
+        weight = torch.cat([layer.weight for layer in site.layers])
         target = weight
         if self.qep is not None and inputs.cross is not None:
+            weight = weight.float()
             target = self.qep.correct(weight, inputs.H, inputs.cross)
         solution = self.runner.quantizer.solve(target, inputs.H, self.storage)
         if target is not weight:  # errors are the original weight's

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-EASY = ("correlated",)
 HESSIANS = (
     "correlated",
     "diagonal",
     "few tokens",
     "duplicates",
     "ill-conditioned",
+    "far from zero",
     "outlier inputs",
     "dead columns",
     "zero",
@@ -57,6 +57,8 @@ def inputs(kind, cols, rng):
     elif kind == "ill-conditioned":
         basis = np.linalg.qr(rng.normal(size=(cols, cols)))[0]
         X = X / np.sqrt(tokens) @ np.diag(np.logspace(0, -8, cols)) @ basis
+    elif kind == "far from zero":
+        X += 20 * rng.normal(size=cols)
     elif kind == "outlier inputs":
         X[:, some] *= 1e4
     elif kind == "dead columns":

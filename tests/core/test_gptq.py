@@ -211,6 +211,18 @@ def test_every_solution_keeps_its_promises(p, options, sweep, storage, dtype, pe
 
 
 @quick
+@given(problems(), grid_options(), SWEEPS, st.sampled_from((1e-6, 0.01, 1.0)))
+def test_they_are_kept_where_rounding_s_error_is_first_taken_in_bfloat16(p, grid, sweep, percdamp):
+    """As a GPU does, and a CPU with matrix units."""
+    dtype = torch.float32
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("gptq", "hessian"):
+            patch.setattr(f"optq.core.{module}.fast_bfloat16", lambda device: True)
+        solution = GPTQ(percdamp=percdamp, **grid, **sweep).solve(*p.tensors(dtype))
+    check_solution(solution, p, grid, Storage(), dtype)
+
+
+@quick
 @given(problems(), grid_options(), st.sampled_from(STORAGES))
 def test_every_rounded_layer_keeps_them_too(p, options, storage):
     solution = RTN(**options).solve(*p.tensors(torch.float32), storage)

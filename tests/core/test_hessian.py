@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optq.core import hessian
-from optq.core.hessian import Hessian, factor
+from optq.core.hessian import Hessian, factor, output_energy
 from optq.errors import NumericsError
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
@@ -91,7 +91,8 @@ def test_the_factor_multiplies_back_to_the_damped_hessian(p, percdamp):
     f = factor(H, percdamp)
     assert f.damp == pytest.approx(oracles.damping(p.H, percdamp))
     assert f.tries == 0
-    assert torch.equal(f.U, f.U.triu()) and (f.U.diagonal() > 0).all()
+    assert torch.equal(f.U, f.U.triu()) and (f.pivots > 0).all()
+    assert torch.equal(f.U, f.N * f.pivots) and (f.N.diagonal() == 1).all()
     live = ~f.dead
     damped = H + f.damp * torch.eye(len(H), dtype=torch.float64)
     product = f.U @ f.U.T
@@ -99,6 +100,27 @@ def test_the_factor_multiplies_back_to_the_damped_hessian(p, percdamp):
     off = product - torch.diag(product.diagonal())
     assert (off[f.dead] == 0).all()
     assert torch.equal(f.dead, torch.tensor(np.diag(p.H) == 0))
+
+
+@pytest.mark.parametrize("kind", ["correlated", "dead columns"])
+@pytest.mark.parametrize("block", [1, 4, 7])
+def test_a_factor_made_in_blocks_is_the_factor_made_at_once(kind, block, monkeypatch):
+    H = torch.tensor(problem(1, 30, kind, seed=5).H)
+    whole = factor(H, 0.01)
+    monkeypatch.setattr(hessian, "CHOLESKY_BLOCK", block)
+    torch.testing.assert_close(factor(H, 0.01).U, whole.U)
+
+
+@pytest.mark.parametrize("block", [4, 256])
+def test_a_block_that_does_not_factor_damps_the_whole(block, monkeypatch):
+    """Wherever in the matrix the negative direction is."""
+    monkeypatch.setattr(hessian, "CHOLESKY_BLOCK", block)
+    for at in range(12):
+        H = torch.eye(12, dtype=torch.float64)
+        H[at, at] = -0.05
+        f = factor(H, 0.01)
+        assert f.damp == pytest.approx(0.1 * 10.95 / 12)
+        torch.testing.assert_close(f.U @ f.U.T, H + f.damp * torch.eye(12, dtype=torch.float64))
 
 
 def test_factoring_leaves_the_hessian_as_it_was():
@@ -149,6 +171,27 @@ def test_a_hessian_that_is_singular_in_float32_still_factors(kind, percdamp):
         assert f.damp <= H.diagonal().mean().item() * (1 + 1e-6)
         damped = H.double() + f.damp * torch.eye(40, dtype=torch.float64)
         assert relative(f.U.double() @ f.U.double().T, damped) < 1e-5
+
+
+@quick
+@given(problems(), st.sampled_from((3, 1024)))
+def test_the_output_energy_is_the_error_of_no_weights_at_all(p, tile):
+    before, hessian.TILE = hessian.TILE, tile
+    try:
+        energy = output_energy(*p.tensors())
+    finally:
+        hessian.TILE = before
+    expected = oracles.row_errors(p.W, np.zeros_like(p.W), p.H)
+    scale = (np.abs(p.W) @ np.abs(p.H) * np.abs(p.W)).sum(1)
+    assert (np.abs(energy.numpy() - expected) <= 1e-13 * scale).all()
+
+
+def test_the_output_energy_in_bfloat16_is_near_enough_to_divide_by(monkeypatch):
+    monkeypatch.setattr(hessian, "fast_bfloat16", lambda device: True)
+    p = problem(64, 200, seed=6)
+    energy = output_energy(*p.tensors(torch.float32)).sum().item()
+    exact = oracles.row_errors(p.W, np.zeros_like(p.W), p.H).sum()
+    assert energy == pytest.approx(exact, rel=5e-3)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])

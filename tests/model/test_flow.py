@@ -494,10 +494,10 @@ def test_nan_for_a_routed_token_is_named_too():
             return h + 0 * self.b(h[chosen]).nansum()
         return h
 
-    # Three tokens of two samples: they do not divide into samples.
+    # Four tokens of three samples: they do not divide into samples.
     model.decoder.blocks = nn.ModuleList([Block(act, b=linear()), plain()])
     with pytest.raises(NumericsError, match=r"decoder\.blocks\.0\.b \(block 0\)"):
-        Run(model, [ids_of([1, BRANCH, BRANCH, 4], [5, 6, BRANCH, 9])])
+        Run(model, [ids_of([1, BRANCH, BRANCH, 4], [5, 6, BRANCH, 9], [BRANCH, 1, 2, 3])])
 
 
 @pytest.mark.parametrize("propagate", [False, True])
@@ -578,7 +578,7 @@ def test_a_block_called_again_after_others_is_refused():
 def test_a_model_that_rescales_its_weights_is_refused():
     row = next(row for row in zoo.REFUSED if row.name == "rwkv")
     model = row.build()
-    with pytest.raises(ModelError, match="the model changes .* while it runs"):
+    with pytest.raises(ModelError, match=r"the model changes .* while it runs"):
         Run(model, BATCHES)
     assert hook_count(model) == 0 and not living_batches()
 

@@ -171,6 +171,10 @@ class _Sweep:
         self.codes = torch.empty_like(W, dtype=torch.uint8)
         self.scale = W.new_empty(int(group.max()) + 1, W.shape[1])
         self.zero, self.lowest, self.highest = (torch.empty_like(self.scale) for _ in range(3))
+        # Views of each group, made once: the column loop is short of time for indexing.
+        self.scales, self.lowests, self.highests = map(
+            list, (self.scale, self.lowest, self.highest)
+        )
         self.group_of, self.group = group, group.tolist()
         self.dynamic = True
         self.steps = W.new_empty(blocksize, W.shape[1])
@@ -221,18 +225,17 @@ class _Sweep:
         self._set_zero(self.group[start], zero)
 
     def _columns(self, start: int, stop: int) -> None:
-        N, quantized = self.factored.N, torch.empty_like(self.residual)
+        columns, quantized = slice(start, stop), torch.empty_like(self.residual)
+        block, N = self.W_hat[columns], self.factored.N[columns, columns]
         steps = self.steps[: stop - start]
-        for j in range(start, stop):
-            group, w_hat, step = self.group[j], self.W_hat[j], steps[j - start]
-            scale = self.scale[group]
+        rows = zip(self.group[columns], block, self.W[columns], steps, N, strict=True)
+        for j, (group, w_hat, w, step, spread) in enumerate(rows, start=1):
+            scale = self.scales[group]
             torch.div(w_hat, scale, out=step).round_()
-            torch.clamp(step, self.lowest[group], self.highest[group], out=step)
+            torch.clamp(step, self.lowests[group], self.highests[group], out=step)
             torch.mul(step, scale, out=quantized)
             w_hat.sub_(quantized)
-            self.W[j].sub_(quantized)
-            if j + 1 < stop:
-                self.W_hat[j + 1 : stop].addr_(N[j, j + 1 : stop], self.W[j])
-        columns = slice(start, stop)
+            w.sub_(quantized)  # e
+            block[j:].addr_(spread[j:], w)
         self.codes[columns] = steps.add_(self.zero[self.group_of[columns]]).to(torch.uint8)
-        self.residual += self.factored.pivots[columns].square() @ self.W_hat[columns].square()
+        self.residual += self.factored.pivots[columns].square() @ block.square()

@@ -18,12 +18,16 @@ from torch import Tensor
 
 from optq.errors import NumericsError, SettingError
 
-TILE = 1024  # columns of H computed by one product; smaller tiles run below the units' speed
+TILE = 256  # rows of H computed by one product: the diagonal's tiles are half wasted
+TOKENS = 4096  # multiplied at a time
 CHOLESKY_BLOCK = 256  # columns that LAPACK factors at a time
 
 
 class Hessian:
-    """Accumulates ``X X^T`` over the calibration batches of one site."""
+    """Accumulates ``X X^T`` over the calibration batches of one site.
+
+    With ``partner`` inputs ``Y`` it accumulates ``Y X^T`` instead, which is not symmetric.
+    """
 
     def __init__(
         self,
@@ -32,38 +36,57 @@ class Hessian:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.tokens = 0
+        self._symmetric = True
         self._sum = torch.zeros(columns, columns, device=device, dtype=dtype)
+        # Copies in the dtype of the sum, in memory that is touched once and then reused.
+        self._copies: list[Tensor] = []
 
-    def add(self, inputs: Float[Tensor, "*batch columns"]) -> None:
+    def add(
+        self,
+        inputs: Float[Tensor, "*batch columns"],
+        partner: Float[Tensor, "*batch columns"] | None = None,
+    ) -> None:
         """Add one batch of inputs; each leading index is one token."""
-        x = inputs.reshape(-1, inputs.shape[-1])
-        add_product(self._sum, x, x, symmetric=True)
+        columns = len(self._sum)
+        x = inputs.reshape(-1, columns)
+        self._symmetric = partner is None
+        factors = [x] if partner is None else [x, partner.reshape(-1, columns)]
+        exact_in_bfloat16 = all(factor.dtype == torch.bfloat16 for factor in factors)
+        with reduced_precision(exact_in_bfloat16 and self._sum.dtype == torch.float32):
+            for chunk in zip(*(factor.split(TOKENS) for factor in factors), strict=True):
+                self._add(*self._convert(chunk))
         self.tokens += x.shape[0]
 
     def matrix(self) -> Float[Tensor, "columns columns"]:
-        """``X X^T / tokens``, symmetric."""
-        upper = self._sum.triu() / max(self.tokens, 1)
-        return upper + upper.triu(1).T
+        """``X X^T / tokens``. It is the accumulator's own memory: nothing can be added later."""
+        H = self._sum.div_(max(self.tokens, 1))
+        for start in range(0, len(H) if self._symmetric else 0, TILE):
+            stop = start + TILE
+            corner = H[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            H[stop:, start:stop] = H[start:stop, stop:].T
+        return H
 
+    def _convert(self, chunk: tuple[Tensor, ...]) -> list[Tensor]:
+        if chunk[0].device.type != "cpu":
+            return list(chunk)  # a GPU multiplies in their own dtype and returns float32 sums
+        while len(self._copies) < len(chunk):
+            size = (min(TOKENS, len(chunk[0])), len(self._sum))
+            self._copies.append(torch.empty(size, dtype=self._sum.dtype))
+        copies = zip(self._copies, chunk, strict=False)
+        return [copy[: len(part)].copy_(part) for copy, part in copies]
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, symmetric: bool = False) -> None:
-    """``total += left^T right`` over tokens; if ``symmetric``, on and above the diagonal only."""
-    exact_in_bfloat16 = left.dtype == right.dtype == torch.bfloat16
-    columns = total.shape[0]
-    if left.device.type == "cpu" or left.dtype == total.dtype:
-        left_t, right = left.to(total.dtype).T, right.to(total.dtype)
-        with reduced_precision(exact_in_bfloat16 and total.dtype == torch.float32):
-            for start in range(0, columns, TILE):
-                rows = slice(start, start + TILE)
-                first = start if symmetric else 0
-                total[rows, first:].addmm_(left_t[rows], right[:, first:])
-    else:  # CUDA multiplies in the activations' own dtype and returns float32 sums
-        for start in range(0, columns, TILE):
+    def _add(self, x: Tensor, partner: Tensor | None = None) -> None:
+        left = x if partner is None else partner
+        for start in range(0, len(self._sum), TILE):
             rows = slice(start, start + TILE)
-            first = start if symmetric else 0
-            total[rows, first:] += torch.mm(
-                left[:, rows].T, right[:, first:], out_dtype=total.dtype
-            )
+            columns = slice(start if partner is None else 0, None)
+            if x.dtype == self._sum.dtype:
+                self._sum[rows, columns].addmm_(left.T[rows], x[:, columns])
+            else:
+                self._sum[rows, columns] += torch.mm(
+                    left.T[rows], x[:, columns], out_dtype=self._sum.dtype
+                )
 
 
 @contextmanager
@@ -194,8 +217,9 @@ def output_energy(
     total = torch.zeros(len(weight), dtype=H.dtype, device=H.device)
     quick = H.dtype == torch.float32 and fast_bfloat16(H.device)
     W = weight.to(torch.bfloat16 if quick else H.dtype)
-    for start in range(0, len(H), TILE):  # on and above the diagonal; what is above counts twice
-        stop = min(start + TILE, len(H))
+    width = max(TILE, len(H) // 8)
+    for start in range(0, len(H), width):  # on and above the diagonal; what is above counts twice
+        stop = min(start + width, len(H))
         tile = 2 * H[:stop, start:stop]
         tile[start:] /= 2
         product = W[:, :stop] @ tile.to(W.dtype)

@@ -34,8 +34,7 @@ class Solution:
     @property
     def weight(self) -> Float[Tensor, "rows cols"]:
         """The dequantized weights ``s * (c - z)``, in the dtype of the scales."""
-        group = self.g_idx.long()
-        return dequantize(self.codes, self.scales, self.zeros, group)
+        return dequantize(self.codes, self.scales, self.zeros, self.g_idx)
 
     def split(self, rows: list[int]) -> list[Solution]:
         """The solutions of the stacked layers, which have so many rows each."""
@@ -56,10 +55,16 @@ class Solution:
         return parts
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor) -> Tensor:
     """``s * (c - z)`` for codes ``[rows, cols]`` and grids ``[rows, groups]``, in ``s``'s dtype."""
-    weight = codes.to(scales.dtype)
-    return weight.sub_(zeros.to(scales.dtype)[:, group]).mul_(scales[:, group])
+    (rows, columns), groups = codes.shape, scales.shape[1]
+    weight, zeros = codes.to(scales.dtype), zeros.to(scales.dtype)
+    width = -(-columns // groups)
+    if columns == groups * width and torch.equal(g_idx, group_index(columns, width, g_idx.device)):
+        grouped = weight.view(rows, groups, width)  # no copy of the grids for each weight
+        return grouped.sub_(zeros[:, :, None]).mul_(scales[:, :, None]).view(rows, columns)
+    group = g_idx.long()
+    return weight.sub_(zeros[:, group]).mul_(scales[:, group])
 
 
 def group_index(columns: int, width: int, device: torch.device) -> Tensor:

@@ -40,7 +40,7 @@ MUON_RATE, ADAMW_RATE = 0.02, 0.003
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.3  # of all steps, at the end
 REPORT_STEPS = 50
-CHECKPOINT_STEPS = 200
+CHECKPOINT_STEPS = 100
 MEASURE_STEPS = 1000  # held-out perplexity
 LIBRARY_REPEATS = 2  # per pass, beside one of the tests
 

@@ -40,7 +40,7 @@ class PackedLayer:
 
     def weight(self) -> Tensor:
         """The dequantized weights ``[N, K]``, float32."""
-        return dequantize(self.codes, self.scales.float(), self.zeros, self.g_idx.long())
+        return dequantize(self.codes, self.scales.float(), self.zeros, self.g_idx)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class GPTQFormat:
         mask = 2**bits - 1
         zeros = unpack(tensors["qzeros"].T.contiguous(), bits).to(torch.int64)
         return PackedLayer(
-            codes=unpack(tensors["qweight"], bits).T,
+            codes=unpack(tensors["qweight"], bits).T.contiguous(),
             scales=tensors["scales"].T,
             zeros=((zeros + self.zero_offset) & mask).to(torch.uint8),
             g_idx=tensors["g_idx"],

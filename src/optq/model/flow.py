@@ -32,7 +32,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from optq.core.hessian import Hessian, add_product
+from optq.core.hessian import Hessian
 from optq.errors import ModelError, NumericsError
 from optq.model.blocks import Block, Layer
 from optq.model.modes import default_modes
@@ -217,25 +217,22 @@ class Flow:
         start = time.perf_counter()
         columns = site.layers[0].shape[1]
         hessian = Hessian(columns, device=self.device)
-        cross = torch.zeros(columns, columns, device=self.device) if self.propagate else None
+        cross = Hessian(columns, device=self.device) if self.propagate else None
         partner = {b.first_sample: b.x for b in here if b.kind == "full"}
         for batch in here:
             if batch.kind == "quantized":
-                x = batch.x.reshape(-1, columns)
-                hessian.add(x)
+                hessian.add(batch.x)
                 if cross is not None:
-                    full = partner.get(batch.first_sample, batch.x).reshape(-1, columns)
+                    full = partner.get(batch.first_sample, batch.x)
                     # Streams that took other tokens (experts) have no difference to speak of.
-                    add_product(cross, full if full.shape == x.shape else x, x)
+                    cross.add(batch.x, full if full.shape == batch.x.shape else batch.x)
         H = hessian.matrix()
         if not torch.isfinite(H.diagonal()).all():
             self._blame(site, here)
-        if cross is not None:
-            cross /= max(hessian.tokens, 1)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds.hessian += time.perf_counter() - start
-        return Inputs(H, hessian.tokens, cross)
+        return Inputs(H, hessian.tokens, cross.matrix() if cross else None)
 
     def _blame(self, site: Site, here: list[_Batch]) -> None:
         for batch in here:

@@ -1,0 +1,487 @@
+"""Checkpoints written and read back: whole or not at all, with all that belongs to the model."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import decoder
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import zoo
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from optq.core.rtn import RTN
+from optq.errors import ModelError, OutputError
+from optq.formats import FORMATS, reader, writer
+from optq.formats.describe import describe
+from optq.model.blocks import find_blocks
+from optq.model.source import Checkpoint, disk_names, load_model
+
+BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL)}
+QUANTIZER = RTN(4, 32)
+RECORD = {
+    "method": "rtn",
+    "quantizer": {},
+    "qep": None,
+    "calibration": {},
+    "layers": [],
+    "bits_per_weight": 5.0,
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    return zoo.save(BY_NAME["llama"], tmp_path / "source")
+
+
+def solve_all(folder, quantizer=QUANTIZER, form=FORMATS["gptq"], skip=None):
+    """``{name on disk: solution}`` and the names of dense layers, rounding without calibration."""
+    checkpoint = Checkpoint.open(str(folder))
+    model = load_model(checkpoint)
+    names = disk_names(model, checkpoint.files)
+    solutions = {}
+    blocks = find_blocks(model, skip)
+    for layer in (layer for block in blocks for layer in block.layers):
+        weight = layer.weight.float()
+        solution = quantizer.solve(weight, torch.eye(weight.shape[1]), form.storage(model.dtype))
+        solutions[names[f"{layer.name}.weight"].removesuffix(".weight")] = solution
+    linears = [names[f"{n}.weight"].removesuffix(".weight") for b in blocks for n in b.linears]
+    return solutions, [name for name in linears if name not in solutions]
+
+
+def write(folder, target, form=FORMATS["gptq"], force=False, skip=None):
+    solutions, dense = solve_all(folder, form=form, skip=skip)
+    source = Checkpoint.open(str(folder))
+    with writer.Writer(Path(target), source, form, force) as out:
+        for name, solution in solutions.items():
+            out.add(name, solution, form.encode(solution))
+        out.finish(QUANTIZER, dense, RECORD)
+    return solutions
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def everything_beside(source):
+    return sorted(path.name for path in source.parent.iterdir())
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llava", "qwen2_vl", "llama_bfloat16"])
+def test_a_written_checkpoint_reads_back(tmp_path, form, name):
+    source = zoo.save(BY_NAME[name], tmp_path / "source")
+    solutions = write(source, tmp_path / "out", form)
+    decoded = decoder.decode(tmp_path / "out")
+    assert decoded.keys() == solutions.keys()
+    layers, others = reader.read(Checkpoint.open(str(tmp_path / "out")))
+    assert layers.keys() == solutions.keys()
+    for layer, solution in solutions.items():
+        np.testing.assert_array_equal(decoded[layer].astype(np.float32), solution.weight.numpy())
+        assert torch.equal(layers[layer].weight(), solution.weight)
+    plain = dict(Checkpoint.open(str(source)).tensors())
+    assert others.keys() == plain.keys() - {f"{layer}.weight" for layer in solutions}
+    for tensor in others:
+        assert torch.equal(others[tensor], plain[tensor])
+        assert others[tensor].dtype == plain[tensor].dtype
+
+    model = reader.load(Checkpoint.open(str(tmp_path / "out")))
+    checkpoint = Checkpoint.open(str(source))
+    dense = {f"{layer}.weight": s.weight for layer, s in solutions.items()}
+    state = model.state_dict()
+    for in_model, on_disk in disk_names(load_model(checkpoint), checkpoint.files).items():
+        if on_disk in dense:
+            weight = dense[on_disk].T if name == "gpt2" else dense[on_disk]
+            assert torch.equal(state[in_model], weight.to(BY_NAME[name].dtype))
+        else:
+            assert torch.equal(state[in_model], plain[on_disk])
+
+
+def test_the_config_is_said_twice_and_holds_no_path(source, tmp_path):
+    write(source, tmp_path / "out", skip=r"0\.mlp|k_proj")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    plain = json.loads((source / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    assert config == plain
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == settings
+    assert len(settings["dynamic"]) == 3 + (len(BY_NAME["llama"].build().model.layers))
+    inside = [name for names in settings["modules_in_block_to_quantize"] for name in names]
+    assert "mlp.up_proj" in inside and "self_attn.k_proj" not in inside
+    for path in (tmp_path / "out").glob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path.name
+
+
+def test_shards_with_an_index(source, tmp_path, monkeypatch):
+    write(source, tmp_path / "whole")
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    write(source, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    count = len(files)
+    assert count > 3
+    assert files == [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    found, size = {}, 0
+    for name in files:
+        tensors = load_file(tmp_path / "out" / name)
+        found |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        with safe_open(tmp_path / "out" / name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+    assert index["weight_map"] == found and index["metadata"]["total_size"] == size
+    whole, sharded = decoder.decode(tmp_path / "whole"), decoder.decode(tmp_path / "out")
+    assert whole.keys() == sharded.keys()
+    assert all(np.array_equal(whole[name], sharded[name]) for name in whole)
+    loaded = reader.load(Checkpoint.open(str(tmp_path / "out"))).state_dict()
+    for name, tensor in reader.load(Checkpoint.open(str(tmp_path / "whole"))).state_dict().items():
+        assert torch.equal(tensor, loaded[name])
+
+
+@pytest.mark.parametrize("shard_bytes", [20_000, 2**30])
+def test_the_same_bytes_twice(source, tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr(writer, "SHARD_BYTES", shard_bytes)
+    write(source, tmp_path / "one")
+    write(source, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_companions_travel(source, tmp_path):
+    extra = {
+        "chat_template.jinja": "{{ messages }}",
+        "generation_config.json": '{"temperature": 0.5}',
+        "LICENSE": "free",
+        "modeling_tiny.py": "x = 1",
+        "unknown.xyz": "?",
+    }
+    for name, text in extra.items():
+        (source / name).write_text(text)
+    (source / "pytorch_model.bin").write_text("the same weights again")
+    (source / ".cache").write_text("hidden")
+    write(source, tmp_path / "out")
+    found = contents_of_files(tmp_path / "out")
+    assert {name: found.get(name) for name in extra} == extra
+    for path in source.glob("tokenizer*"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert "pytorch_model.bin" not in found and ".cache" not in found
+
+
+def contents_of_files(folder):
+    return {
+        path.name: path.read_text(errors="replace") for path in folder.iterdir() if path.is_file()
+    }
+
+
+def test_named_chat_templates_travel(source, tmp_path):
+    """transformers keeps further chat templates in a folder of their own."""
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    write(source, tmp_path / "out")
+    copied = tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja"
+    assert copied.is_file() and copied.read_text() == "{{ tools }}"
+
+
+def test_tied_weights_are_not_duplicated(tmp_path):
+    source = zoo.save(BY_NAME["llama_tied"], tmp_path / "source")
+    write(source, tmp_path / "out")
+    names = Checkpoint.open(str(tmp_path / "out")).files
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    model = reader.load(Checkpoint.open(str(tmp_path / "out")))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_tied_weights_of_torch_save(tmp_path, zipped):
+    """There both names stand for one storage, which safetensors does not write as it is."""
+    source = zoo.save(BY_NAME["llama_tied"], tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, source / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    (source / "model.safetensors").unlink()
+    write(source, tmp_path / "out")
+    model = reader.load(Checkpoint.open(str(tmp_path / "out")))
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_views_of_torch_save(tmp_path):
+    """Tensors of a ``.bin`` file may be views of one storage."""
+    source = zoo.save(BY_NAME["llama"], tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    norms = sorted(name for name in state if "norm" in name)
+    together = torch.stack([state[name] for name in norms])
+    state |= dict(zip(norms, together.unbind(), strict=True))
+    torch.save(state, source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    write(source, tmp_path / "out")
+    others = reader.read(Checkpoint.open(str(tmp_path / "out")))[1]
+    assert all(torch.equal(others[name], state[name]) for name in norms)
+
+
+def test_an_existing_target_is_kept_without_force(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        write(source, out)
+    assert contents_of_files(out) == {"mine": "mine"}
+    assert everything_beside(source) == ["out", "source"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_force_replaces(source, tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "folder":
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        out.symlink_to(tmp_path / "elsewhere")
+    write(source, out, force=True)
+    assert decoder.decode(out) and not (out / "mine").exists()
+    left = {"out", "source"} | ({"elsewhere"} if kind == "link" else set())
+    assert set(everything_beside(source)) == left
+
+
+@pytest.mark.parametrize("place", ["source", "parent", "link"])
+def test_the_model_itself_is_never_replaced(source, tmp_path, place):
+    """Not even with force, and not as a part of what is replaced."""
+    before = contents(source)
+    target = {"source": source, "parent": source.parent, "link": tmp_path / "link"}[place]
+    if place == "link":
+        target.symlink_to(source)
+    with pytest.raises(OutputError):
+        write(source, target, force=True)
+    assert contents(source) == before
+
+
+def test_a_target_below_folders_that_are_not_there_yet(source, tmp_path):
+    write(source, tmp_path / "a" / "b" / "out")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
+
+
+def test_a_target_inside_a_file(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write(source, tmp_path / "file" / "out")
+
+
+FAILURES = {
+    "disk full": (OSError(errno.ENOSPC, "No space left on device"), "is full"),
+    "disk full in safetensors": (
+        SafetensorError("Error while serializing: IoError(Os { code: 28, No space left })"),
+        "is full",
+    ),
+    "read only": (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
+}
+PLACES = ["save_file", "write_text", "copy", "mkdtemp", "rename"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failing_disk_leaves_nothing_behind(source, tmp_path, monkeypatch, place, failure, force):
+    error, message = FAILURES[failure]
+    out = tmp_path / "out"
+    if force:
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    solutions, dense = solve_all(source)
+
+    def fail(*args, **options):
+        raise error
+
+    where = {
+        "save_file": (safetensors.torch, "save_file"),
+        "write_text": (Path, "write_text"),
+        "copy": (shutil, "copy"),
+        "mkdtemp": (writer.tempfile, "mkdtemp"),
+        "rename": (Path, "rename"),
+    }[place]
+    checkpoint, form = Checkpoint.open(str(source)), FORMATS["gptq"]
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, fail)
+        with (
+            pytest.raises(OutputError, match=message) as caught,
+            writer.Writer(out, checkpoint, form, force) as w,
+        ):
+            for name, solution in solutions.items():
+                w.add(name, solution, form.encode(solution))
+            w.finish(QUANTIZER, dense, RECORD)
+    assert caught.value.__cause__ is error and "\n" not in caught.value.cause
+    assert everything_beside(source) == (["out", "source"] if force else ["source"])
+    if force:
+        assert contents_of_files(out) == {"mine": "mine"}
+
+
+def test_the_old_checkpoint_comes_back_if_the_last_rename_fails(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    rename = Path.rename
+
+    def fail(self, target):
+        if Path(target) == out and ".partial-" in self.name and not self.name.endswith("-old"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OutputError):
+        write(source, out, force=True)
+    assert out.exists() and contents_of_files(out) == {"mine": "mine"}
+    assert everything_beside(source) == ["out", "source"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("solver"), KeyboardInterrupt()], ids=repr)
+def test_an_error_of_the_caller_leaves_nothing_behind(source, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    solutions, _ = solve_all(source)
+    form = FORMATS["gptq"]
+    with (
+        pytest.raises(type(error)),
+        writer.Writer(tmp_path / "out", Checkpoint.open(str(source)), form, False) as w,
+    ):
+        for name, solution in solutions.items():
+            w.add(name, solution, form.encode(solution))
+        assert len(everything_beside(source)) == 2  # under way, in a hidden folder
+        assert not (tmp_path / "out").exists()
+        raise error
+    assert everything_beside(source) == ["source"]
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+def test_what_reads_back_wrong_is_noticed(source, tmp_path, monkeypatch, part):
+    def flip(tensors, path, **options):
+        name = next((name for name in tensors if name.endswith(part)), None)
+        if name is not None:
+            changed = tensors[name].clone()
+            changed.view(torch.int16).view(-1)[0] ^= 1
+            tensors = tensors | {name: changed}
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", flip)
+    with pytest.raises((OutputError), match="reads back"):
+        write(source, tmp_path / "out")
+    assert everything_beside(source) == ["source"]
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_what_reads_back_shorter_is_noticed(source, tmp_path, monkeypatch, zeros):
+    """A disk that lies: the file is cut, or its end is zeros."""
+
+    def cut(tensors, path, **options):
+        save_file(tensors, path, **options)
+        data = path.read_bytes()
+        path.write_bytes(data[:-5000] + (bytes(5000) if zeros else b""))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", cut)
+    with pytest.raises(OutputError):
+        write(source, tmp_path / "out")
+    assert everything_beside(source) == ["source"]
+
+
+# Reading.
+
+
+def edited(folder, edit):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    edit(state)
+    save_file(state, path, metadata={"format": "pt"})
+    return Checkpoint.open(str(folder))
+
+
+@pytest.fixture
+def quantized(source, tmp_path):
+    write(source, tmp_path / "out")
+    return tmp_path / "out"
+
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+def test_a_missing_part_is_named(quantized, part):
+    checkpoint = edited(quantized, lambda state: state.pop(f"{LAYER}.{part}"))
+    with pytest.raises(ModelError, match=LAYER):
+        reader.load(checkpoint)
+
+
+def test_a_missing_layer_is_named(quantized):
+    def edit(state):
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            del state[f"{LAYER}.{part}"]
+
+    with pytest.raises(ModelError, match=LAYER):
+        reader.load(edited(quantized, edit))
+
+
+def test_a_missing_dense_tensor_is_named(quantized):
+    checkpoint = edited(quantized, lambda state: state.pop("model.norm.weight"))
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+        reader.load(checkpoint)
+
+
+def test_a_layer_without_a_place_is_named(quantized):
+    def edit(state):
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            state[f"model.layers.1.mlp.extra.{part}"] = state[f"{LAYER}.{part}"].clone()
+
+    with pytest.raises(ModelError, match=r"mlp\.extra"):
+        reader.load(edited(quantized, edit))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.extra.weight", f"{LAYER}.weight"])
+def test_an_unexpected_tensor_is_named(quantized, name):
+    """A reader that ignores one may show another model than was written."""
+    checkpoint = edited(quantized, lambda state: state.update({name: torch.zeros(4, 4)}))
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+        reader.load(checkpoint)
+
+
+def test_parts_of_the_wrong_shape_are_refused(quantized):
+    def edit(state):
+        state[f"{LAYER}.scales"] = state[f"{LAYER}.scales"][:-1].clone()
+
+    with pytest.raises(ModelError, match=LAYER):
+        reader.load(edited(quantized, edit))
+
+
+def test_codes_of_other_bits_are_refused(quantized):
+    """As in a checkpoint of mixed bits, which ``dynamic`` announces and is not read yet."""
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {"+:.*up_proj": {"bits": 8}}
+    (quantized / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError):
+        reader.load(Checkpoint.open(str(quantized)))
+
+
+def test_a_plain_model_is_just_loaded(source):
+    checkpoint = Checkpoint.open(str(source))
+    loaded = reader.load(checkpoint).state_dict()
+    assert all(torch.equal(loaded[n], t) for n, t in BY_NAME["llama"].build().state_dict().items())
+    with pytest.raises(ModelError, match="is not quantized"):
+        reader.read(checkpoint)
+
+
+def test_describe(source, quantized):
+    plain = describe(source)
+    assert plain["format"] == "not quantized" and plain["layers"] == []
+    assert plain["architecture"] == "LlamaForCausalLM" and plain["files"] == 1
+    what = describe(quantized)
+    blocks = len(BY_NAME["llama"].build().model.layers)
+    assert what["format"] == "gptq" and what["bits"] == 4 and what["group_size"] == 32
+    assert what["sym"] is True and what["desc_act"] is False
+    assert what["quantized_layers"] == 7 * blocks and what["bits_per_weight"] == 5.0
+    state = load_file(quantized / "model.safetensors")
+    assert what["bytes"] == sum(tensor.nbytes for tensor in state.values()) < plain["bytes"]
+    parts = [n for n in state if n.rsplit(".", 1)[1] in {"qweight", "qzeros", "scales", "g_idx"}]
+    assert what["quantized_bytes"] == sum(state[name].nbytes for name in parts)
+    (quantized / "optq.json").unlink()
+    assert describe(quantized)["layers"] == []
+    with pytest.raises(ModelError, match="is not a folder"):
+        describe(source / "nowhere")

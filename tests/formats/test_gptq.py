@@ -1,0 +1,200 @@
+"""The gptq format, both versions: what is encoded decodes the same, here and independently."""
+
+import re
+
+import decoder
+import numpy as np
+import pytest
+import torch
+
+from optq.core.gptq import GPTQ
+from optq.core.grid import Storage
+from optq.core.rtn import RTN
+from optq.errors import ModelError, SettingError
+from optq.formats import FORMATS
+from optq.formats.gptq import GPTQ_V1, GPTQ_V2, detect
+
+VERSIONS = pytest.mark.parametrize(
+    ("form", "version"), [(GPTQ_V1, 1), (GPTQ_V2, 2)], ids=["v1", "v2"]
+)
+ROWS, COLUMNS = 64, 96
+SUFFIXES = {"qweight", "qzeros", "scales", "g_idx"}
+
+
+def problem(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(ROWS, COLUMNS, generator=generator)
+    weight[: ROWS // 4] += 3  # groups of one sign: zero points at both ends
+    weight[ROWS // 4 : ROWS // 2] -= 3
+    inputs = torch.randn(4 * COLUMNS, COLUMNS, generator=generator)
+    inputs *= torch.linspace(0.1, 3, COLUMNS)[torch.randperm(COLUMNS, generator=generator)]
+    return weight, inputs.T @ inputs / len(inputs)
+
+
+def arrays(tensors):
+    return [tensors[part].numpy() for part in decoder.PARTS]
+
+
+@VERSIONS
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("order", ["plain", "act-order", "static"])
+@pytest.mark.parametrize("groupsize", [-1, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_round_trip(form, version, bits, sym, order, groupsize, dtype):
+    weight, H = problem()
+    quantizer = GPTQ(bits, groupsize, sym, order != "plain", static_groups=order == "static")
+    solution = quantizer.solve(weight, H, form.storage(dtype))
+    tensors = form.encode(solution)
+
+    groups = 1 if groupsize == -1 else COLUMNS // groupsize
+    shapes = {
+        "qweight": (torch.int32, (COLUMNS * bits // 32, ROWS)),
+        "qzeros": (torch.int32, (groups, ROWS * bits // 32)),
+        "scales": (torch.float16, (groups, ROWS)),
+        "g_idx": (torch.int32, (COLUMNS,)),
+    }
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == shapes
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+
+    own = form.decode(tensors, bits)
+    assert torch.equal(own.codes, solution.codes)
+    assert torch.equal(own.zeros, solution.zeros)
+    assert torch.equal(own.scales.float(), solution.scales)
+    assert torch.equal(own.g_idx, solution.g_idx)
+    assert torch.equal(own.weight(), solution.weight)
+
+    other = decoder.decode_layer(*arrays(tensors), bits, version)
+    np.testing.assert_array_equal(other.codes, solution.codes.numpy())
+    np.testing.assert_array_equal(other.zeros, solution.zeros.numpy())
+    # A step times a small integer: exact in float64, and nearly always in float32.
+    np.testing.assert_array_equal(other.weight.astype(np.float32), solution.weight.numpy())
+    np.testing.assert_array_equal(
+        own.weight().to(dtype).double().numpy(),
+        torch.from_numpy(other.weight).float().to(dtype).double().numpy(),
+    )
+    in_order = np.arange(COLUMNS) // (COLUMNS if groupsize == -1 else groupsize)
+    monotone = np.array_equal(other.g_idx, in_order)
+    config = form.config(quantizer, ["layers.0.a"], [])
+    assert config["desc_act"] == (not monotone)
+    if dtype == torch.bfloat16:
+        scales = tensors["scales"].float()
+        assert torch.equal(scales.bfloat16().float(), scales)
+
+
+@pytest.mark.parametrize(("bits", "word"), [(2, 1), (3, 3), (4, 7), (8, 127)])
+def test_symmetric_zero_points_of_version_1(bits, word):
+    weight, H = problem()
+    tensors = GPTQ_V1.encode(RTN(bits, 32).solve(weight, H, GPTQ_V1.storage(torch.float32)))
+    fields = decoder.stream_values(tensors["qzeros"].numpy(), bits)
+    assert (fields == word).all()
+    if bits == 4:
+        assert (tensors["qzeros"] == 0x77777777).all()
+
+
+def test_version_1_keeps_zero_points_that_it_can_hold():
+    weight, H = problem()
+    for form, least in ((GPTQ_V1, 1), (GPTQ_V2, 0)):
+        storage = form.storage(torch.float32)
+        assert storage.min_zero == least
+        zeros = RTN(4, 32, sym=False).solve(weight, H, storage).zeros
+        assert zeros.min() == least
+
+
+def test_version_1_refuses_a_zero_point_of_0():
+    weight, H = problem()
+    solution = RTN(4, 32, sym=False).solve(weight, H, Storage())
+    assert solution.zeros.min() == 0
+    with pytest.raises(SettingError, match="gptq cannot hold a zero point of 0"):
+        GPTQ_V1.encode(solution)
+    assert torch.equal(GPTQ_V2.decode(GPTQ_V2.encode(solution), 4).zeros, solution.zeros)
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "groupsize", "message"),
+    [
+        ((64, 96), 4, 64, "groupsize 64 does not divide the 96 columns of X"),
+        ((64, 96), 4, 128, "groupsize 128 does not divide the 96 columns of X"),
+        ((64, 36), 4, -1, "36 columns do not fill 32-bit words"),
+        ((36, 64), 4, -1, "36 rows do not fill 32-bit words"),
+        ((64, 72), 3, 24, "72 columns do not fill 32-bit words"),
+        ((64, 104), 8, 52, None),
+        ((64, 96), 3, 32, None),
+        ((64, 96), 2, -1, None),
+    ],
+)
+def test_shapes_that_cannot_be_written_are_refused(shape, bits, groupsize, message):
+    if message is None:
+        return GPTQ_V1.check("X", *shape, bits, groupsize)
+    with pytest.raises(SettingError, match=message):
+        GPTQ_V1.check("X", *shape, bits, groupsize)
+
+
+KEYS = {
+    "bits",
+    "group_size",
+    "desc_act",
+    "sym",
+    "lm_head",
+    "quant_method",
+    "checkpoint_format",
+    "pack_dtype",
+    "damp_percent",
+    "true_sequential",
+    "meta",
+}
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_config_of_a_whole_model(form):
+    config = form.config(GPTQ(4, 128, percdamp=0.02), ["model.layers.0.mlp.up_proj"], [])
+    assert config.keys() == KEYS
+    assert config["bits"] == 4 and config["group_size"] == 128 and config["sym"] is True
+    assert config["quant_method"] == "gptq" and config["checkpoint_format"] == form.name
+    assert config["damp_percent"] == 0.02 and config["pack_dtype"] == "int32"
+    assert config["lm_head"] is False
+    assert re.fullmatch(r"optq:\d+\.\d+\.\d+.*", config["meta"]["quantizer"][0])
+    assert detect({"quantization_config": config}) == (form, 4)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "desc_act"),
+    [
+        (RTN(4, 32), False),
+        (GPTQ(4, 32), False),
+        (GPTQ(4, 32, actorder=True), True),
+        (GPTQ(4, 32, actorder=True, static_groups=True), False),
+        (GPTQ(4, -1, actorder=True), False),
+        (GPTQ(4, 32, static_groups=True), False),
+    ],
+    ids=str,
+)
+def test_desc_act_says_whether_g_idx_is_out_of_order(quantizer, desc_act):
+    assert GPTQ_V1.config(quantizer, [], [])["desc_act"] is desc_act
+
+
+def test_dense_layers_are_named_twice():
+    quantized = [f"model.layers.{i}.{n}" for i in range(12) for n in ("mlp.up_proj", "attn.q")]
+    quantized.remove("model.layers.1.attn.q")
+    dense = [f"model.layers.{i}.mlp.down_proj" for i in range(12)] + ["model.layers.1.attn.q"]
+    config = GPTQ_V1.config(GPTQ(4), quantized, dense)
+    assert config["modules_in_block_to_quantize"] == [["mlp.up_proj"], ["attn.q"]]
+    rules = config["dynamic"]
+    assert all(rule.startswith("-:") and changes == {} for rule, changes in rules.items())
+    for name in (*quantized, *dense):
+        out = any(re.match(rule.removeprefix("-:"), name) for rule in rules)
+        assert out == (name in dense), name
+
+
+def test_detect():
+    assert detect({}) is None
+    assert detect({"quantization_config": None}) is None
+    old = {"quant_method": "gptq", "bits": 4}  # before checkpoint_format existed
+    assert detect({"quantization_config": old}) == (GPTQ_V1, 4)
+    for config, message in (
+        ({"quant_method": "awq"}, "quantized with awq"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin is unknown"),
+        ({}, "quantized with"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            detect({"quantization_config": config})

@@ -1,0 +1,502 @@
+"""Whole runs on tiny models: what is written is what was measured, and bad input is refused."""
+
+import errno
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import decoder
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import optq.runner
+from optq import GPTQ, OBQ, QEP, RTN, ModelConfig, Runner
+from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
+from optq.formats import reader, writer
+from optq.model.source import Checkpoint, disk_names
+
+BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}
+CALIB = zoo.token_ids(4, 24)
+FOUR_BITS = GPTQ(4, 32)
+TEXT = "the other end of the theorem is not as near as it seems, and the rest is read then. " * 40
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(input_ids=zoo.token_ids() if ids is None else ids, use_cache=False).logits
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """Folders of the table's models, written once. To be read only."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = zoo.save(BY_NAME[name], tmp_path_factory.mktemp("zoo") / name)
+        return made[name]
+
+    return folder
+
+
+def quantize(folder, quantizer=FOUR_BITS, **options):
+    options = {"calib": CALIB} | options
+    return Runner(ModelConfig(str(folder), device="cpu"), quantizer, **options).run()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def check_reload(result, plain, source, output, dtype):
+    """The checkpoint is the model in memory: for our reader, and for another decoder."""
+    reloaded = reader.load(Checkpoint.open(str(output)))
+    assert torch.equal(logits(reloaded), logits(plain.model))
+    assert torch.equal(logits(result.model), logits(plain.model))
+    state = plain.model.state_dict()
+    for name, tensor in reloaded.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    decoded = decoder.decode(output)
+    names = disk_names(plain.model, Checkpoint.open(str(source)).files)
+    assert len(decoded) == len(result.layers)
+    for record in result.layers:
+        ours = state[f"{record.name}.weight"]
+        if isinstance(plain.model.get_submodule(record.name), Conv1D):
+            ours = ours.T
+        other = decoded[names[f"{record.name}.weight"].removesuffix(".weight")]
+        assert torch.equal(torch.from_numpy(other).float().to(dtype), ours), record.name
+
+
+ROUND_TRIPS = [
+    ("gpt2", "gptq", GPTQ(4, 32)),
+    ("gpt2_cross_attention", "gptq", GPTQ(4, 32)),
+    ("llama_bfloat16", "gptq", GPTQ(3, 32, actorder=True)),
+    ("gptj", "gptq_v2", GPTQ(4, 32, sym=False)),
+    ("gpt_neo", "gptq", GPTQ(2, 32)),
+    ("qwen2", "gptq", GPTQ(8, -1, sym=False, actorder=True)),
+    ("gemma3", "gptq", GPTQ(4, 64)),
+    ("llava", "gptq_v2", GPTQ(4, 32, actorder=True, static_groups=True)),
+    ("qwen2_vl", "gptq", RTN(4, 32)),
+    ("falcon", "gptq", GPTQ(4, 32, mse=True)),
+    ("llama_tied", "gptq", RTN(3, -1, sym=False)),
+    ("mpt", "gptq", GPTQ(4, 32)),
+    ("bloom", "gptq", GPTQ(4, 32)),
+    ("opt_350m", "gptq", GPTQ(4, 32)),
+]
+
+
+@pytest.mark.parametrize(("name", "form", "quantizer"), ROUND_TRIPS, ids=str)
+def test_what_is_written_is_what_was_measured(folder_of, tmp_path, name, form, quantizer):
+    source, out = folder_of(name), tmp_path / "out"
+    plain = quantize(source, quantizer, format=form)
+    result = quantize(source, quantizer, format=form, output=out)
+    check_reload(result, plain, source, out, BY_NAME[name].dtype)
+    assert not torch.equal(logits(plain.model), logits(BY_NAME[name].build()))
+
+    plain.save(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved"]
+    assert plain.record == result.record == json.loads((out / "optq.json").read_text())
+    assert plain.dense == result.dense
+    blocks = BY_NAME[name].build().get_submodule(BY_NAME[name].blocks)
+    assert len(result.dense) == len(BY_NAME[name].never_called) * len(blocks)
+
+
+@pytest.mark.parametrize("qep", [True, QEP(alpha=1.0, percdamp=0.1)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llama_bfloat16"])
+def test_error_propagation_round_trip(folder_of, tmp_path, name, qep):
+    plain = quantize(folder_of(name), GPTQ(3, 32), qep=qep)
+    quantize(folder_of(name), GPTQ(3, 32), qep=qep, output=tmp_path / "out")
+    reloaded = reader.load(Checkpoint.open(str(tmp_path / "out")))
+    assert torch.equal(logits(reloaded), logits(plain.model))
+    without = quantize(folder_of(name), GPTQ(3, 32))
+    assert not torch.equal(logits(without.model), logits(plain.model))
+    assert plain.record["qep"] == asdict(QEP() if qep is True else qep)
+    assert without.record["qep"] is None
+
+
+def test_the_same_seed_gives_the_same_bytes(folder_of, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options = {"calib": text, "nsamples": 4, "seqlen": 16}
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        quantize(folder_of("llama"), output=tmp_path / name, seed=seed, **options)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "one") != contents(tmp_path / "other")
+    record = json.loads((tmp_path / "one" / "optq.json").read_text())
+    assert record["calibration"] == {"text": "text.txt", "samples": 4, "seqlen": 16, "seed": 0}
+    for path in (tmp_path / "one").glob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+
+
+def test_batches_do_not_matter(folder_of, monkeypatch):
+    """How samples are batched changes sums in the last bits at most."""
+    one = quantize(folder_of("llama"))
+    monkeypatch.setattr(optq.runner, "BATCH_TOKENS", 24)
+    many = quantize(folder_of("llama"))
+    assert [record.name for record in one.layers] == [record.name for record in many.layers]
+    for record, other in zip(one.layers[:3], many.layers[:3], strict=True):  # of the first site
+        assert record.error == pytest.approx(other.error, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A tiny model that groups of 128 divide, called M in the documentation's programs."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    (folder / "calib.txt").write_text(TEXT)
+    return str(folder)
+
+
+def test_the_programs_of_the_documentation(wide):
+    M = wide
+    more = {"calib": f"{M}/calib.txt", "nsamples": 4}
+    results = [
+        Runner(ModelConfig(model_id=M, device="cpu"), GPTQ(wbits=4), **more).run(),
+        Runner(ModelConfig(model_id=M), GPTQ(wbits=3, actorder=True), **more).run(),
+        Runner(ModelConfig(model_id=M), GPTQ(wbits=4, sym=False), **more).run(),
+        Runner(
+            model_config=ModelConfig(model_id=M, device="cpu"),
+            quantizer=GPTQ(wbits=3, groupsize=128),
+            qep=True,
+            **more,
+        ).run(),
+    ]
+    for result in results:
+        assert len(result.layers) == 14 and logits(result.model.cpu()).isfinite().all()
+        assert result.record["calibration"]["seqlen"] == 64
+        assert result.output is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here(wide):
+    with pytest.raises(SettingError, match="cuda:0 is not here"):
+        Runner(ModelConfig(model_id=wide, device="cuda:0"), GPTQ(wbits=4), calib=CALIB).run()
+    assert Runner(ModelConfig(model_id=wide), GPTQ(wbits=4), calib=CALIB).run().layers
+
+
+@pytest.mark.parametrize("device", ["cudaa", "", "meta"])
+def test_a_device_that_is_none(wide, device):
+    with pytest.raises(SettingError):
+        Runner(ModelConfig(model_id=wide, device=device), GPTQ(wbits=4), calib=CALIB).run()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu(wide, tmp_path):
+    config = ModelConfig(model_id=wide, device="cuda:0")
+    result = Runner(config, GPTQ(4, 128), calib=CALIB, output=tmp_path / "out").run()
+    assert len(decoder.decode(tmp_path / "out")) == len(result.layers) == 14
+
+
+PROMISED = [
+    GPTQ(2, 32),
+    GPTQ(3, -1, sym=False),
+    GPTQ(4, 32, actorder=True),
+    GPTQ(3, 32, actorder=True, static_groups=True),
+    GPTQ(3, 32, mse=True),
+    OBQ(3, 32),
+    RTN(3, 32),
+]
+
+
+@pytest.mark.parametrize("quantizer", PROMISED, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_no_layer_is_worse_than_rounding(folder_of, name, quantizer):
+    result = quantize(folder_of(name), quantizer)
+    for record in result.layers:
+        assert 0 <= record.error <= record.rtn_error * (1 + 1e-6), record.name
+    total = sum(record.error for record in result.layers)
+    rounding = sum(record.rtn_error for record in result.layers)
+    if isinstance(quantizer, RTN):
+        assert total == pytest.approx(rounding)
+    else:
+        assert total < 0.95 * rounding
+
+
+def test_records_are_complete_and_true(folder_of):
+    quantizer = GPTQ(4, 32)
+    seen = []
+    result = quantize(folder_of("llama"), quantizer, progress=seen.append)
+    row = BY_NAME["llama"]
+    original = row.build()
+    blocks = len(original.get_submodule(row.blocks))
+    expected = [
+        f"{row.blocks}.{index}.{name}"
+        for index in range(blocks)
+        for site in row.sites_of(index)
+        for name in site
+    ]
+    assert [record.name for record in result.layers] == expected
+    assert [record for progress in seen for record in progress.layers] == result.layers
+    assert [progress.site for progress in seen] == [
+        f"{row.blocks}.{i}.{site[0]}" for i in range(blocks) for site in row.sites_of(i)
+    ]
+    assert {progress.blocks for progress in seen} == {blocks}
+
+    reads = {}
+    for name in expected:
+        result.model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: reads.update({name: args[0].double().flatten(0, 1)})
+        )
+    logits(result.model, CALIB)
+    for record in result.layers:
+        old = original.get_submodule(record.name).weight.detach().double()
+        new = result.model.get_submodule(record.name).weight.detach().double()
+        X = reads[record.name]
+        H = X.T @ X / len(X)
+        error = ((old - new) @ H * (old - new)).sum().item()
+        assert record.error == pytest.approx(error, rel=1e-3)
+        energy = (old @ H * old).sum().item()
+        assert record.relative_error == pytest.approx(error / energy, rel=1e-3)
+        assert (record.rows, record.cols) == tuple(old.shape)
+        assert record.calls == 1 and record.seconds > 0 and record.damp > 0
+        assert record.damp == pytest.approx(0.01 * H.diagonal().mean().item(), rel=1e-4)
+
+    weights = sum(record.rows * record.cols for record in result.layers)
+    assert result.bits_per_weight == pytest.approx(8 * result.bytes / weights)
+    assert 4.5 < result.bits_per_weight < 6.5  # scales, zero points and g_idx of tiny layers
+    assert {"total", "forward", "hessian", "factor", "solve", "write"} <= set(result.seconds)
+    parts = sum(result.seconds.values()) - result.seconds["total"]
+    assert 0 < parts < result.seconds["total"]
+    assert "seconds" not in json.dumps(result.record)
+    assert [layer["name"] for layer in result.record["layers"]] == expected
+    assert result.record["method"] == "gptq" and result.record["quantizer"]["wbits"] == 4
+
+
+def test_errors_under_propagation_are_the_original_weights(folder_of):
+    result = quantize(folder_of("llama"), GPTQ(3, 32), qep=True)
+    original, record = BY_NAME["llama"].build(), result.layers[-1]
+    reads = []
+    result.model.get_submodule(record.name).register_forward_pre_hook(
+        lambda module, args: reads.append(args[0].double().flatten(0, 1))
+    )
+    logits(result.model, CALIB)
+    H = reads[0].T @ reads[0] / len(reads[0])
+    old = original.get_submodule(record.name).weight.detach().double()
+    miss = old - result.model.get_submodule(record.name).weight.detach().double()
+    assert record.error == pytest.approx((miss @ H * miss).sum().item(), rel=1e-3)
+    assert record.relative_error == pytest.approx(
+        record.error / (old @ H * old).sum().item(), rel=1e-3
+    )
+
+
+def test_skipped_layers_stay(folder_of, tmp_path):
+    result = quantize(folder_of("llama"), skip=r"k_proj|layers\.0\.mlp", output=tmp_path / "out")
+    original, state = BY_NAME["llama"].build(), result.model.state_dict()
+    blocks = len(original.model.layers)
+    assert len(result.dense) == blocks + 3
+    assert len(result.layers) == 7 * blocks - len(result.dense)
+    for name in result.dense:
+        assert torch.equal(state[f"{name}.weight"], original.get_submodule(name).weight)
+    config = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert len(config["dynamic"]) == len(result.dense)
+    assert decoder.decode(tmp_path / "out").keys() == {record.name for record in result.layers}
+    assert result.record["dense"] == result.dense
+
+
+def test_shards_and_the_loaded_model(folder_of, tmp_path, monkeypatch):
+    quantize(folder_of("llama"), output=tmp_path / "whole")
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    result = quantize(folder_of("llama"), output=tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    whole = decoder.decode(tmp_path / "whole")
+    for name, weight in decoder.decode(tmp_path / "shards").items():
+        assert np.array_equal(whole[name], weight)
+    model, tokenizer = ModelConfig(str(tmp_path / "shards"), "cpu").load()
+    assert torch.equal(logits(model), logits(result.model)) and tokenizer("the").input_ids
+
+
+# Bad input. Nothing is left behind by any of it.
+
+
+def refusal(kind, folder, tmp_path, quantizer=FOUR_BITS, **options):
+    out = tmp_path / "deep" / "out"
+    out.parent.mkdir(exist_ok=True)
+    with pytest.raises(kind) as caught:
+        quantize(folder, quantizer, output=out, **options)
+    assert list(out.parent.iterdir()) == []
+    assert isinstance(caught.value, OptqError)
+    assert "\n" not in caught.value.cause and "\n" not in caught.value.remedy
+    return caught.value.cause
+
+
+def test_seqlen_beyond_the_positions(folder_of, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    cause = refusal(
+        SettingError, folder_of("gpt2"), tmp_path, calib=tmp_path / "text.txt", seqlen=4096
+    )
+    assert "seqlen 4096 is more than the model's 64 positions" in cause
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_token_ids_beyond_the_positions(folder_of, tmp_path, name):
+    ids = zoo.token_ids(2, 200)
+    cause = refusal((SettingError, DataError), folder_of(name), tmp_path, calib=ids)
+    assert "200" in cause and "positions" in cause
+
+
+@pytest.mark.parametrize("bad", [128, 10**6, -1])
+def test_token_ids_outside_the_vocabulary(folder_of, tmp_path, bad):
+    ids = zoo.token_ids(2, 24)
+    ids[1, 3] = bad
+    cause = refusal((SettingError, DataError), folder_of("llama"), tmp_path, calib=ids)
+    assert str(bad) in cause
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(2, 0, dtype=torch.long), torch.rand(2, 8), torch.ones(8, dtype=torch.long)]
+)
+def test_token_ids_that_are_none(folder_of, tmp_path, ids):
+    refusal(DataError, folder_of("llama"), tmp_path, calib=ids)
+
+
+def test_text_that_is_too_short_or_missing(folder_of, tmp_path):
+    (tmp_path / "text.txt").write_text("the end")
+    refusal(DataError, folder_of("llama"), tmp_path, calib=tmp_path / "text.txt", seqlen=32)
+    refusal(DataError, folder_of("llama"), tmp_path, calib=tmp_path / "nowhere.txt", seqlen=32)
+
+
+def test_a_groupsize_that_does_not_divide(folder_of, tmp_path):
+    cause = refusal(SettingError, folder_of("llama"), tmp_path, GPTQ(4, 48))
+    assert "groupsize 48 does not divide the 64 columns of model.layers.0" in cause
+
+
+def narrow(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=40,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=5,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")
+    return tmp_path / "narrow"
+
+
+def test_a_shape_that_cannot_be_packed(tmp_path):
+    cause = refusal(SettingError, narrow(tmp_path), tmp_path, GPTQ(3))
+    assert "cannot be packed at 3 bits: 40 columns" in cause
+    result = quantize(narrow(tmp_path), GPTQ(4), output=tmp_path / "out")
+    assert len(decoder.decode(tmp_path / "out")) == len(result.layers) == 7
+
+
+def test_a_model_that_is_quantized_already(folder_of, tmp_path):
+    quantize(folder_of("llama"), output=tmp_path / "first")
+    assert "quantized already" in refusal(ModelError, tmp_path / "first", tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantizer", [GPTQ(4, 32), RTN(4, 32)], ids=["gptq", "rtn"])
+def test_nan_in_a_weight_names_the_layer(tmp_path, name, value, quantizer):
+    source = zoo.save(BY_NAME[name], tmp_path / "source")
+    layer = {"llama": "model.layers.1.mlp.up_proj", "gpt2": "transformer.h.1.mlp.c_fc"}[name]
+    path = source / "model.safetensors"
+    state = load_file(path)
+    state[f"{layer}.weight"][3, 5] = value
+    save_file(state, path, metadata={"format": "pt"})
+    cause = refusal(NumericsError, source, tmp_path, quantizer)
+    assert layer in cause and "block 1" in cause
+
+
+def test_nan_in_a_norm_names_what_reads_it(tmp_path):
+    source = zoo.save(BY_NAME["llama"], tmp_path / "source")
+    path = source / "model.safetensors"
+    state = load_file(path)
+    state["model.layers.1.input_layernorm.weight"][0] = float("nan")
+    save_file(state, path, metadata={"format": "pt"})
+    cause = refusal(NumericsError, source, tmp_path)
+    assert "model.layers.1.self_attn.q_proj (block 1)" in cause and "sample 0" in cause
+
+
+@pytest.mark.parametrize("row", zoo.REFUSED, ids=lambda row: row.name)
+def test_models_that_cannot_be_quantized(tmp_path, row):
+    refusal(ModelError, zoo.save(row, tmp_path / "source"), tmp_path)
+
+
+def test_other_bad_settings(folder_of, tmp_path):
+    llama = folder_of("llama")
+    refusal(SettingError, llama, tmp_path, format="gguf")
+    refusal(SettingError, llama, tmp_path, skip="(")
+    refusal(ModelError, llama, tmp_path, skip=".*")
+    refusal(ModelError, tmp_path / "nowhere", tmp_path)
+    for options in ({"nsamples": 0}, {"seqlen": 0}, {"seqlen": -3}):
+        (tmp_path / "text.txt").write_text(TEXT)
+        refusal(SettingError, llama, tmp_path, calib=tmp_path / "text.txt", **options)
+
+
+def test_an_existing_output(folder_of, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        quantize(folder_of("llama"), output=out)
+    plain = quantize(folder_of("llama"))
+    with pytest.raises(OutputError, match="exists"):
+        plain.save(out)
+    assert contents(out) == {"mine": b"mine"}
+    result = quantize(folder_of("llama"), output=out, force=True)
+    written = contents(out)
+    assert "mine" not in written and decoder.decode(out)
+    plain.save(out, force=True)
+    assert contents(out) == written
+    with pytest.raises(SettingError, match="wrote"):
+        result.save(tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(OutputError, match="is the model itself"):
+        quantize(folder_of("llama"), output=folder_of("llama"), force=True)
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_full_disk(folder_of, tmp_path, monkeypatch, failing):
+    calls = 0
+
+    def full(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls > failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_file(*args, **options)
+
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert "is full" in refusal(OutputError, folder_of("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()], ids=repr)
+def test_an_interrupt_leaves_nothing_behind(folder_of, tmp_path, monkeypatch, error):
+    def progress(what):
+        if what.block == 1:
+            raise error
+
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    with pytest.raises(type(error)):
+        quantize(folder_of("llama"), output=tmp_path / "out", progress=progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_does_not_reach_a_layers_inputs(folder_of):
+    """One token in all: far fewer than columns. Damping grows, and the record says so."""
+    result = quantize(folder_of("llama"), GPTQ(4, 32, percdamp=0.0), calib=CALIB[:1, :1])
+    assert any(record.damp_tries > 0 for record in result.layers)
+    assert logits(result.model).isfinite().all()
+    assert all(record.error <= record.rtn_error * (1 + 1e-6) for record in result.layers)
