@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-import optq.runner
+import optq.quantize
 from optq import GPTQ, OBQ, QEP, RTN, ModelConfig, Runner
 from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
 from optq.formats import reader, writer
-from optq.model.source import Checkpoint, disk_names
+from optq.model.checkpoint import Checkpoint
+from optq.model.source import disk_names
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}
 CALIB = zoo.token_ids(4, 24)
@@ -138,7 +139,7 @@ def test_the_same_seed_gives_the_same_bytes(folder_of, tmp_path):
 def test_batches_do_not_matter(folder_of, monkeypatch):
     """How samples are batched changes sums in the last bits at most."""
     one = quantize(folder_of("llama"))
-    monkeypatch.setattr(optq.runner, "BATCH_TOKENS", 24)
+    monkeypatch.setattr(optq.quantize, "BATCH_TOKENS", 24)
     many = quantize(folder_of("llama"))
     assert [record.name for record in one.layers] == [record.name for record in many.layers]
     for record, other in zip(one.layers[:3], many.layers[:3], strict=True):  # of the first site
@@ -462,7 +463,7 @@ def test_an_existing_output(folder_of, tmp_path):
     with pytest.raises(SettingError, match="wrote"):
         result.save(tmp_path / "again")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(OutputError, match="is the model itself"):
+    with pytest.raises(OutputError, match="holds the model itself"):
         quantize(folder_of("llama"), output=folder_of("llama"), force=True)
 
 

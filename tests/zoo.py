@@ -101,7 +101,7 @@ def _enliven(model: nn.Module, noisy_norms: bool) -> None:
 
 
 def token_ids(batch: int = 2, length: int = 24, seed: int = 0) -> Tensor:
-    """Random ordinary tokens, `[batch, length]`: three windows long, no special tokens, no images."""
+    """Random ordinary tokens, `[batch, length]`: three windows long, none special, no images."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(configs.UNK + 1, configs.IMAGE, (batch, length), generator=generator)
 

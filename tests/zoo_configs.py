@@ -89,7 +89,7 @@ def gemma3_text() -> PreTrainedConfig:
 
 
 def gemma4_text() -> PreTrainedConfig:
-    """The last two blocks have no k_proj and v_proj: they read keys and values of earlier blocks."""
+    """The last two blocks have no k_proj and v_proj: they read those of earlier blocks."""
     config = _gemma(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=[SLIDING, FULL] * 2)
     del config["query_pre_attn_scalar"]
     return tf.Gemma4TextConfig(

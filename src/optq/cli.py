@@ -13,7 +13,7 @@ import typer
 from optq.errors import OptqError, SettingError
 
 if TYPE_CHECKING:
-    from optq.runner import Quantizer
+    from optq.quantize import Quantizer
 
 app = typer.Typer(
     name="optq",
@@ -111,7 +111,8 @@ def quantize(
     options = {"sym": sym, "mse": mse, "percdamp": percdamp}
     options |= {"actorder": actorder, "static_groups": static_groups}
     quantizer = _quantizer(method, wbits, groupsize, options)
-    from optq.runner import ModelConfig, Progress, Runner
+    from optq.quantize import Progress
+    from optq.runner import ModelConfig, Runner
 
     calib = calib or ("demo" if model == "demo" else "c4")
     with progress.bar("quantizing") as bar:

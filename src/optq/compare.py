@@ -10,7 +10,8 @@ from optq.core.rtn import RTN
 from optq.data.evaluation import evaluation_tokens
 from optq.evaluate.perplexity import Perplexity, perplexity
 from optq.model.blocks import find_blocks
-from optq.runner import METHODS, ModelConfig, Quantizer, Runner, sequence_length
+from optq.quantize import Quantizer
+from optq.runner import METHODS, ModelConfig, Runner, sequence_length
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
 DEMO_SAMPLES = 64

@@ -19,7 +19,8 @@ from optq.errors import ModelError, OutputError
 from optq.formats import FORMATS, reader, writer
 from optq.formats.describe import describe
 from optq.model.blocks import find_blocks
-from optq.model.source import Checkpoint, disk_names, load_model
+from optq.model.checkpoint import Checkpoint
+from optq.model.source import disk_names, load_model
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL)}
 QUANTIZER = RTN(4, 32)

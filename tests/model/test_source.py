@@ -16,15 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optq.errors import ModelError, SettingError
 from optq.model.blocks import find_blocks, release
+from optq.model.checkpoint import Checkpoint, tensor_sizes
 from optq.model.flow import Flow
 from optq.model.source import (
-    Checkpoint,
     disk_names,
     empty_model,
     load_model,
     load_tokenizer,
     positions,
-    tensor_sizes,
 )
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}

@@ -70,9 +70,9 @@ class Hessian:
     def _convert(self, chunk: tuple[Tensor, ...]) -> list[Tensor]:
         if chunk[0].device.type != "cpu":
             return list(chunk)  # a GPU multiplies in their own dtype and returns float32 sums
-        while len(self._copies) < len(chunk):
-            size = (min(TOKENS, len(chunk[0])), len(self._sum))
-            self._copies.append(torch.empty(size, dtype=self._sum.dtype))
+        if not self._copies or len(self._copies[0]) < len(chunk[0]):
+            size = (len(chunk[0]), len(self._sum))
+            self._copies = [torch.empty(size, dtype=self._sum.dtype) for _ in chunk]
         copies = zip(self._copies, chunk, strict=False)
         return [copy[: len(part)].copy_(part) for copy, part in copies]
 

@@ -9,7 +9,7 @@ from typing import Any
 from optq.errors import ModelError
 from optq.formats.gptq import SUFFIXES, detect
 from optq.formats.writer import RECORD
-from optq.model.source import Checkpoint, tensor_sizes
+from optq.model.checkpoint import Checkpoint, tensor_sizes
 
 
 def describe(folder: Path) -> dict[str, Any]:

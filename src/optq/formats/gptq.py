@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from optq import __version__
-from optq.core.grid import Storage
+from optq.core.grid import BITS, Storage
 from optq.core.packing import pack, unpack
 from optq.core.solution import dequantize
 from optq.errors import ModelError, SettingError
@@ -96,6 +96,29 @@ class GPTQFormat:
             g_idx=tensors["g_idx"],
         )
 
+    def check_parts(self, name: str, tensors: dict[str, Tensor], bits: int) -> None:
+        """Refuse tensors of a layer that do not fit each other. Raises :class:`ModelError`."""
+        words, rows = tensors["qweight"].shape
+        groups = len(tensors["scales"])
+        columns = words * 32 // bits
+        wanted = {
+            "scales": (groups, rows),
+            "qzeros": (groups, rows * bits // 32),
+            "g_idx": (columns,),
+        }
+        for suffix, shape in wanted.items():
+            if tuple(tensors[suffix].shape) != shape:
+                raise ModelError(
+                    f"{name}.{suffix} is {list(tensors[suffix].shape)} where {list(shape)} fits"
+                    f" {bits} bits",
+                    "check that config.json and the weights belong together",
+                )
+        g_idx = tensors["g_idx"]
+        if g_idx.min() < 0 or g_idx.max() >= groups:
+            raise ModelError(
+                f"{name}.g_idx names groups outside 0 .. {groups - 1}", "copy the model again"
+            )
+
     def config(self, quantizer: Any, layers: list[str], dense: list[str]) -> dict[str, Any]:
         """The ``quantization_config``; ``layers`` and ``dense`` are names on disk."""
         desc_act = getattr(quantizer, "actorder", False)
@@ -134,8 +157,15 @@ def detect(config: dict[str, Any]) -> tuple[GPTQFormat, int] | None:
             f"the model is quantized with {quantization.get('quant_method')}",
             "give a plain model, or one in the gptq format",
         )
-    name = quantization.get("checkpoint_format", "gptq")
+    name, bits = quantization.get("checkpoint_format", "gptq"), quantization.get("bits")
+    if bits not in BITS:
+        raise ModelError(f"the checkpoint says it has {bits} bits", "give one of 2, 3, 4 or 8 bits")
+    for rule in quantization.get("dynamic") or {}:
+        if not rule.startswith("-:"):
+            raise ModelError(
+                f"the rule {rule} gives some layers other bits", "give a checkpoint of one width"
+            )
     for version in (GPTQ_V1, GPTQ_V2):
         if version.name == name:
-            return version, int(quantization["bits"])
+            return version, bits
     raise ModelError(f"the checkpoint format {name} is unknown", "write gptq or gptq_v2")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from optq.errors import ModelError
 from optq.formats.gptq import SUFFIXES, PackedLayer, detect
-from optq.model.source import Checkpoint, disk_names, empty_model, load_model
+from optq.model.checkpoint import Checkpoint
+from optq.model.source import disk_names, empty_model, load_model
 
 
 def load(checkpoint: Checkpoint) -> Any:
@@ -44,7 +45,14 @@ def read(checkpoint: Checkpoint) -> tuple[dict[str, PackedLayer], dict[str, Tens
     missing = sorted(parts - set(checkpoint.files))
     if missing:
         raise ModelError(f"{checkpoint.folder} lacks {missing[0]}", "copy the model again")
+    both = sorted(name for name in names if f"{name}.weight" in checkpoint.files)
+    if both:
+        raise ModelError(
+            f"{checkpoint.folder} has {both[0]}.weight beside its codes", "copy the model again"
+        )
     tensors = dict(checkpoint.tensors())
+    for name in names:
+        form.check_parts(name, {s: tensors[f"{name}.{s}"] for s in SUFFIXES}, bits)
     layers = {
         name: form.decode({suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES}, bits)
         for name in names

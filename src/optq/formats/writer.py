@@ -22,7 +22,7 @@ from torch import Tensor
 from optq.core.solution import Solution
 from optq.errors import OptqError, OutputError
 from optq.formats.gptq import SUFFIXES, GPTQFormat
-from optq.model.source import Checkpoint
+from optq.model.checkpoint import Checkpoint
 
 SHARD_BYTES = 2**30
 RECORD = "optq.json"  # what the run did: settings, errors by layer, seconds
@@ -79,7 +79,9 @@ class Writer:
             ):
                 (self.folder / file).write_text(json.dumps(content, indent=2) + "\n")
             for path in self.source.companions():
-                if not (self.folder / path.name).exists():
+                if path.is_dir():
+                    shutil.copytree(path, self.folder / path.name)
+                elif not (self.folder / path.name).exists():
                     shutil.copy(path, self.folder / path.name)
             self._rename()
 
@@ -92,7 +94,7 @@ class Writer:
         path = self.folder / f"shard-{len(self._shards)}.safetensors"
         with writing(self.target):
             save_file(
-                {name: tensor.contiguous() for name, tensor in self._pending.items()},
+                _unshared(self._pending),
                 path,
                 metadata={"format": "pt"},
             )
@@ -105,16 +107,21 @@ class Writer:
 
     def _compare(self, path: Path) -> None:
         """What is on disk decodes to what was solved, bit for bit."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
+        remedy = "check the disk, and run again"
+        try:
+            opened = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise OutputError(f"{path} does not read back: {error}", remedy) from error
+        with opened as file:
             for name, solution in self._solutions.items():
                 tensors = {s: file.get_tensor(f"{name}.{s}") for s in SUFFIXES}
                 read = self.form.decode(tensors, solution.wbits)
                 if not torch.equal(read.weight(), solution.weight.float().cpu()):
                     raise OutputError(
                         f"{name} reads back from {path} with other weights than were written",
-                        "check the disk, and run again",
+                        remedy,
                     )
 
     def _name_shards(self) -> None:
@@ -138,14 +145,30 @@ class Writer:
             return
         old = self.folder.with_name(self.folder.name + "-old")
         self.target.rename(old)
-        self.folder.rename(self.target)
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+        try:
+            self.folder.rename(self.target)
+        except OSError:
+            old.rename(self.target)
+            raise
+        old.unlink() if old.is_symlink() or old.is_file() else shutil.rmtree(old)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of their own memory: what a .bin file ties must be written as often as it says."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        start = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if start in seen else tensor.contiguous()
+        seen.add(start)
+    return own
 
 
 def check_target(target: Path, source: Checkpoint, force: bool) -> None:
     """Refuse a target that must not be replaced."""
-    if target.resolve() == source.folder.resolve():
-        raise OutputError(f"{target} is the model itself", "choose another folder")
+    model = source.folder.resolve()
+    if target.resolve() in (model, *model.parents):
+        raise OutputError(f"{target} holds the model itself", "choose another folder")
     if target.exists() and not force:
         raise OutputError(f"{target} exists", "choose another folder, or pass --force")
 

@@ -26,6 +26,7 @@ class Layer:
     calls: int = 0  # by one batch; a layer belongs to its first call
     solved: bool = False
     original: Tensor | None = None  # the weight before, while the full-precision stream needs it
+    shared: bool = False  # a later block uses the same module
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -88,18 +89,22 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
             f"{type(model).__name__} has no blocks with linear layers",
             "give a decoder-only language model",
         )
-    blocks, taken = [], set()
+    blocks: list[Block] = []
+    taken: dict[int, Layer] = {}
     for index, module in enumerate(best):
         prefix = name_of[id(best)] + f".{index}"
         block = Block(index, prefix, module)
         for name, child in module.named_modules(prefix=prefix):
             _refuse_experts(name, child)
-            if not isinstance(child, linear) or id(child) in taken:
+            if not isinstance(child, linear):
                 continue
-            taken.add(id(child))  # a module shared between blocks belongs to the first
+            if id(child) in taken:  # a module shared between blocks belongs to the first
+                taken[id(child)].shared = True
+                continue
+            layer = taken[id(child)] = Layer(name, child, isinstance(child, Conv1D))
             block.linears.append(name)
             if skipped is None or not skipped.search(name):
-                block.layers.append(Layer(name, child, isinstance(child, Conv1D)))
+                block.layers.append(layer)
         blocks.append(block)
     if not any(block.layers for block in blocks):
         raise ModelError(f"--skip {skip} leaves no layer to quantize", "choose a narrower one")

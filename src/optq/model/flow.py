@@ -32,9 +32,10 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from optq.core.hessian import Hessian
-from optq.errors import ModelError, NumericsError
+from optq.core.clock import elapsed
+from optq.errors import ModelError
 from optq.model.blocks import Block, Layer
+from optq.model.inputs import Handed, Inputs, gather
 from optq.model.modes import default_modes
 
 
@@ -44,19 +45,7 @@ class Site:
 
     block: Block
     layers: list[Layer]
-    order: int  # of the first call in the block
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a site has seen: ``H = X X^T / tokens`` of the quantized model's inputs, undamped.
-
-    ``cross`` is ``X~ X^T / tokens`` with ``X~`` the full-precision model's inputs, if they run.
-    """
-
-    H: Tensor
-    tokens: int
-    cross: Tensor | None = None
+    order: float  # of the first call in the block
 
 
 @dataclass
@@ -157,7 +146,7 @@ class Flow:
         if block in self._finished:
             raise ModelError(
                 f"{block.name} is called again after other blocks",
-                "run without an output folder and save the result: its weights are gone",
+                "models that loop over their blocks cannot be quantized",
             )
         for layer in block.layers:
             if layer.parameter._version != self._versions[layer]:
@@ -175,7 +164,10 @@ class Flow:
         while sites := [batch.site for batch in batches if batch.site]:
             site = min(sites, key=lambda site: site.order)
             here = [batch for batch in batches if batch.site is site]
-            inputs = self._inputs(site, here)
+            if all(batch.kind == "full" for batch in here):  # nothing of the quantized model's
+                self._advance(here)
+                continue
+            inputs = self._gather(site, here)
             if self.propagate:
                 for layer in site.layers:
                     layer.original = layer.parameter.data.clone()
@@ -184,7 +176,8 @@ class Flow:
                 layer.solved = True
             self._advance(here)
         for layer in block.layers:
-            layer.original = None
+            if not layer.shared:
+                layer.original = None
         self._finished.add(block)
         self.done(block)
 
@@ -206,50 +199,24 @@ class Flow:
             torch.cuda.synchronize(self.device)
         self.seconds.forward += time.perf_counter() - start
 
+    def _gather(self, site: Site, here: list[_Batch]) -> Inputs:
+        start = time.perf_counter()
+        handed = {
+            kind: [Handed(b.first_sample, b.ids, b.x) for b in here if b.kind == kind]
+            for kind in ("quantized", "full")
+        }
+        where = f"{site.layers[0].name} (block {site.block.index})"
+        full = handed["full"] if self.propagate else None
+        inputs = gather(where, site.layers[0].shape[1], self.device, handed["quantized"], full)
+        self.seconds.hessian += elapsed(start, inputs.H)
+        return inputs
+
     def _swap_originals(self) -> None:
-        for layer in self._current.layers if self._current else []:
+        for layer in self._site_of:
             if layer.original is not None:
                 data = layer.parameter.data
                 layer.parameter.data = layer.original
                 layer.original = data
-
-    def _inputs(self, site: Site, here: list[_Batch]) -> Inputs:
-        start = time.perf_counter()
-        columns = site.layers[0].shape[1]
-        hessian = Hessian(columns, device=self.device)
-        cross = Hessian(columns, device=self.device) if self.propagate else None
-        partner = {b.first_sample: b.x for b in here if b.kind == "full"}
-        for batch in here:
-            if batch.kind == "quantized":
-                hessian.add(batch.x)
-                if cross is not None:
-                    full = partner.get(batch.first_sample, batch.x)
-                    # Streams that took other tokens (experts) have no difference to speak of.
-                    cross.add(batch.x, full if full.shape == batch.x.shape else batch.x)
-        H = hessian.matrix()
-        if not torch.isfinite(H.diagonal()).all():
-            self._blame(site, here)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds.hessian += time.perf_counter() - start
-        return Inputs(H, hessian.tokens, cross.matrix() if cross else None)
-
-    def _blame(self, site: Site, here: list[_Batch]) -> None:
-        for batch in here:
-            samples = len(batch.ids)
-            x = batch.x.reshape(samples, -1)
-            bad = (~torch.isfinite(x)).any(1).nonzero()
-            if bad.numel():
-                sample = batch.first_sample + int(bad[0])
-                raise NumericsError(
-                    f"the input of {site.layers[0].name} (block {site.block.index}) holds NaN or"
-                    f" infinity for calibration sample {sample}",
-                    "check the weights before it, or load the model in bfloat16 or float32",
-                )
-        raise NumericsError(
-            f"the Hessian of {site.layers[0].name} (block {site.block.index}) overflows float32",
-            "look for extreme activations in the calibration text",
-        )
 
     # What runs inside a coroutine: hooks.
 
@@ -285,8 +252,10 @@ class Flow:
             self._record(layer, x)
             return
         site = self._site_of.get(layer)
-        if site is None:  # the scout did not come by here
+        if site is None:  # the scout did not come by here: it follows where this batch was last
             site = self._new_site(layer)
+            here = [past.order for past in batch.handed if past.block is site.block]
+            site.order = max(here, default=-1) + 0.5
         if layer in batch.called:
             return  # a layer belongs to its first call
         batch.called.add(layer)

@@ -23,9 +23,11 @@ def default_modes() -> Iterator[None]:
     for device in devices:
         torch.set_autocast_enabled(device, False)
     torch.set_grad_enabled(False)
+    torch.clear_autocast_cache()  # it holds casts of weights that may change meanwhile
     try:
         yield
     finally:
+        torch.clear_autocast_cache()
         for device in devices:
             torch.set_autocast_enabled(device, autocast[device])
             torch.set_autocast_dtype(device, dtypes[device])

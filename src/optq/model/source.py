@@ -1,4 +1,4 @@
-"""A checkpoint on disk: its tensors, its other files, and the model that transformers makes of it.
+"""The transformers model that a checkpoint on disk stands for.
 
 ``from_pretrained`` on the CPU maps safetensors files into memory instead of reading them: a
 weight arrives when it is first touched, and until it is written to, the system may drop its pages
@@ -8,76 +8,16 @@ own renamings and conversions hold for every architecture.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optq.errors import ModelError
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder with ``config.json`` and weights; ``files`` maps each tensor to its file."""
-
-    folder: Path
-    files: dict[str, str]
-
-    @classmethod
-    def open(cls, model_id: str) -> Checkpoint:
-        """Open a folder, or fetch a hub id. Raises :class:`ModelError` if it is not whole."""
-        folder = Path(model_id).expanduser()
-        if not folder.is_dir():
-            folder = _fetch(model_id)
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"{model_id} has no config.json", "give a folder that save_pretrained has written"
-            )
-        return cls(folder, _tensor_files(folder))
-
-    def config(self) -> dict[str, Any]:
-        """``config.json`` as it stands."""
-        try:
-            return json.loads((self.folder / "config.json").read_text())
-        except ValueError as error:
-            raise ModelError(
-                f"{self.folder / 'config.json'} is not JSON: {error}", "copy the file again"
-            ) from error
-
-    def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors (default: all), file by file, each read when its turn comes."""
-        wanted = self.files if names is None else names
-        by_file: dict[str, list[str]] = {}
-        for name in wanted:
-            by_file.setdefault(self.files[name], []).append(name)
-        for file, members in sorted(by_file.items()):
-            with _open_weights(self.folder / file) as get:
-                for name in members:
-                    yield name, get(name)
-
-    def companions(self) -> list[Path]:
-        """All but weights and config: tokenizer, chat template, generation config, .."""
-        return [
-            path
-            for path in sorted(self.folder.iterdir())
-            if path.is_file()
-            and not path.name.startswith(".")
-            and path.suffix not in WEIGHT_SUFFIXES
-            and not path.name.endswith(".index.json")
-            and path.name not in ("config.json", "quantize_config.json")
-        ]
-
-
-def tensor_sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of each tensor. Reads no weights: the files are mapped, not read."""
-    return {name: tensor.nbytes for name, tensor in checkpoint.tensors()}
+from optq.model.checkpoint import Checkpoint, first_line
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
@@ -108,12 +48,15 @@ def load_model(checkpoint: Checkpoint, state: dict[str, Tensor] | None = None) -
                 dtype=config.dtype or "auto",
                 output_loading_info=True,
             )
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
             raise ModelError(
-                f"{checkpoint.folder} cannot be loaded: {_line(error)}",
+                f"{checkpoint.folder} cannot be loaded: {first_line(error)}",
                 "check that config.json and the weights belong together, or copy the model again",
             ) from error
-    for problem in ("missing", "mismatched"):
+    problems = ["missing", "mismatched"]
+    if state is not None:  # a plain checkpoint may hold more than the model, a quantized one not
+        problems.append("unexpected")
+    for problem in problems:
         names = sorted(map(str, report[f"{problem}_keys"]))
         if names:
             raise ModelError(
@@ -131,7 +74,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{checkpoint.folder} has no tokenizer that transformers can read: {_line(error)}",
+            f"{checkpoint.folder} has no tokenizer that transformers can read: {first_line(error)}",
             "copy the tokenizer's files of the model into that folder",
         ) from error
 
@@ -172,13 +115,14 @@ def positions(model: Any) -> int | None:
 def _configuration(checkpoint: Checkpoint) -> tuple[Any, str]:
     """The configuration, as of a plain model, and the name of the class it is for."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     raw = checkpoint.config()
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise ModelError(
-            f"transformers cannot read {checkpoint.folder / 'config.json'}: {_line(error)}",
+            f"transformers cannot read {checkpoint.folder / 'config.json'}: {first_line(error)}",
             "update transformers, or check the file",
         ) from error
     if hasattr(config, "quantization_config"):
@@ -216,89 +160,3 @@ def _quiet(logging: Any) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _fetch(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]
-    try:
-        folder = Path(snapshot_download(model_id, ignore_patterns=[*others, "*/*"]))
-        if not list(folder.glob("*.safetensors")):
-            snapshot_download(model_id, allow_patterns=["*.bin", "*.bin.index.json"])
-        return folder
-    except HFValidationError as error:
-        raise ModelError(f"{model_id} does not exist", "give a model folder or a hub id") from error
-    except OSError as error:
-        raise ModelError(
-            f"{model_id} is not a folder, and the hub does not give it: {_line(error)}",
-            "give a model folder, or check the id and the network",
-        ) from error
-
-
-def _tensor_files(folder: Path) -> dict[str, str]:
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / index).is_file():
-            try:
-                names = set(json.loads((folder / index).read_text())["weight_map"].values())
-            except (ValueError, KeyError) as error:
-                raise ModelError(
-                    f"{folder / index} is not an index", "copy the file again"
-                ) from error
-        elif (folder / single).is_file():
-            names = {single}
-        else:
-            continue
-        files: dict[str, str] = {}
-        for name in sorted(names):
-            files |= dict.fromkeys(_names_in(folder / name), name)
-        return files
-    raise ModelError(
-        f"{folder} has no weights", "give a folder with model.safetensors or pytorch_model.bin"
-    )
-
-
-def _names_in(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return list(file.keys())
-        return list(torch.load(path, mmap=True, weights_only=True, map_location="cpu"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing", "copy the model again, with all files") from error
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ModelError(
-            f"{path} is truncated or corrupt: {_line(error)}", "copy the file again"
-        ) from error
-
-
-class _open_weights:  # noqa: N801  reads like the function it is
-    """A context that gives a function from a tensor's name to the tensor."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        from safetensors import safe_open
-
-        if self.path.suffix == ".safetensors":
-            self.file: Any = safe_open(self.path, "pt").__enter__()
-            return self.file.get_tensor
-        state = torch.load(self.path, mmap=True, weights_only=True, map_location="cpu")
-        self.file = None
-        return state.__getitem__
-
-    def __exit__(self, *error: Any) -> None:
-        if self.file is not None:
-            self.file.__exit__(*error)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

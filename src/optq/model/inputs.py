@@ -1,0 +1,79 @@
+"""What a site has seen: from the inputs that batches hand over to its Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from optq.core.hessian import Hessian
+from optq.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``H = X X^T / tokens`` of the quantized model's inputs ``X``, undamped.
+
+    ``cross`` is ``Y X^T / tokens`` with ``Y`` the full-precision model's inputs, if they run.
+    """
+
+    H: Float[Tensor, "cols cols"]
+    tokens: int
+    cross: Float[Tensor, "cols cols"] | None = None
+
+
+@dataclass(frozen=True)
+class Handed:
+    """The input that one batch brought: ``ids`` are its samples, the first one's number first."""
+
+    first_sample: int
+    ids: Int[Tensor, "samples tokens"]
+    x: Float[Tensor, "*batch cols"]
+
+
+def gather(
+    where: str,
+    columns: int,
+    device: torch.device,
+    quantized: list[Handed],
+    full: list[Handed] | None,
+) -> Inputs:
+    """The inputs of a site called ``where`` in errors; ``full``: the other stream's, if it runs.
+
+    Raises :class:`NumericsError`, which names the sample, where an input is not finite.
+    """
+    hessian = Hessian(columns, device)
+    cross = None if full is None else Hessian(columns, device)
+    partners = {each.first_sample: each.x for each in full or []}
+    for batch in quantized:
+        hessian.add(batch.x)
+        if cross is not None:
+            partner = partners.get(batch.first_sample, batch.x)
+            # Streams that took other tokens (experts) have no difference to speak of.
+            cross.add(batch.x, partner if partner.shape == batch.x.shape else batch.x)
+    inputs = Inputs(hessian.matrix(), hessian.tokens, None if cross is None else cross.matrix())
+    for matrix in (inputs.H, inputs.cross):
+        if matrix is not None and not torch.isfinite(matrix.sum()):
+            _blame(where, [*quantized, *(full or [])])
+    return inputs
+
+
+def _blame(where: str, batches: list[Handed]) -> None:
+    for batch in batches:
+        if torch.isfinite(batch.x).all():
+            continue
+        samples, columns = len(batch.ids), batch.x.shape[-1]
+        which = f"samples {batch.first_sample} to {batch.first_sample + samples - 1}"
+        if batch.x.numel() == batch.ids.numel() * columns:  # else only some tokens came here
+            bad = (~torch.isfinite(batch.x.reshape(samples, -1))).any(1).nonzero()
+            which = f"sample {batch.first_sample + int(bad[0])}"
+        raise NumericsError(
+            f"the input of {where} holds NaN or infinity for calibration {which}",
+            "check the weights before it, or load the model in bfloat16 or float32",
+        )
+    raise NumericsError(
+        f"the Hessian of {where} overflows float32",
+        "look for extreme activations in the calibration text",
+    )
