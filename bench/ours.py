@@ -1,10 +1,15 @@
-"""Quantize the benchmark's model with OPTQ; the counterpart of the scripts in ``bench/peers``."""
+"""Quantize the benchmark's model with OPTQ; the counterpart of the scripts in ``bench/peers``.
+
+OPTQ imports transformers when a run needs it. Here that happens first, because the peers import
+it before their clocks start, too.
+"""
 
 from pathlib import Path
 
 import torch
 from peers.measure import Measurement, arguments
 from torch import Tensor
+from transformers.models.llama import modeling_llama  # noqa: F401
 
 from optq import GPTQ, ModelConfig, Runner, __version__
 

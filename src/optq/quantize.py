@@ -191,14 +191,29 @@ class Quantization:
 def _measured_on(
     weight: Tensor, H: Tensor, solution: Solution, quantizer: Quantizer, storage: Storage
 ) -> Solution:
-    """``solution`` with the errors it makes on ``weight``, not on the target it was solved for."""
+    """``solution`` held against ``weight``, not against the target that it was solved for.
+
+    Its errors become those on ``weight``, and so does the promise: a row that rounding ``weight``
+    serves better takes the rounded codes.
+    """
     grid = quantizer.grid
-    rounding = RTN(grid.wbits, grid.groupsize, grid.sym, grid.mse).solve(weight, H, storage)
+    # Rounding on the same groups, also where those follow the order of an act-order sweep.
+    order = torch.argsort(solution.g_idx, stable=True)
+    rounding = RTN(grid.wbits, grid.groupsize, grid.sym, grid.mse).solve(
+        weight[:, order], H[order][:, order], storage
+    )
     miss = weight - solution.weight
+    error = ((miss @ H) * miss).sum(1).clamp(min=0)
+    worse = error > rounding.error
+    rounded = rounding.codes[:, torch.argsort(order)]
     return replace(
         solution,
-        error=((miss @ H) * miss).sum(1).clamp(min=0),
+        codes=torch.where(worse[:, None], rounded, solution.codes),
+        scales=torch.where(worse[:, None], rounding.scales, solution.scales),
+        zeros=torch.where(worse[:, None], rounding.zeros, solution.zeros),
+        error=torch.minimum(error, rounding.error),
         rtn_error=rounding.error,
+        fallback_rows=solution.fallback_rows + int(worse.sum()),
     )
 
 

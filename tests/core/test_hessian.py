@@ -27,9 +27,9 @@ def test_the_matrix_is_the_mean_outer_product_of_the_tokens(dtype, tile, monkeyp
     x = torch.randn(300, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
     H = Hessian(20)
     H.add(x)
-    exact = torch.tensor(oracles.hessian(x.double().numpy()))
-    assert H.matrix().dtype == torch.float32
-    assert relative(H.matrix(), exact) < 1e-6
+    matrix = H.matrix()
+    assert matrix.dtype == torch.float32
+    assert relative(matrix, torch.tensor(oracles.hessian(x.double().numpy()))) < 1e-6
 
 
 def test_batches_of_any_shape_add_up_to_the_whole():
@@ -47,7 +47,41 @@ def test_the_matrix_is_symmetric_to_the_bit(monkeypatch):
     monkeypatch.setattr(hessian, "TILE", 7)
     H = Hessian(30)
     H.add(torch.randn(50, 30, generator=torch.Generator().manual_seed(2)))
-    assert torch.equal(H.matrix(), H.matrix().T)
+    matrix = H.matrix()
+    assert torch.equal(matrix, matrix.T)
+
+
+def test_the_matrix_is_the_same_when_read_again():
+    H = Hessian(4)
+    H.add(torch.ones(10, 4))
+    first = H.matrix().clone()
+    assert torch.equal(H.matrix(), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [5, 1024])
+def test_with_a_partner_the_matrix_is_the_mean_outer_product_of_the_two(dtype, tile, monkeypatch):
+    monkeypatch.setattr(hessian, "TILE", tile)
+    generator = torch.Generator().manual_seed(7)
+    x, y = (torch.randn(4, 30, 12, generator=generator).to(dtype) for _ in range(2))
+    H = Hessian(12)
+    H.add(x[:3], y[:3])
+    H.add(x[3:], y[3:])
+    tokens = zip(x.double().view(-1, 12), y.double().view(-1, 12), strict=True)
+    exact = sum(torch.outer(theirs, ours) for ours, theirs in tokens) / 120
+    assert relative(H.matrix(), exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_all_counted_however_few_are_multiplied_at_a_time(dtype, monkeypatch):
+    """Batches that shrink and grow, so that memory which is reused holds older tokens."""
+    monkeypatch.setattr(hessian, "TOKENS", 8)
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(8)).to(dtype)
+    H = Hessian(6)
+    for part in x.split([3, 20, 1, 9, 27]):
+        H.add(part)
+    assert H.tokens == 60
+    assert relative(H.matrix(), torch.tensor(oracles.hessian(x.double().numpy()))) < 1e-6
 
 
 def test_a_matrix_of_no_tokens_is_zero():

@@ -126,10 +126,12 @@ class GPTQ:
             exact = row_error(miss, factored) - factored.damp * miss.square().sum(0)
             rtn_error[worse] = exact.clamp_(min=0)
             worse = worse[error[worse] > rtn_error[worse]]
-            sweep.codes[:, worse] = rounded.codes[:, worse]
-            sweep.scale[:, worse] = rounded.scale[:, worse]
-            sweep.zero[:, worse] = rounded.zero[:, worse]
             error[worse] = rtn_error[worse]
+            # Where the two agree, their errors differ in the last bits only.
+            pairs = [(sweep.codes, rounded.codes), (sweep.scale, rounded.scale)]
+            worse = worse[sum((a[:, worse] != b[:, worse]).any(0) for a, b in pairs) > 0]
+            for ours, theirs in (*pairs, (sweep.zero, rounded.zero)):
+                ours[:, worse] = theirs[:, worse]
         codes = sweep.codes
         if order is not None:
             inverse = torch.argsort(order)
@@ -225,7 +227,7 @@ class _Sweep:
         self._set_zero(self.group[start], zero)
 
     def _columns(self, start: int, stop: int) -> None:
-        columns, quantized = slice(start, stop), torch.empty_like(self.residual)
+        columns = slice(start, stop)
         block, N = self.W_hat[columns], self.factored.N[columns, columns]
         steps = self.steps[: stop - start]
         rows = zip(self.group[columns], block, self.W[columns], steps, N, strict=True)
@@ -233,9 +235,8 @@ class _Sweep:
             scale = self.scales[group]
             torch.div(w_hat, scale, out=step).round_()
             torch.clamp(step, self.lowests[group], self.highests[group], out=step)
-            torch.mul(step, scale, out=quantized)
-            w_hat.sub_(quantized)
-            w.sub_(quantized)  # e
+            w_hat.addcmul_(step, scale, value=-1)  # w^ - q
+            w.addcmul_(step, scale, value=-1)  # e
             block[j:].addr_(spread[j:], w)
         self.codes[columns] = steps.add_(self.zero[self.group_of[columns]]).to(torch.uint8)
         self.residual += self.factored.pivots[columns].square() @ block.square()

@@ -36,7 +36,7 @@ class Hessian:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.tokens = 0
-        self._symmetric = True
+        self._symmetric, self._finished = True, False
         self._sum = torch.zeros(columns, columns, device=device, dtype=dtype)
         # Copies in the dtype of the sum, in memory that is touched once and then reused.
         self._copies: list[Tensor] = []
@@ -59,7 +59,11 @@ class Hessian:
 
     def matrix(self) -> Float[Tensor, "columns columns"]:
         """``X X^T / tokens``. It is the accumulator's own memory: nothing can be added later."""
-        H = self._sum.div_(max(self.tokens, 1))
+        H = self._sum
+        if self._finished:
+            return H
+        self._finished = True
+        H.div_(max(self.tokens, 1))
         for start in range(0, len(H) if self._symmetric else 0, TILE):
             stop = start + TILE
             corner = H[start:stop, start:stop]

@@ -217,7 +217,7 @@ def train(out: Path, steps: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train OPTQ's bundled model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model and checkpoint")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps, arguments.seed)

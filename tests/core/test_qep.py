@@ -1,0 +1,51 @@
+"""Error propagation: the correction of the weights, against the formula written out."""
+
+import pytest
+import torch
+
+from optq.core.qep import QEP
+from optq.errors import SettingError
+
+COLUMNS, TOKENS, ROWS = 24, 200, 7
+
+
+def streams(shift: float):
+    """Weights, inputs of the full-precision model, and inputs of the quantized one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    mix = torch.randn(COLUMNS, COLUMNS, generator=generator, dtype=torch.float64)
+    full = torch.randn(TOKENS, COLUMNS, generator=generator, dtype=torch.float64) @ mix
+    noise = torch.randn(TOKENS, COLUMNS, generator=generator, dtype=torch.float64)
+    return weight, full, full + shift * noise
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("percdamp", [0.01, 1.0])
+def test_the_corrected_weights_are_those_of_the_formula(alpha, percdamp):
+    weight, full, quantized = streams(0.3)
+    H = quantized.T @ quantized / TOKENS
+    damped = H + percdamp * H.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
+    difference = (full - quantized).T @ quantized / TOKENS
+    expected = weight + alpha * weight @ difference @ torch.linalg.inv(damped)
+    corrected = QEP(alpha, percdamp).correct(weight, H, full.T @ quantized / TOKENS)
+    torch.testing.assert_close(corrected, expected)
+
+
+def test_equal_streams_change_nothing():
+    weight, full, _ = streams(0.0)
+    H = full.T @ full / TOKENS
+    assert torch.equal(QEP().correct(weight, H, H), weight)
+
+
+def test_full_correction_without_damping_is_least_squares():
+    """alpha = 1 and no damping: the best weights on the quantized inputs for the true output."""
+    weight, full, quantized = streams(0.3)
+    H, cross = quantized.T @ quantized / TOKENS, full.T @ quantized / TOKENS
+    corrected = QEP(1.0, 0.0).correct(weight, H, cross)
+    best = torch.linalg.lstsq(quantized, full @ weight.T).solution.T
+    torch.testing.assert_close(corrected, best)
+
+
+def test_a_damping_that_is_no_fraction_is_refused():
+    with pytest.raises(SettingError):
+        QEP(percdamp=2.0)
