@@ -30,7 +30,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from optq.core.clock import elapsed
@@ -44,7 +44,7 @@ from optq.core.hessian import (
     surely_less,
     weighted_squares,
 )
-from optq.core.rtn import round_groups, working_copy
+from optq.core.rtn import Rounded, round_groups, working_copy
 from optq.core.solution import Solution, dequantize, group_index
 from optq.errors import SettingError
 
@@ -114,24 +114,11 @@ class GPTQ:
 
         error = sweep.error()
         better, rtn_error = surely_less(error, damped, rounded.miss, factored)
-        worse = (~better).nonzero().flatten()
-        if worse.numel():
-            miss = working_copy(weight[worse], factored.dead)
-            miss -= dequantize(
-                rounded.codes[:, worse].T,
-                rounded.scale[:, worse].T,
-                rounded.zero[:, worse].T,
-                group,
-            ).T
-            exact = row_error(miss, factored) - factored.damp * miss.square().sum(0)
-            rtn_error[worse] = exact.clamp_(min=0)
-            worse = worse[error[worse] > rtn_error[worse]]
-            error[worse] = rtn_error[worse]
-            # Where the two agree, their errors differ in the last bits only.
-            pairs = [(sweep.codes, rounded.codes), (sweep.scale, rounded.scale)]
-            worse = worse[sum((a[:, worse] != b[:, worse]).any(0) for a, b in pairs) > 0]
-            for ours, theirs in (*pairs, (sweep.zero, rounded.zero)):
-                ours[:, worse] = theirs[:, worse]
+        unsure = (~better).nonzero().flatten()
+        rtn_error[unsure] = _rounding_error(weight[unsure], rounded, unsure, group, factored)
+        worse = (error > rtn_error).nonzero().flatten()
+        error[worse] = rtn_error[worse]
+        fallen_back = sweep.take_rows(worse, rounded)
         codes = sweep.codes
         if order is not None:
             inverse = torch.argsort(order)
@@ -148,9 +135,24 @@ class GPTQ:
             damp=factored.damp,
             damp_tries=factored.tries,
             dead=int(factored.dead.sum()),
-            fallback_rows=worse.numel(),
+            fallback_rows=fallen_back,
             seconds={"factor": factor_seconds, "solve": elapsed(start, H)},
         )
+
+
+def _rounding_error(
+    weight: Float[Tensor, "some cols"],
+    rounded: Rounded,
+    rows: Int[Tensor, " some"],
+    group: Int[Tensor, " cols"],
+    factored: Factor,
+) -> Float[Tensor, " some"]:
+    """The error of the rounded ``rows``, whose weights these are, in full precision."""
+    grids = (rounded.codes, rounded.scale, rounded.zero)
+    codes, scale, zero = (each[:, rows].T for each in grids)
+    miss = working_copy(weight, factored.dead) - dequantize(codes, scale, zero, group).T
+    norm = miss.square().sum(0)
+    return (row_error(miss, factored) - factored.damp * norm).clamp_(min=0)
 
 
 class _Sweep:
@@ -208,6 +210,19 @@ class _Sweep:
         ones = torch.ones_like(self.factored.pivots)[None]
         norm = weighted_squares(ones, self.W)[0]
         return (self.residual - self.factored.damp * norm).clamp_(min=0)
+
+    def take_rows(self, rows: Int[Tensor, " some"], rounded: Rounded) -> int:
+        """Give these rows the rounded codes; the number of rows that this changes."""
+        # Where the two agree, their errors differ in the last bits only.
+        agree = (self.codes[:, rows] == rounded.codes[:, rows]).all(0)
+        agree &= (self.scale[:, rows] == rounded.scale[:, rows]).all(0)
+        for ours, theirs in (
+            (self.codes, rounded.codes),
+            (self.scale, rounded.scale),
+            (self.zero, rounded.zero),
+        ):
+            ours[:, rows] = theirs[:, rows]
+        return int((~agree).sum())
 
     def _set_zero(self, group: int | slice, zero: Tensor) -> None:
         self.zero[group] = zero

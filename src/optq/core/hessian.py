@@ -1,8 +1,8 @@
 """The Hessian of a site, ``H = X X^T / tokens``, and its factor.
 
 Sums are float32. Where the activations are bfloat16, their products are exact in float32, so the
-CPU's bfloat16 matrix units (AMX, AVX512-BF16) give the same sums about three times faster; only
-there is torch's reduced precision allowed. ``H`` is symmetric: only tiles on and above the
+CPU's bfloat16 units (AMX, AVX512-BF16) give the same sums two to three times faster; only there
+is torch's reduced precision allowed. ``H`` is symmetric: only tiles on and above the
 diagonal are computed.
 """
 
