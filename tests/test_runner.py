@@ -501,3 +501,37 @@ def test_a_text_that_does_not_reach_a_layers_inputs(folder_of):
     assert any(record.damp_tries > 0 for record in result.layers)
     assert logits(result.model).isfinite().all()
     assert all(record.error <= record.rtn_error * (1 + 1e-6) for record in result.layers)
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the kernel does not say")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
+def test_a_finished_block_leaves_the_memory(tmp_path, monkeypatch):
+    """A model larger than memory: neither its weights nor the quantized ones pile up."""
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        vocab_size=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    block = (4 * 512 * 512 + 3 * 512 * 1536) * 4  # bytes, float32
+    monkeypatch.setattr(writer, "SHARD_BYTES", 2**20)
+    memory = []
+    model = ModelConfig(str(tmp_path / "model"), "cpu")
+    Runner(
+        model,
+        RTN(4, 128),
+        calib=torch.randint(64, (2, 32)),
+        output=tmp_path / "out",
+        progress=lambda _: memory.append(anonymous_memory()),
+    ).run()
+    first = len(memory) // 12  # after the first block
+    assert max(memory[first:]) - memory[first] < 2 * block

@@ -182,7 +182,7 @@ class Quantization:
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
         self.weights += part.codes.numel()
         if self.writer is None:
-            self.solutions[name] = part
+            self.solutions[name] = part.cpu()
         else:
             self.writer.add(name, part, tensors)
         self.seconds["write"] += time.perf_counter() - start

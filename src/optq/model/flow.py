@@ -154,6 +154,9 @@ class Flow:
                     f"the model changes {layer.name} while it runs",
                     "models that rescale their own weights cannot be quantized",
                 )
+            # Memory of its own: what is written to a mapped file's pages stays until the whole
+            # file is let go, and the quantized weights of a model larger than memory with it.
+            layer.parameter.data = layer.parameter.data.clone()
         self._current = block
         block.module.to(self.device)
         self._advance([batch for batch in waiting if batch.kind == "scout"])

@@ -1,0 +1,694 @@
+"""Bad input through the command: two lines, exit status 2, and nothing left behind."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import optq.formats.writer
+from optq import cli
+
+COMMAND = Path(sys.executable).with_name("optq")
+BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.REFUSED)}
+TEXT = "the other end of the theorem is not as near as it seems, and the rest is read then. " * 40
+SETTINGS = ["--nsamples", "4", "--seqlen", "32", "--groupsize", "32", "--device", "cpu"]
+
+
+@pytest.fixture
+def optq_says(capfd, monkeypatch):
+    """Run the command in this process, which must refuse; gives the two lines."""
+    on_term = signal.getsignal(signal.SIGTERM)
+
+    def run(*words) -> tuple[str, str]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["optq", *map(str, words)])
+        for handler in logging.getLogger("transformers").handlers:
+            if type(handler) is logging.StreamHandler:
+                monkeypatch.setattr(handler, "stream", sys.stderr)  # not an earlier test's
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        return checked(end.value.code, out, err)
+
+    yield run
+    signal.signal(signal.SIGTERM, on_term)
+
+
+def checked(code, out, err) -> tuple[str, str]:
+    """The cause and the remedy of a refusal that keeps its form."""
+    assert code == 2, err
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 2, err
+    assert lines[0].startswith("optq: ") and lines[1].startswith("      ")
+    cause, remedy = lines[0].removeprefix("optq: "), lines[1].strip()
+    assert cause and remedy and "Traceback" not in err and "\x1b" not in err
+    # A sentence of some library, cut off where its second line began, helps nobody.
+    assert not cause.rstrip().endswith(":") and "above" not in cause
+    return cause, remedy
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """Folders of the table's models, written once. To be read only."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = zoo.save(BY_NAME[name], tmp_path_factory.mktemp("zoo") / name)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture
+def model(folder_of, tmp_path):
+    """A copy of a tiny model, to be broken."""
+    return Path(shutil.copytree(folder_of("llama"), tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(optq_says, tmp_path):
+    """`optq quantize MODEL` with good settings and then `words`; cause and remedy."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+
+    def run(source, *words) -> tuple[str, str]:
+        place = tmp_path / "place"
+        place.mkdir(exist_ok=True)
+        (place / "mine").write_text("mine")
+        said = optq_says("quantize", source, place / "out", "--calib", text, *SETTINGS, *words)
+        assert [path.name for path in place.iterdir()] == ["mine"]
+        return said
+
+    return run
+
+
+def change_tensor(folder, name, change):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    change(state[name])
+    save_file(state, path, metadata={"format": "pt"})
+
+
+# Options
+
+OPTIONS = [
+    (["--wbits", "5"], "wbits is 5", "2, 3, 4 or 8"),
+    (["--groupsize", "0"], "groupsize is 0", "-1"),
+    (["--groupsize", "-2"], "groupsize is -2", "-1"),
+    (["--groupsize", "100"], "groupsize 100 does not divide the 64 columns of model.", "-1"),
+    (["--percdamp", "7"], "percdamp is 7", "0 to 1"),
+    (["--percdamp", "nan"], "percdamp is nan", "0 to 1"),
+    (["--nsamples", "0"], "nsamples is 0", "1 or more"),
+    (["--seqlen", "0"], "seqlen is 0", "1 or more"),
+    (["--seqlen", "65"], "seqlen 65 is more than the model's 64 positions", "64 or less"),
+    (["--method", "awq"], "method awq is unknown", "rtn, gptq, obq"),
+    (["--format", "gguf"], "format gguf is unknown", "gptq or gptq_v2"),
+    (["--method", "rtn", "--actorder"], "rtn has no --actorder", "--method gptq"),
+    (["--method", "obq", "--actorder"], "obq has no --actorder", "--method gptq"),
+    (["--method", "obq", "--static-groups"], "obq has no --static-groups", "--method gptq"),
+    (["--device", "tpu"], "device tpu is not here", "cpu"),
+    (["--device", "meta"], "device meta is not here", "cpu"),
+    (["--device", "cuda:99"], "device cuda:99 is not here", "cpu"),
+    (["--skip", "("], "--skip ( is not a regular expression", "escape"),
+    (["--skip", "."], "--skip . leaves no layer to quantize", "narrower"),
+    (["--chat"], "no chat template", "leave out --chat"),
+]
+
+
+@pytest.mark.parametrize(("words", "cause", "remedy"), OPTIONS, ids=lambda x: str(x)[:40])
+def test_a_bad_option(refused, folder_of, words, cause, remedy):
+    said = refused(folder_of("llama"), *words)
+    assert cause in said[0] and remedy in said[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here(refused, folder_of):
+    assert "device cuda is not here" in refused(folder_of("llama"), "--device", "cuda")[0]
+
+
+USAGE = [
+    (["quantize", "--nonsense"], "--nonsense"),
+    (["quantize", "model"], "out"),
+    (["quantize", "model", "out", "--nsamples", "many"], "--nsamples"),
+    (["quantise"], "quantise"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), USAGE, ids=str)
+def test_a_bad_usage(capfd, monkeypatch, words, named):
+    """typer's own message: which command, where its help is, what is wrong."""
+    monkeypatch.setattr(sys, "argv", ["optq", *words])
+    on_term = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    signal.signal(signal.SIGTERM, on_term)
+    out, err = capfd.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert err.startswith("Usage: ") and "--help" in err and "Traceback" not in err
+    assert named in err
+
+
+# Models
+
+
+def a_missing_folder(model):
+    shutil.rmtree(model)
+    return "does not exist"
+
+
+def a_file(model):
+    (model / "config.json").rename(model.with_name("moved"))
+    shutil.rmtree(model)
+    model.with_name("moved").rename(model)
+    return "is not a folder"
+
+
+def no_config(model):
+    (model / "config.json").unlink()
+    return "has no config.json"
+
+
+def no_weights(model):
+    (model / "model.safetensors").unlink()
+    return "has no weights"
+
+
+def no_tokenizer(model):
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    return "tokenizer"
+
+
+def half_a_tokenizer(model):
+    path = model / "tokenizer.json"
+    path.write_text(path.read_text()[:500])
+    return "tokenizer"
+
+
+def a_config_that_is_not_json(model):
+    (model / "config.json").write_text("model_type: llama")
+    return "is not JSON"
+
+
+def a_config_that_is_a_list(model):
+    (model / "config.json").write_text("[]")
+    return "not a configuration"
+
+
+def a_config_of_nothing(model):
+    (model / "config.json").write_text("{}")
+    return "config.json"
+
+
+def a_config_of_an_unknown_family(model):
+    (model / "config.json").write_text('{"model_type": "unheard_of"}')
+    return "unheard_of"
+
+
+def change_config(model, **changes):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def a_config_with_a_word_for_a_number(model):
+    change_config(model, hidden_size="wide")
+    return "hidden_size"
+
+
+def a_config_without_heads(model):
+    change_config(model, num_attention_heads=0)
+    return "config.json"
+
+
+def a_config_of_another_width(model):
+    change_config(model, hidden_size=96)
+    return "do not fit"
+
+
+def a_config_of_more_blocks(model):
+    change_config(model, num_hidden_layers=4)
+    return "missing model.layers.3"
+
+
+def half_the_weights(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return "truncated or corrupt"
+
+
+def no_bytes_of_weights(model):
+    (model / "model.safetensors").write_bytes(b"")
+    return "truncated or corrupt"
+
+
+def corrupt_weights(model):
+    path = model / "model.safetensors"
+    path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
+    return "truncated or corrupt"
+
+
+def a_shard_that_is_missing(model):
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "model-00001-of-00002.safetensors is missing"
+
+
+def nan_in_a_weight(model):
+    change_tensor(model, "model.layers.1.mlp.up_proj.weight", lambda w: w[3, 5:6].fill_(torch.nan))
+    return "model.layers.1.mlp.up_proj (block 1) holds NaN"
+
+
+def infinity_in_a_norm(model):
+    change_tensor(model, "model.layers.2.input_layernorm.weight", lambda w: w[:1].fill_(torch.inf))
+    return "model.layers.2.self_attn.q_proj (block 2) holds NaN or infinity for calibration sample"
+
+
+def a_shape_that_cannot_be_packed(model):
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=72, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(model)
+    return "mlp.gate_proj cannot be packed at 3 bits: 72 rows"
+
+
+BROKEN = [
+    a_missing_folder, a_file, no_config, no_weights, no_tokenizer, half_a_tokenizer,
+    a_config_that_is_not_json, a_config_that_is_a_list, a_config_of_nothing,
+    a_config_of_an_unknown_family, a_config_with_a_word_for_a_number, a_config_without_heads,
+    a_config_of_another_width, a_config_of_more_blocks, half_the_weights, no_bytes_of_weights,
+    corrupt_weights, a_shard_that_is_missing, nan_in_a_weight, infinity_in_a_norm,
+    a_shape_that_cannot_be_packed,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
+def test_a_broken_model(refused, model, broken):
+    expected = broken(model)
+    cause, _ = refused(model, "--wbits", "3")
+    assert expected in cause
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("bert_masked", "BertForMaskedLM is not a causal language model"),
+        ("t5", "T5ForConditionalGeneration is not a causal language model"),
+        ("mixtral", "fuses 4 experts"),
+        ("llama_no_blocks", "has no blocks"),
+    ],
+)
+def test_a_model_of_another_kind(refused, folder_of, name, reason):
+    assert reason in refused(folder_of(name))[0]
+
+
+def test_a_model_that_is_quantized_already(refused, optq_says, folder_of, tmp_path):
+    text = tmp_path / "calib.txt"
+    text.write_text(TEXT)
+    words = ["quantize", folder_of("llama"), tmp_path / "first", "--calib", text, *SETTINGS]
+    with pytest.raises(AssertionError):  # it does not refuse
+        optq_says(*words)
+    cause, remedy = refused(tmp_path / "first")
+    assert "is quantized already" in cause and "plain" in remedy
+
+
+def test_a_name_that_the_hub_does_not_give(refused):
+    cause, remedy = refused("nobody/nothing")
+    assert "nobody/nothing is not a folder" in cause and "folder" in remedy
+
+
+# Texts
+
+TEXTS = [
+    ("short.txt", "the end", "short.txt has 6 tokens, fewer than one sequence of 32"),
+    ("empty.txt", "", "empty.txt has no text"),
+    ("blank.txt", " \n\n ", "blank.txt has no text"),
+    ("latin.txt", "caf\xe9", "is not UTF-8"),
+    ("broken.jsonl", '{"text": "the end"}\n{"text": ', "broken.jsonl, line 2 is not JSON"),
+    ("fields.jsonl", '{"body": "the end"}\n', "fields.jsonl, line 1 has no field `text`"),
+    ("talk.jsonl", '{"messages": []}\n', "talk.jsonl, line 1 has no field `text`"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), TEXTS, ids=[each[0] for each in TEXTS])
+def test_a_bad_text(refused, folder_of, tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    assert expected in refused(folder_of("llama"), "--calib", tmp_path / name)[0]
+
+
+def test_a_text_that_is_not_there(refused, folder_of, tmp_path):
+    assert "there is no file" in refused(folder_of("llama"), "--calib", tmp_path / "none.txt")[0]
+    (tmp_path / "folder.txt").mkdir()
+    cause, _ = refused(folder_of("llama"), "--calib", tmp_path / "folder.txt")
+    assert "cannot be read" in cause
+
+
+def test_a_name_of_no_text(refused, folder_of):
+    cause, remedy = refused(folder_of("llama"), "--calib", "wikitext3")
+    assert "'wikitext3'" in cause
+    for choice in ("demo", "wikitext2", "ptb", "c4", ".txt", ".jsonl", "NAME:SPLIT:COLUMN"):
+        assert choice in remedy
+
+
+@pytest.mark.parametrize("name", ["c4", "wikitext2", "ptb", "owner/name:train:text"])
+def test_a_set_that_is_out_of_reach(refused, folder_of, monkeypatch, name):
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*words, **options):
+        raise ConnectionError("no network\nand a second line")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    cause, remedy = refused(folder_of("llama"), "--calib", name)
+    assert cause == f"{name} cannot be loaded: no network"
+    assert "demo, a .txt file or a .jsonl file" in remedy
+
+
+# Places
+
+
+def quantize(source, out, tmp_path, *words):
+    text = tmp_path / "calib.txt"
+    text.write_text(TEXT)
+    return ["quantize", source, out, "--calib", text, *SETTINGS, *words]
+
+
+def everything(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_output_that_exists(optq_says, folder_of, tmp_path, kind):
+    place = tmp_path / "place"
+    (place / "out").mkdir(parents=True)
+    (place / "out" / "mine").write_text("mine")
+    before, out = everything(place), place / "out"
+    out = out if kind == "folder" else out / "mine"
+    cause, remedy = optq_says(*quantize(folder_of("llama"), out, tmp_path))
+    assert cause == f"{out} exists" and "--force" in remedy
+    assert everything(place) == before
+
+
+def test_an_output_in_the_models_place(optq_says, model, tmp_path):
+    before = everything(model)
+    for out in (model, model.parent):
+        cause, _ = optq_says(*quantize(model, out, tmp_path, "--force"))
+        assert "holds the model itself" in cause
+    assert everything(model) == before
+
+
+def impossible_below_a_file(place):
+    (place / "file").write_text("")
+    return place / "file" / "out"
+
+
+def impossible_in_proc(place):
+    return Path("/proc/out")
+
+
+def impossible_name(place):
+    return place / ("x" * 300)
+
+
+def impossible_because_of_a_dangling_link(place):
+    (place / "out").symlink_to(place / "nowhere")
+    return place / "out"
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        impossible_below_a_file,
+        impossible_in_proc,
+        impossible_name,
+        impossible_because_of_a_dangling_link,
+    ],
+    ids=lambda each: each.__name__,
+)
+def test_an_output_that_cannot_be(optq_says, folder_of, tmp_path, monkeypatch, impossible):
+    place = tmp_path / "place"
+    place.mkdir()
+    out = impossible(place)
+    before = everything(place)
+    # Hours may lie between the start and the end of a run: this is known before them.
+    monkeypatch.setattr("optq.quantize.Quantization.calibrate", None)
+    cause, remedy = optq_says(*quantize(folder_of("llama"), out, tmp_path))
+    assert str(out) in cause and "folder" in remedy
+    assert ".partial" not in cause  # the user has not named it
+    assert everything(place) == before
+
+
+def test_an_output_in_folders_that_are_not_there_yet(optq_says, model, tmp_path):
+    nan_in_a_weight(model)
+    before = everything(tmp_path)
+    optq_says(*quantize(model, tmp_path / "new" / "newer" / "out", tmp_path))
+    after = everything(tmp_path)
+    del after[Path("calib.txt")]
+    assert after == before
+
+
+def test_the_current_folder_as_output(optq_says, folder_of, tmp_path, monkeypatch):
+    """A folder that one stands in cannot be renamed; this too is known beforehand."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("optq.quantize.Quantization.calibrate", None)
+    optq_says(*quantize(folder_of("llama"), ".", tmp_path, "--force"))
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_at_the_end(refused, folder_of, monkeypatch):
+    """The weights fit; the tokenizer does not."""
+
+    def full(*words):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(optq.formats.writer.shutil, "copy", full)
+    cause, remedy = refused(folder_of("llama"))
+    assert "is full" in cause and "room" in remedy
+
+
+def start(*words, **options):
+    return subprocess.Popen(
+        [COMMAND, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("mounting a small disk is not permitted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_full(folder_of, tmp_path, tiny_disk):
+    process = start(*quantize(folder_of("llama"), tiny_disk / "out", tmp_path))
+    out, err = process.communicate()
+    cause, remedy = checked(process.returncode, out, err)
+    assert cause == f"the disk of {tiny_disk / 'out'} is full" and "room" in remedy
+    assert list(tiny_disk.iterdir()) == []
+
+
+# The other commands
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "inspect"])
+@pytest.mark.parametrize("broken", [a_missing_folder, no_config, half_the_weights])
+def test_a_broken_model_in_other_commands(optq_says, model, tmp_path, command, broken):
+    (tmp_path / "text.txt").write_text(TEXT)
+    broken(model)
+    words = {"eval": ["--text", tmp_path / "text.txt"], "generate": ["the"], "inspect": []}
+    cause, _ = optq_says(command, model, *words[command])
+    assert str(model) in cause
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_model_without_a_tokenizer(optq_says, model, command):
+    no_tokenizer(model)
+    words = {"eval": ["--text", "demo"], "generate": ["the"]}[command]
+    assert "tokenizer" in optq_says(command, model, *words)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seqlen", "1"], "seqlen is 1"),
+        (["--seqlen", "65"], "64 positions"),
+        (["--text", "wikitext3"], "wikitext3"),
+        (["--device", "tpu"], "tpu"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_of_eval(optq_says, folder_of, words, expected):
+    assert expected in optq_says("eval", folder_of("llama"), "--text", "demo", *words)[0]
+
+
+def test_eval_of_a_model_of_nan(optq_says, model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    nan_in_a_weight(model)
+    cause, _ = optq_says("eval", model, "--text", tmp_path / "text.txt")
+    assert "not finite in window 0" in cause
+
+
+@pytest.mark.parametrize("count", ["0", "-3"])
+def test_generate_without_tokens(optq_says, folder_of, count):
+    cause, _ = optq_says("generate", folder_of("llama"), "the", "--max-new-tokens", count)
+    assert count in cause
+
+
+def test_generate_without_a_prompt(optq_says, folder_of):
+    assert "the prompt is empty" in optq_says("generate", folder_of("llama"), "")[0]
+
+
+def test_generate_after_a_prompt_beyond_the_positions(optq_says, folder_of):
+    assert "64" in optq_says("generate", folder_of("gpt2"), "x" * 100)[0]
+
+
+def test_demo_on_no_device(optq_says):
+    assert "tpu" in optq_says("demo", "--device", "tpu")[0]
+
+
+@pytest.fixture(scope="module")
+def quantized(folder_of, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    words = [*quantize(folder_of("llama"), folder / "out", folder), "--json"]
+    subprocess.run([COMMAND, *map(str, words)], check=True, capture_output=True)
+    return folder / "out"
+
+
+def a_config_without(key):
+    def broken(folder):
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"][key]
+        (folder / "config.json").write_text(json.dumps(config))
+
+    broken.__name__ = f"a_config_without_{key}"
+    return broken
+
+
+def a_config_of_a_word(folder):
+    change_config(folder, quantization_config="gptq")
+
+
+def a_record_that_is_not_json(folder):
+    (folder / "optq.json").write_text("{")
+
+
+def a_record_of_something_else(folder):
+    (folder / "optq.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        a_config_without("bits"), a_config_of_a_word, a_record_that_is_not_json,
+        a_record_of_something_else,
+    ],
+    ids=lambda broken: broken.__name__,
+)  # fmt: skip
+def test_inspect_of_a_broken_checkpoint(optq_says, quantized, tmp_path, broken):
+    folder = Path(shutil.copytree(quantized, tmp_path / "out"))
+    broken(folder)
+    optq_says("inspect", folder)
+
+
+@pytest.mark.parametrize("key", ["sym", "desc_act", "group_size"])
+def test_inspect_of_a_checkpoint_that_says_less(capfd, monkeypatch, quantized, tmp_path, key):
+    """Other programs write other keys; what is not said is not shown, or refused in two lines."""
+    folder = Path(shutil.copytree(quantized, tmp_path / "out"))
+    a_config_without(key)(folder)
+    (folder / "optq.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["optq", "inspect", str(folder)])
+    on_term = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    signal.signal(signal.SIGTERM, on_term)
+    assert end.value.code in (0, 2)
+    capfd.readouterr()
+
+
+# Interruptions
+
+
+def begun(place, process):
+    """Wait until the run has begun to write; gives the hidden folder."""
+    for _ in range(1200):
+        if process.poll() is not None:
+            raise AssertionError(process.communicate())
+        if found := list(place.glob(".out.partial-*")):
+            return found[0]
+        time.sleep(0.1)
+    raise AssertionError("nothing has begun after two minutes")
+
+
+LONG = ["--nsamples", "2000", "--seqlen", "512", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_an_interruption(tmp_path, number):
+    process = start("quantize", "demo", tmp_path / "out", *LONG)
+    begun(tmp_path, process)
+    time.sleep(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line]
+    assert process.returncode == 130 and out == ""
+    assert len(lines) == 2 and "interrupted" in lines[0] and "nothing was left" in lines[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill(folder_of, tmp_path):
+    """A process that is killed cannot clean up; it must not seem to have finished."""
+    place = tmp_path / "place"
+    place.mkdir()
+    process = start("quantize", "demo", place / "out", *LONG)
+    hidden = begun(place, process)
+    process.kill()
+    process.communicate()
+    assert [path.name for path in place.iterdir()] == [hidden.name]
+    again = start(*quantize(folder_of("llama"), place / "out", tmp_path))
+    _, err = again.communicate()
+    assert (again.returncode, err) == (0, "")
+    assert sorted(path.name for path in place.iterdir()) == [hidden.name, "out"]
+
+
+# What libraries write to the process' own streams is seen here alone.
+
+
+@pytest.mark.parametrize(
+    "broken", [a_config_of_another_width, a_config_of_more_blocks, no_tokenizer]
+)
+def test_libraries_keep_quiet(model, tmp_path, broken):
+    broken(model)
+    process = start(*quantize(model, tmp_path / "out", tmp_path))
+    out, err = process.communicate()
+    lines = [line for line in err.splitlines() if line]
+    assert (process.returncode, out, len(lines)) == (2, "", 2), err
+    assert lines[0].startswith("optq: ")

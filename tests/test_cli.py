@@ -1,0 +1,401 @@
+"""The command as a user runs it: what it prints where, and that its parts agree."""
+
+import json
+import logging
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import zoo
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from optq import cli, compare
+
+COMMAND = Path(sys.executable).with_name("optq")
+BY_NAME = {row.name: row for row in zoo.ROWS}
+TEXT = "the other end of the theorem is not as near as it seems, and the rest is read then. " * 40
+QUANTIZE_KEYS = {
+    "model", "out", "method", "wbits", "groupsize", "sym", "actorder", "percdamp",
+    "bits_per_weight", "bytes", "seconds", "layers",
+}  # fmt: skip
+LAYER_KEYS = {"name", "rows", "cols", "error", "relative_error", "rtn_error", "damp", "seconds"}
+STAGES = {"total", "forward", "hessian", "factor", "solve", "write"}
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        """The one JSON object on stdout, by the letter of the standard: no NaN, no Infinity."""
+
+        def refuse(word):
+            raise AssertionError(f"{word} is not JSON")
+
+        assert len(self.out.splitlines()) == 1
+        value = json.loads(self.out, parse_constant=refuse)
+        assert isinstance(value, dict)
+        return value
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def optq(capfd, monkeypatch):
+    """Run the command in this process: a process of its own spends seconds on imports."""
+    on_term = signal.getsignal(signal.SIGTERM)
+
+    def run(*words) -> Done:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["optq", *map(str, words)])
+        for handler in logging.getLogger("transformers").handlers:
+            if type(handler) is logging.StreamHandler:
+                monkeypatch.setattr(handler, "stream", sys.stderr)  # not an earlier test's
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        done = Done(end.value.code, *capfd.readouterr())
+        assert done.code == 0 and done.err == ""
+        return done
+
+    yield run
+    signal.signal(signal.SIGTERM, on_term)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, called llama."""
+    return zoo.save(BY_NAME["llama"], tmp_path_factory.mktemp("plain") / "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def words(folder, text, tmp_path):
+    """`optq quantize` of the tiny model into tmp_path/out."""
+    options = {"calib": text, "nsamples": 4, "seqlen": 32, "groupsize": 32, "device": "cpu"}
+    return [
+        "quantize", folder, tmp_path / "out",
+        *(word for name, value in options.items() for word in (f"--{name}", value)),
+    ]  # fmt: skip
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in sorted(Path(path).iterdir())}
+
+
+def test_quantize_json(optq, words, folder, tmp_path):
+    done = optq(*words, "--json", "--sym", "--percdamp", "0.02").json
+    assert done.keys() >= QUANTIZE_KEYS
+    wanted = {
+        "model": str(folder), "out": str(tmp_path / "out"), "method": "gptq", "wbits": 4,
+        "groupsize": 32, "sym": True, "actorder": False, "percdamp": 0.02,
+    }  # fmt: skip
+    assert {name: done[name] for name in wanted} == wanted
+    assert done["seconds"].keys() >= STAGES
+    assert all(value >= 0 for value in done["seconds"].values())
+    assert len(done["layers"]) == 21
+    for layer in done["layers"]:
+        assert layer.keys() >= LAYER_KEYS
+        assert 0 <= layer["error"] <= layer["rtn_error"] * (1 + 1e-6)
+    weights = sum(layer["rows"] * layer["cols"] for layer in done["layers"])
+    assert done["bits_per_weight"] == pytest.approx(8 * done["bytes"] / weights)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        names = [f"{layer['name']}.{s}" for layer in done["layers"] for s in
+                 ("qweight", "qzeros", "scales", "g_idx")]  # fmt: skip
+        assert done["bytes"] == sum(file.get_tensor(name).nbytes for name in names)
+
+
+def test_quantize_for_a_person(optq, words, text, tmp_path):
+    out = optq(*words).out
+    for wanted in (
+        f"{tmp_path / 'out'}  (gptq, 5.07 bits per weight)",
+        "21 quantized, 70.1 kB",
+        "0 linear layers left dense",
+        "of round-to-nearest's",
+        f"on {text}, seed 0",
+        f"optq inspect {tmp_path / 'out'}",
+        *STAGES,
+    ):
+        assert wanted in " ".join(out.split()) or wanted in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "obq"])
+@pytest.mark.parametrize(("wbits", "groupsize"), [(2, 32), (3, 64), (4, -1), (8, 32)])
+def test_inspect_agrees_with_quantize(optq, words, tmp_path, method, wbits, groupsize):
+    made = optq(
+        *words, "--method", method, "--wbits", wbits, "--groupsize", groupsize, "--json"
+    ).json
+    seen = optq("inspect", tmp_path / "out", "--json").json
+    assert (seen["bits"], seen["group_size"], seen["method"]) == (wbits, groupsize, method)
+    assert seen["format"] == "gptq" and seen["architecture"] == "LlamaForCausalLM"
+    assert seen["quantized_layers"] == len(made["layers"]) == 21
+    assert seen["quantized_bytes"] == made["bytes"] < seen["bytes"]
+    assert seen["bits_per_weight"] == pytest.approx(made["bits_per_weight"], abs=1e-3)
+    without_times = [
+        {name: value for name, value in layer.items() if name != "seconds"}
+        for layer in made["layers"]
+    ]
+    assert seen["layers"] == without_times
+    assert seen["calibration"] == {"text": "text.txt", "samples": 4, "seqlen": 32, "seed": 0}
+
+
+OPTIONS = [
+    (["--asym"], {"sym": False}, {"sym": False}),
+    (["--actorder"], {"actorder": True}, {"desc_act": True}),
+    (["--actorder", "--static-groups"], {"static_groups": True}, {"desc_act": False}),
+    (["--mse"], {"mse": True}, {}),
+    (["--percdamp", "0.5"], {"percdamp": 0.5}, {}),
+    (["--method", "rtn", "--mse"], {"mse": True}, {}),
+    (["--method", "obq", "--mse", "--asym"], {"mse": True, "sym": False}, {"sym": False}),
+]
+
+
+@pytest.mark.parametrize(("flags", "quantizer", "config"), OPTIONS, ids=str)
+def test_an_option_arrives(optq, words, tmp_path, flags, quantizer, config):
+    optq(*words[:3], "--json", *words[3:])
+    plain = (tmp_path / "out" / "model.safetensors").read_bytes()
+    optq(*words, *flags, "--json", "--force")
+    seen = optq("inspect", tmp_path / "out", "--json").json
+    assert seen["quantizer"].items() >= quantizer.items()
+    assert seen.items() >= config.items()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != plain
+
+
+def test_error_propagation(optq, words, tmp_path):
+    optq(*words, "--json")
+    assert "qep" in (seen := optq("inspect", tmp_path / "out", "--json").json)
+    assert seen["qep"] is None
+    optq(*words, "--qep", "--json", "--force")
+    assert optq("inspect", tmp_path / "out", "--json").json["qep"]["alpha"] > 0
+
+
+def test_skipped_layers(optq, words, tmp_path):
+    done = optq(*words, "--skip", "k_proj|down_proj", "--json").json
+    assert len(done["layers"]) == 15
+    assert not [layer for layer in done["layers"] if "k_proj" in layer["name"]]
+    out = optq(*words, "--skip", "k_proj|down_proj", "--force").out
+    assert "15 quantized" in out and "6 linear layers left dense" in out
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "model.layers.0.self_attn.k_proj.weight" in file.keys()  # noqa: SIM118
+
+
+def test_the_second_version_of_the_format(optq, words, tmp_path):
+    optq(*words, "--asym", "--format", "gptq_v2", "--json")
+    assert optq("inspect", tmp_path / "out", "--json").json["format"] == "gptq_v2"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["checkpoint_format"] == "gptq_v2"
+
+
+def test_calibration_on_records(optq, words, folder, text, tmp_path):
+    """The same text, as it is and cut into records at blank lines, gives the same tokens."""
+    parts = [TEXT[:1000].strip(), TEXT[1000:].strip()]
+    (tmp_path / "text.txt").write_text("\n\n".join(parts))
+    records = "".join(json.dumps({"text": part}) + "\n" for part in parts)
+    (tmp_path / "text.jsonl").write_text(records)
+    for name in ("text.txt", "text.jsonl"):
+        optq(*words, "--calib", tmp_path / name, "--json", "--force")
+        seen = optq("inspect", tmp_path / "out", "--json").json
+        assert seen["calibration"]["text"] == name
+        (tmp_path / "out" / "model.safetensors").rename(tmp_path / f"{name}.safetensors")
+    written = [
+        (tmp_path / f"{name}.safetensors").read_bytes() for name in ("text.txt", "text.jsonl")
+    ]
+    assert written[0] == written[1]
+
+
+def test_calibration_on_conversations(optq, words, tmp_path):
+    source = zoo.save(BY_NAME["llama"], tmp_path / "chatty")
+    template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    (source / "chat_template.jinja").write_text(template)
+    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    words = ["quantize", source, *words[2:], "--calib", tmp_path / "chat.jsonl", "--chat"]
+    assert len(optq(*words, "--json").json["layers"]) == 21
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+
+
+def test_the_seed_decides_the_bytes(optq, words, tmp_path):
+    made = []
+    for seed in (3, 3, 4):
+        optq(*words, "--seed", seed, "--force")
+        made.append(contents(tmp_path / "out"))
+    assert made[0] == made[1] != made[2]
+
+
+def test_force_replaces_the_whole_folder(optq, words, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "old").write_text("old")
+    optq(*words, "--force")
+    assert not (tmp_path / "out" / "old").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_inspect_for_a_person(optq, words, folder, tmp_path):
+    optq(*words)
+    out = optq("inspect", tmp_path / "out").out
+    for line in ("bits 4", "group size 32", "quantized layers 21", "bits per weight 5.069"):
+        assert line in [" ".join(found.split()) for found in out.splitlines()]
+    assert "2.mlp.down_proj" in out and "64 x 128" in out and "%" in out
+    plain = optq("inspect", folder).out
+    assert "not quantized" in plain and "LlamaForCausalLM" in plain
+    assert optq("inspect", folder, "--json").json["layers"] == []
+
+
+def test_eval_of_both_models(optq, words, folder, text, tmp_path):
+    optq(*words, "--wbits", "8")
+    measured = []
+    for model in (folder, tmp_path / "out"):
+        done = optq("eval", model, "--text", text, "--device", "cpu", "--json").json
+        assert done.keys() == {"model", "text", "seqlen", "tokens", "perplexity"}
+        assert (done["model"], done["text"], done["seqlen"]) == (str(model), str(text), 64)
+        assert done["tokens"] > 1000 and done["tokens"] % 63 == 0
+        measured.append(done["perplexity"])
+    assert measured[0] != measured[1] == pytest.approx(measured[0], rel=0.05)
+    shorter = optq("eval", folder, "--text", text, "--seqlen", "16", "--json").json
+    assert shorter["seqlen"] == 16 and shorter["tokens"] % 15 == 0
+    person = optq("eval", folder, "--text", text).out
+    assert f"{measured[0]:.4f}" in person and "windows of 64 tokens" in person
+
+
+def test_eval_of_a_model_beyond_all_bounds(optq, text, tmp_path):
+    """A perplexity larger than any float is no reason to write what JSON does not know."""
+    source = zoo.save(BY_NAME["llama"], tmp_path / "wild")
+    state = load_file(source / "model.safetensors")
+    state["lm_head.weight"] *= 1e5
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    assert optq("eval", source, "--text", text, "--json").json["tokens"] > 1000
+
+
+def test_generate(optq, words, folder, tmp_path):
+    optq(*words)
+    for model in (folder, tmp_path / "out"):
+        written = [
+            optq("generate", model, "the rest", "--max-new-tokens", "12").out for _ in range(2)
+        ]
+        assert written[0] == written[1]
+        assert written[0].endswith("\n") and len(written[0]) > 4
+        shorter = optq("generate", model, "the rest", "--max-new-tokens", "4").out
+        assert written[0].startswith(shorter.rstrip("\n"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generate_stops_where_the_positions_end(optq, tmp_path, name):
+    """64 positions; a model that has learned them cannot go on, and a user cannot know."""
+    source = zoo.save(BY_NAME[name], tmp_path / name)
+    assert optq("generate", source, "the rest", "--max-new-tokens", "100").out.endswith("\n")
+
+
+def test_generate_prints_pieces_as_they_come(folder, monkeypatch):
+    from optq.evaluate import generate
+
+    monkeypatch.setattr(generate, "complete", lambda *_: iter(["one", "two"]))
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *args, **more: printed.append((args, more)))
+    cli.generate(str(folder), "the", device="cpu")
+    assert printed == [
+        (("one",), {"end": "", "flush": True}), (("two",), {"end": "", "flush": True}), ((), {}),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The bundled model with fewer samples and windows, for speed."""
+    everything = compare.evaluation_tokens
+    monkeypatch.setattr(compare, "DEMO_SAMPLES", 16)
+    monkeypatch.setattr(compare, "evaluation_tokens", lambda *args: everything(*args)[:8])
+
+
+def test_the_demo(optq, small_demo, monkeypatch):
+    done = optq("demo", "--json", "--device", "cpu").json
+    assert done.keys() == {"model", "rows"} and done["model"] == "demo"
+    rows = done["rows"]
+    assert [(row["method"], row["wbits"]) for row in rows] == [
+        ("none", 16), ("rtn", 4), ("gptq", 4), ("rtn", 3), ("gptq", 3), ("rtn", 2), ("gptq", 2),
+    ]  # fmt: skip
+    keys = {"method", "wbits", "groupsize", "bits_per_weight", "bytes", "perplexity"}
+    assert all(row.keys() == keys for row in rows)
+    assert rows[0]["bits_per_weight"] == 16 and rows[0]["groupsize"] == -1
+    for row in rows[1:]:
+        assert row["groupsize"] == 128
+        assert row["wbits"] < row["bits_per_weight"] < row["wbits"] + 0.3
+        assert row["bytes"] * 16 == pytest.approx(rows[0]["bytes"] * row["bits_per_weight"])
+    rise = {(row["method"], row["wbits"]): row["perplexity"] - rows[0]["perplexity"]
+            for row in rows[1:]}  # fmt: skip
+    for wbits in (4, 3):
+        assert 0 < rise["gptq", wbits] <= 0.5 * rise["rtn", wbits]
+    assert rise["gptq", 2] < rise["rtn", 2]
+
+    rows = [compare.Row(**row) for row in rows]
+    monkeypatch.setattr(compare, "demo_rows", lambda device, progress: rows)
+    table = optq("demo").out
+    assert table.count("GPTQ") == table.count("round to nearest") == 3
+    assert "full precision" in table and f"{rows[0].perplexity:.2f}" in table
+    assert f"+{rise['gptq', 3]:.2f}" in table and "\x1b" not in table
+
+
+def test_streams_of_a_real_process(words):
+    """The result on stdout, progress on the terminal behind stderr, and an end of the line."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [COMMAND, *map(str, words), "--nsamples", "64", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # how Linux says that the other side is closed
+            break
+        if not piece:
+            break
+        seen += piece
+    os.close(ours)
+    out = process.stdout.read()
+    assert process.wait() == 0
+    assert Done(0, out, "").json["layers"]
+    assert b"quantizing" in seen and b"layers" not in seen.replace(b"model.layers", b"")
+    assert seen.rfind(b"\x1b[?25h") > seen.rfind(b"\x1b[?25l")  # the cursor is back
+    assert seen.endswith((b"\x1b[2K", b"\r"))  # and the bar is gone
+
+
+def test_a_real_process_says_nothing_on_stderr(words, folder, tmp_path):
+    done = subprocess.run([COMMAND, *map(str, words)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "optq",
+            "generate",
+            tmp_path / "out",
+            "the",
+            "--max-new-tokens",
+            "8",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("\n")
