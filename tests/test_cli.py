@@ -351,6 +351,14 @@ def test_the_demo(optq, small_demo, monkeypatch):
     assert f"+{rise['gptq', 3]:.2f}" in table and "\x1b" not in table
 
 
+def test_eval_and_the_demo_read_equally_far():
+    """Else `optq eval demo` and the first row of `optq demo` contradict each other."""
+    from optq.demo import MODEL
+
+    config = json.loads((Path(MODEL) / "config.json").read_text())
+    assert min(2048, config["max_position_embeddings"]) == compare.DEMO_SEQLEN
+
+
 def test_streams_of_a_real_process(words):
     """The result on stdout, progress on the terminal behind stderr, and an end of the line."""
     ours, theirs = pty.openpty()
