@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from optq import __version__
 from optq.errors import OptqError, SettingError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Quantize the weights of language models to 2, 3, 4 or 8 bits with GPTQ.",
 )
 
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, or 'demo'.")]
@@ -36,11 +36,13 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` cleans up as well
     try:
         code = app(standalone_mode=False) or 0
+        if code == 130:  # newer versions of typer turn Ctrl-C into this code themselves
+            _interrupted()
     except OptqError as error:
         _say(error.cause, error.remedy)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted", "nothing was left behind: run the command again")
+        _interrupted()
         code = 130
     except Exception as error:
         # typer brings its own copy of click or shares one, depending on its version: its usage
@@ -50,6 +52,21 @@ def main() -> NoReturn:
         error.show()
         code = error.exit_code
     sys.exit(code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Quantize the weights of language models to 2, 3, 4 or 8 bits with GPTQ."""
 
 
 @app.command()
@@ -225,24 +242,26 @@ def generate(
 ) -> None:
     """Continue PROMPT with MODEL, quantized or not, taking the likeliest token each time."""
     from optq.evaluate.generate import complete
+    from optq.model.source import positions
     from optq.runner import ModelConfig
 
-    config = ModelConfig(model, device)
-    for piece in complete(*config.load(), prompt, max_new_tokens):
+    loaded, tokenizer = ModelConfig(model, device).load()
+    for piece in complete(loaded, tokenizer, prompt, max_new_tokens, positions(loaded)):
         print(piece, end="", flush=True)
     print()
 
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    model: Model,
     as_json: Json = False,
 ) -> None:
     """What is in a checkpoint: bits, groups, sizes, errors by layer."""
     from optq.formats.describe import describe
     from optq.report import tables
+    from optq.runner import ModelConfig
 
-    what = describe(folder)
+    what = describe(ModelConfig(model).checkpoint())
     if as_json:
         _print_json(what)
         return
@@ -269,7 +288,11 @@ def _quantizer(method: str, wbits: int, groupsize: int, options: dict[str, Any])
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
+    print(json.dumps(value, allow_nan=False))
+
+
+def _interrupted() -> None:
+    _say("interrupted", "nothing half-written was left behind: run the command again")
 
 
 def _say(cause: str, remedy: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from optq.core.gptq import GPTQ
 from optq.core.rtn import RTN
 from optq.data.evaluation import evaluation_tokens
+from optq.errors import NumericsError
 from optq.evaluate.perplexity import Perplexity, perplexity
 from optq.model.blocks import find_blocks
 from optq.quantize import Quantizer
@@ -39,7 +41,13 @@ def measure(
     windows = evaluation_tokens(text, tokenizer, seqlen)
     note = f"{len(windows)} windows of {seqlen} tokens"
     report = None if progress is None else (lambda done, total: progress(done, total, note))
-    return perplexity(model, windows, progress=report), seqlen
+    result = perplexity(model, windows, progress=report)
+    if not math.isfinite(result.perplexity):
+        raise NumericsError(
+            f"the perplexity is beyond floating point: the mean loss is {result.nll:.4g} nats",
+            "check that tokenizer and weights belong together",
+        )
+    return result, seqlen
 
 
 def demo_rows(device: str, progress: Progress) -> list[Row]:

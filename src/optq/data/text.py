@@ -16,6 +16,7 @@ same set is read instead. (Copies under other names exist, but anyone can change
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -192,6 +193,10 @@ def _load(spec: str, column: str, *where: str, **options: Any) -> Sequence[Docum
     """One column of ``datasets.load_dataset(*where, **options)``, read as it is indexed."""
     import datasets  # takes a second, and files need none of it
 
+    # Half a minute of retries and their warnings say no more than the one error at the end.
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
     try:
         dataset = datasets.load_dataset(*where, **options)
     except Exception as error:
@@ -203,6 +208,8 @@ def _load(spec: str, column: str, *where: str, **options: Any) -> Sequence[Docum
             f"{spec} cannot be loaded: {first_line}",
             f"check the name and the network, or use what needs none: {_NO_NETWORK}",
         ) from error
+    finally:
+        hub.setLevel(level)
     if column not in dataset.column_names:
         raise DataError(
             f"{spec} has no column {column!r}",

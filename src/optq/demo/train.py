@@ -61,7 +61,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        model_max_length=2048,
+        model_max_length=WINDOW,
         clean_up_tokenization_spaces=False,
     )
 
@@ -151,7 +151,7 @@ def train(out: Path, steps: int, seed: int) -> None:
             num_hidden_layers=4,
             num_attention_heads=6,
             num_key_value_heads=2,
-            max_position_embeddings=2048,
+            max_position_embeddings=WINDOW,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

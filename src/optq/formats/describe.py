@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from optq.errors import ModelError
@@ -12,11 +11,8 @@ from optq.formats.writer import RECORD
 from optq.model.checkpoint import Checkpoint, tensor_sizes
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Format, settings, sizes in bytes, and the records of the layers if OPTQ wrote them."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is not a folder", "give a checkpoint's folder")
-    checkpoint = Checkpoint.open(str(folder))
     config = checkpoint.config()
     sizes = tensor_sizes(checkpoint)
     found = detect(config)
@@ -34,16 +30,19 @@ def describe(folder: Path) -> dict[str, Any]:
     packed = [name.removesuffix(".qweight") for name in sizes if name.endswith(".qweight")]
     what |= {
         "format": found[0].name,
-        "bits": settings["bits"],
-        "group_size": settings["group_size"],
-        "sym": settings["sym"],
-        "desc_act": settings["desc_act"],
+        **{key: settings.get(key) for key in ("bits", "group_size", "sym", "desc_act")},
         "quantized_layers": len(packed),
         "quantized_bytes": sum(sizes[f"{name}.{s}"] for name in packed for s in SUFFIXES),
     }
-    record = folder / RECORD
+    record = checkpoint.folder / RECORD
     if record.is_file():
-        made = json.loads(record.read_text())
-        what |= {key: made[key] for key in ("method", "quantizer", "qep", "calibration", "layers")}
-        what["bits_per_weight"] = round(made["bits_per_weight"], 3)
+        try:
+            made = json.loads(record.read_text())
+            keys = ("method", "quantizer", "qep", "calibration", "layers")
+            what |= {key: made[key] for key in keys}
+            what["bits_per_weight"] = round(made["bits_per_weight"], 3)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{record} is damaged", "delete it: only its errors by layer are lost"
+            ) from error
     return what

@@ -63,7 +63,7 @@ class GPTQFormat:
         if groupsize != -1 and columns % groupsize:
             raise SettingError(
                 f"groupsize {groupsize} does not divide the {columns} columns of {name}",
-                "choose a divisor such as 128, 64 or 32, or -1, or --skip this layer",
+                f"choose {', '.join(_divisors(columns))} or -1, or --skip this layer",
             )
         for what, count in (("columns", columns), ("rows", rows)):
             if count * wbits % 32:
@@ -143,6 +143,10 @@ class GPTQFormat:
         return config
 
 
+def _divisors(columns: int) -> list[str]:
+    return [str(size) for size in (256, 128, 64, 32, 16) if columns % size == 0]
+
+
 GPTQ_V1 = GPTQFormat("gptq", zero_offset=1)
 GPTQ_V2 = GPTQFormat("gptq_v2", zero_offset=0)
 
@@ -152,6 +156,8 @@ def detect(config: dict[str, Any]) -> tuple[GPTQFormat, int] | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        raise ModelError("the quantization_config is no configuration", "copy config.json again")
     if quantization.get("quant_method") != "gptq":
         raise ModelError(
             f"the model is quantized with {quantization.get('quant_method')}",

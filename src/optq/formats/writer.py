@@ -41,6 +41,8 @@ class Writer:
     def __enter__(self) -> Writer:
         check_target(self.target, self.source, self.force)
         with writing(self.target):
+            parents = [self.target.parent, *self.target.parent.parents]
+            self._made = [parent for parent in parents if not parent.exists()]
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(
                 tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent)
@@ -50,6 +52,9 @@ class Writer:
 
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._made:
+            if not any(parent.iterdir()):  # nothing came of it
+                parent.rmdir()
 
     def add(self, name: str, solution: Solution, tensors: dict[str, Tensor]) -> None:
         """Take the solved layer called ``name`` on disk, and its encoded ``tensors``."""
@@ -167,11 +172,22 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_target(target: Path, source: Checkpoint, force: bool) -> None:
     """Refuse a target that must not be replaced."""
-    model = source.folder.resolve()
-    if target.resolve() in (model, *model.parents):
-        raise OutputError(f"{target} holds the model itself", "choose another folder")
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists", "choose another folder, or pass --force")
+    elsewhere = "choose another folder"
+    with writing(target):
+        model, here, place = source.folder.resolve(), Path.cwd(), target.resolve()
+        if place in (model, *model.parents):
+            raise OutputError(f"{target} holds the model itself", elsewhere)
+        if place in (here, *here.parents):
+            raise OutputError(f"{target} holds the current folder", elsewhere)
+        if target.is_symlink() and not target.exists():
+            raise OutputError(f"{target} is a link to nowhere", elsewhere)
+        if target.exists() and not force:
+            raise OutputError(f"{target} exists", f"{elsewhere}, or pass --force")
+        if target.is_dir() and not (target / "config.json").exists() and any(target.iterdir()):
+            raise OutputError(f"{target} holds no checkpoint", f"empty it, or {elsewhere}")
+        for parent in target.absolute().parents:
+            if parent.exists() and not parent.is_dir():
+                raise OutputError(f"{parent} is not a folder", elsewhere)
 
 
 @contextmanager
@@ -188,6 +204,8 @@ def writing(target: Path) -> Iterator[None]:
             raise OutputError(
                 f"the disk of {target} is full", "make room, and run again"
             ) from error
+        # Without the hidden folder's name, which says nothing to anyone.
+        reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(
-            f"{target} cannot be written: {error}", "choose a folder that you may write to"
+            f"{target} cannot be written: {reason}", "choose a folder that you may write to"
         ) from error

@@ -29,6 +29,8 @@ class Checkpoint:
     def open(cls, model_id: str) -> Checkpoint:
         """Open a folder, or fetch a hub id. Raises :class:`ModelError` if it is not whole."""
         folder = Path(model_id).expanduser()
+        if folder.is_file():
+            raise ModelError(f"{model_id} is a file", "give the folder that it lies in")
         if not folder.is_dir():
             folder = _fetch(model_id)
         if not (folder / "config.json").is_file():
@@ -91,8 +93,8 @@ def _fetch(model_id: str) -> Path:
         raise ModelError(f"{model_id} does not exist", "give a model folder or a hub id") from error
     except OSError as error:
         raise ModelError(
-            f"{model_id} is not a folder, and the hub does not give it: {first_line(error)}",
-            "give a model folder, or check the id and the network",
+            f"there is no folder {model_id}, and the hub does not give it",
+            "give a model folder, or check the id, your access to it, and the network",
         ) from error
 
 
@@ -165,5 +167,8 @@ class _open_weights:  # noqa: N801  reads like the function it is
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first sentence of an error's text, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):
+        lines = [" ".join(lines[:2])]
+    return lines[0] if lines else type(error).__name__

@@ -47,6 +47,7 @@ def load_model(checkpoint: Checkpoint, state: dict[str, Tensor] | None = None) -
                 state_dict=state,
                 dtype=config.dtype or "auto",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
             )
         except (SafetensorError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
             raise ModelError(
@@ -74,7 +75,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{checkpoint.folder} has no tokenizer that transformers can read: {first_line(error)}",
+            f"{checkpoint.folder} has no tokenizer that transformers can read",
             "copy the tokenizer's files of the model into that folder",
         ) from error
 
@@ -118,9 +119,18 @@ def _configuration(checkpoint: Checkpoint) -> tuple[Any, str]:
     from huggingface_hub.errors import StrictDataclassError
 
     raw = checkpoint.config()
+    # A configuration runs code of its own on whatever the file says.
+    errors = (ValueError, LookupError, TypeError, ArithmeticError, OSError, StrictDataclassError)
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        OSError,
+        StrictDataclassError,
+    ) as error:
         raise ModelError(
             f"transformers cannot read {checkpoint.folder / 'config.json'}: {first_line(error)}",
             "update transformers, or check the file",
@@ -136,6 +146,7 @@ def _architecture(raw: dict[str, Any], config: Any) -> str:
     causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     known = {*causal.values(), *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     names = raw.get("architectures") or []
+    names = [names] if isinstance(names, str) else names
     if not names and config.model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         names = [causal.get(config.model_type)]
     if not config.is_encoder_decoder:
