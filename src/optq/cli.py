@@ -133,6 +133,7 @@ def quantize(
 
     calib = calib or ("demo" if model == "demo" else "c4")
     with progress.bar("quantizing") as bar:
+        bar.update(0, 1, "reading model and text")
 
         def solved(step: Progress) -> None:
             worst = max(step.layers, key=lambda layer: layer.relative_error)
@@ -154,7 +155,7 @@ def quantize(
             force=force,
             progress=solved,
         ).run()
-    layers = result.record["layers"]
+    layers, made = result.record["layers"], result.record["calibration"]
     if as_json:
         timed = [
             record | {"seconds": layer.seconds}
@@ -188,8 +189,9 @@ def quantize(
             "layers": f"{len(result.layers)} quantized, {tables.size(result.bytes)} for"
             f" {weights / 1e6:.1f} million weights; {len(result.dense)} linear layers left dense",
             "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
-            "calibrated": f"on {calib}, seed {seed}",
-            "next": f"optq eval {out}    optq inspect {out}    optq generate {out} PROMPT",
+            "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
+            "next": f"optq eval {out}{' --text demo' if calib == 'demo' else ''}"
+            f"    optq inspect {out}    optq generate {out} PROMPT",
         }
     )
 

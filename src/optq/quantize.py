@@ -86,7 +86,7 @@ class Quantization:
                     f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"
                 )
         self.writer: Writer | None = None
-        self.solutions: dict[str, Solution] = {}
+        self.kept: dict[str, dict[str, Tensor]] = {}  # encoded layers, by their name on disk
         self.records: list[LayerRecord] = []
         self.bytes = self.weights = 0
         self.seconds = dict.fromkeys(("forward", "hessian", "factor", "solve", "write"), 0.0)
@@ -149,8 +149,8 @@ class Quantization:
 
     def save(self, writer: Writer, calibration: dict[str, Any]) -> None:
         """Write what a run without a writer has kept."""
-        for name, solution in self.solutions.items():
-            writer.add(name, solution, self.form.encode(solution))
+        for name, tensors in self.kept.items():
+            writer.add(name, tensors)
         self.finish(writer, calibration)
 
     def dense(self) -> list[str]:
@@ -182,9 +182,9 @@ class Quantization:
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
         self.weights += part.codes.numel()
         if self.writer is None:
-            self.solutions[name] = part.cpu()
+            self.kept[name] = tensors
         else:
-            self.writer.add(name, part, tensors)
+            self.writer.add(name, tensors)
         self.seconds["write"] += time.perf_counter() - start
 
 

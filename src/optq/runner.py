@@ -73,11 +73,13 @@ class ModelConfig:
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)
-            if device.type in ("cpu", "cuda"):
-                return device
-        except (RuntimeError, AssertionError):
-            pass
-        raise SettingError(f"the device {self.device} is not here", "choose cpu, or auto")
+        except (RuntimeError, AssertionError) as error:
+            raise SettingError(
+                f"the device {self.device} is not here", "choose cpu, or auto"
+            ) from error
+        if device.type not in ("cpu", "cuda"):
+            raise SettingError(f"the device {self.device} is not supported", "choose cpu or cuda")
+        return device
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Result:
 
     @cached_property
     def model(self) -> Any:
-        """The quantized model; its layers hold dequantized weights."""
+        """The quantized model, on the CPU; its layers hold dequantized weights."""
         return self._model or load(Checkpoint.open(str(self.output)))
 
     def save(self, path: str | Path, force: bool = False) -> None:
@@ -150,12 +152,18 @@ class Runner:
         tokens = self._tokens(checkpoint, model)
         calibration = self._calibration(tokens)
         loaded = time.perf_counter() - started
-        if self.output is None:
-            work.calibrate(tokens, device)
-        else:
-            with Writer(Path(self.output), checkpoint, form, self.force) as work.writer:
+        try:
+            if self.output is None:
                 work.calibrate(tokens, device)
-                work.finish(work.writer, calibration)
+            else:
+                with Writer(Path(self.output), checkpoint, form, self.force) as work.writer:
+                    work.calibrate(tokens, device)
+                    work.finish(work.writer, calibration)
+        except torch.OutOfMemoryError as error:
+            raise SettingError(
+                f"{device} has too little memory for {tokens.shape[0]} x {tokens.shape[1]} tokens",
+                "choose fewer --nsamples, a shorter --seqlen, or --device cpu",
+            ) from error
 
         def save(path: Path, force: bool) -> None:
             if work.writer is not None:
@@ -199,13 +207,12 @@ class Runner:
 
     def _calibration(self, tokens: Tensor) -> dict[str, Any]:
         """What the checkpoint says of its calibration: a file's name, not where it lay."""
-        given = isinstance(self.calib, Tensor)
-        return {
-            "text": "token ids" if given else Path(self._calib_name()).name,
-            "samples": tokens.shape[0],
-            "seqlen": tokens.shape[1],
-            "seed": self.seed,
-        }
+        size = {"samples": tokens.shape[0], "seqlen": tokens.shape[1]}
+        if isinstance(self.calib, Tensor):
+            return {"text": "token ids", **size}
+        name = self._calib_name()
+        text = Path(name).name if Path(name).is_file() else name
+        return {"text": text, **size, "seed": self.seed, "chat": self.chat}
 
 
 def sequence_length(model: Any, seqlen: int | None) -> int:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from optq.core.rtn import RTN
-from optq.errors import ModelError, OutputError
+from optq.errors import ModelError, NumericsError, OutputError
 from optq.formats import FORMATS, reader, writer
 from optq.formats.describe import describe
 from optq.model.blocks import find_blocks
@@ -59,9 +59,18 @@ def write(folder, target, form=FORMATS["gptq"], force=False, skip=None):
     source = Checkpoint.open(str(folder))
     with writer.Writer(Path(target), source, form, force) as out:
         for name, solution in solutions.items():
-            out.add(name, solution, form.encode(solution))
+            out.add(name, form.encode(solution))
         out.finish(QUANTIZER, dense, RECORD)
     return solutions
+
+
+def parts_of(folder):
+    """The quantized layers of a checkpoint, and all other tensors."""
+    checkpoint = Checkpoint.open(str(folder))
+    layers = {n: reader.read_layer(checkpoint, n) for n in reader.quantized_layers(checkpoint)}
+    inside = tuple(f"{name}." for name in layers)
+    others = {n: t for n, t in checkpoint.tensors() if not n.startswith(inside)}
+    return layers, others
 
 
 def contents(folder):
@@ -79,7 +88,7 @@ def test_a_written_checkpoint_reads_back(tmp_path, form, name):
     solutions = write(source, tmp_path / "out", form)
     decoded = decoder.decode(tmp_path / "out")
     assert decoded.keys() == solutions.keys()
-    layers, others = reader.read(Checkpoint.open(str(tmp_path / "out")))
+    layers, others = parts_of(tmp_path / "out")
     assert layers.keys() == solutions.keys()
     for layer, solution in solutions.items():
         np.testing.assert_array_equal(decoded[layer].astype(np.float32), solution.weight.numpy())
@@ -217,7 +226,7 @@ def test_views_of_torch_save(tmp_path):
     torch.save(state, source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
     write(source, tmp_path / "out")
-    others = reader.read(Checkpoint.open(str(tmp_path / "out")))[1]
+    others = parts_of(tmp_path / "out")[1]
     assert all(torch.equal(others[name], state[name]) for name in norms)
 
 
@@ -225,9 +234,10 @@ def test_an_existing_target_is_kept_without_force(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
+    (out / "config.json").write_text("{}")
     with pytest.raises(OutputError, match="exists"):
         write(source, out)
-    assert contents_of_files(out) == {"mine": "mine"}
+    assert contents_of_files(out) == {"config.json": "{}", "mine": "mine"}
     assert everything_beside(source) == ["out", "source"]
 
 
@@ -239,6 +249,7 @@ def test_force_replaces(source, tmp_path, kind):
     elif kind == "folder":
         out.mkdir()
         (out / "mine").write_text("mine")
+        (out / "config.json").write_text("{}")
     else:
         (tmp_path / "elsewhere").mkdir()
         out.symlink_to(tmp_path / "elsewhere")
@@ -246,6 +257,42 @@ def test_force_replaces(source, tmp_path, kind):
     assert decoder.decode(out) and not (out / "mine").exists()
     left = {"out", "source"} | ({"elsewhere"} if kind == "link" else set())
     assert set(everything_beside(source)) == left
+
+
+def test_force_does_not_replace_what_is_no_checkpoint(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds no checkpoint"):
+        write(source, out, force=True)
+    assert contents_of_files(out) == {"thesis.txt": "mine"}
+
+
+def test_ctrl_c_between_the_renames_brings_the_old_checkpoint_back(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(source, out)
+    before, rename = contents(out), Path.rename
+
+    def interrupted(self, target):
+        result = rename(self, target)
+        if str(target).endswith("-old"):
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(source, out, force=True)
+    assert contents(out) == before
+    assert everything_beside(source) == ["out", "source"]
+
+
+def test_nan_in_a_tensor_that_stays_dense_is_named(source, tmp_path):
+    state = load_file(source / "model.safetensors")
+    state["model.norm.weight"][3] = torch.nan
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=r"model\.norm\.weight"):
+        write(source, tmp_path / "out")
+    assert everything_beside(source) == ["source"]
 
 
 @pytest.mark.parametrize("place", ["source", "parent", "link"])
@@ -291,6 +338,7 @@ def test_a_failing_disk_leaves_nothing_behind(source, tmp_path, monkeypatch, pla
     if force:
         out.mkdir()
         (out / "mine").write_text("mine")
+        (out / "config.json").write_text("{}")
     solutions, dense = solve_all(source)
 
     def fail(*args, **options):
@@ -311,18 +359,19 @@ def test_a_failing_disk_leaves_nothing_behind(source, tmp_path, monkeypatch, pla
             writer.Writer(out, checkpoint, form, force) as w,
         ):
             for name, solution in solutions.items():
-                w.add(name, solution, form.encode(solution))
+                w.add(name, form.encode(solution))
             w.finish(QUANTIZER, dense, RECORD)
     assert caught.value.__cause__ is error and "\n" not in caught.value.cause
     assert everything_beside(source) == (["out", "source"] if force else ["source"])
     if force:
-        assert contents_of_files(out) == {"mine": "mine"}
+        assert contents_of_files(out) == {"config.json": "{}", "mine": "mine"}
 
 
 def test_the_old_checkpoint_comes_back_if_the_last_rename_fails(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
+    (out / "config.json").write_text("{}")
     rename = Path.rename
 
     def fail(self, target):
@@ -333,7 +382,7 @@ def test_the_old_checkpoint_comes_back_if_the_last_rename_fails(source, tmp_path
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OutputError):
         write(source, out, force=True)
-    assert out.exists() and contents_of_files(out) == {"mine": "mine"}
+    assert out.exists() and contents_of_files(out) == {"config.json": "{}", "mine": "mine"}
     assert everything_beside(source) == ["out", "source"]
 
 
@@ -347,7 +396,7 @@ def test_an_error_of_the_caller_leaves_nothing_behind(source, tmp_path, monkeypa
         writer.Writer(tmp_path / "out", Checkpoint.open(str(source)), form, False) as w,
     ):
         for name, solution in solutions.items():
-            w.add(name, solution, form.encode(solution))
+            w.add(name, form.encode(solution))
         assert len(everything_beside(source)) == 2  # under way, in a hidden folder
         assert not (tmp_path / "out").exists()
         raise error
@@ -466,14 +515,14 @@ def test_a_plain_model_is_just_loaded(source):
     loaded = reader.load(checkpoint).state_dict()
     assert all(torch.equal(loaded[n], t) for n, t in BY_NAME["llama"].build().state_dict().items())
     with pytest.raises(ModelError, match="is not quantized"):
-        reader.read(checkpoint)
+        reader.read_layer(checkpoint, LAYER)
 
 
 def test_describe(source, quantized):
-    plain = describe(source)
+    plain = describe(Checkpoint.open(str(source)))
     assert plain["format"] == "not quantized" and plain["layers"] == []
     assert plain["architecture"] == "LlamaForCausalLM" and plain["files"] == 1
-    what = describe(quantized)
+    what = describe(Checkpoint.open(str(quantized)))
     blocks = len(BY_NAME["llama"].build().model.layers)
     assert what["format"] == "gptq" and what["bits"] == 4 and what["group_size"] == 32
     assert what["sym"] is True and what["desc_act"] is False
@@ -483,6 +532,4 @@ def test_describe(source, quantized):
     parts = [n for n in state if n.rsplit(".", 1)[1] in {"qweight", "qzeros", "scales", "g_idx"}]
     assert what["quantized_bytes"] == sum(state[name].nbytes for name in parts)
     (quantized / "optq.json").unlink()
-    assert describe(quantized)["layers"] == []
-    with pytest.raises(ModelError, match="is not a folder"):
-        describe(source / "nowhere")
+    assert describe(Checkpoint.open(str(quantized)))["layers"] == []

@@ -250,17 +250,22 @@ def surely_less(
 ) -> tuple[Bool[Tensor, " rows"], Float[Tensor, " rows"]]:
     """Whether ``error`` is below the error of ``miss``, given :func:`row_error` in bfloat16.
 
-    Also returns that error, undamped. Rounding both factors of ``U^T miss`` to 8 bits moves its
-    norm by about ``2^-9 sqrt(sum_j miss_j^2 (H + damp I)_jj)``; what four times as much could
-    change is not sure.
+    Also returns that error, undamped, as good as bfloat16 gives it. Rounding both factors of
+    ``U^T miss`` to 8 bits moves its norm by about ``2^-9 sqrt(sum_j miss_j^2 (H + damp I)_jj)``,
+    rounding the product by less than ``2^-9`` of itself; what four times the one and twice the
+    other could change is not sure.
     """
     kinds = torch.stack([torch.ones_like(factored.diagonal), factored.diagonal])
     norm, spread = weighted_squares(kinds, miss)
     other = damped - factored.damp * norm
-    least = (damped.sqrt() - 4 * 2**-9 * spread.sqrt()).clamp_(min=0).square_()
+    least = (1 - 2 * 2**-9) * damped.sqrt() - 4 * 2**-9 * spread.sqrt()
+    least = least.clamp_(min=0).square_()
     return error < least - factored.damp * norm, other.clamp_(min=0)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a bfloat16 product is faster than a float32 one."""
-    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether a bfloat16 product is faster than a float32 one: not where it is emulated."""
+    if device.type == "cuda":
+        return True
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.backends.mkldnn.is_available() and bool(native())

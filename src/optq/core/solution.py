@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -36,13 +35,6 @@ class Solution:
     def weight(self) -> Float[Tensor, "rows cols"]:
         """The dequantized weights ``s * (c - z)``, in the dtype of the scales."""
         return dequantize(self.codes, self.scales, self.zeros, self.g_idx)
-
-    def cpu(self) -> Solution:
-        """The same in main memory."""
-        tensors: dict[str, Any] = {
-            name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **tensors)
 
     def split(self, rows: list[int]) -> list[Solution]:
         """The solutions of the stacked layers, which have so many rows each."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from optq import __version__
 from optq.core.grid import BITS, Storage
 from optq.core.packing import pack, unpack
-from optq.core.solution import dequantize
+from optq.core.solution import Solution, dequantize
 from optq.errors import ModelError, SettingError
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -73,17 +73,20 @@ class GPTQFormat:
                     "leave this layer dense (--skip), or choose other bits",
                 )
 
-    def encode(self, layer: Any) -> dict[str, Tensor]:
-        """The tensors of a solved layer (anything with ``codes, scales, zeros, g_idx, wbits``)."""
+    def encode(self, layer: Solution) -> dict[str, Tensor]:
+        """The tensors of a solved layer by suffix, in main memory; they decode to its weights."""
         zeros = layer.zeros.to(torch.int64) - self.zero_offset
         if zeros.min() < 0:
             raise SettingError(f"{self.name} cannot hold a zero point of 0", "write gptq_v2")
-        return {
+        tensors = {
             "qweight": pack(layer.codes.T, layer.wbits).contiguous(),
             "qzeros": pack(zeros, layer.wbits).T.contiguous(),
             "scales": layer.scales.T.to(torch.float16).contiguous(),
             "g_idx": layer.g_idx.to(torch.int32, copy=True),  # layers of a site share theirs
         }
+        if not torch.equal(self.decode(tensors, layer.wbits).weight(), layer.weight.float()):
+            raise AssertionError("the encoded layer does not decode to the solved weights")
+        return {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
 
     def decode(self, tensors: dict[str, Tensor], bits: int) -> PackedLayer:
         """The inverse of :meth:`encode`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from optq.errors import ModelError
 from optq.formats.gptq import SUFFIXES, PackedLayer, detect
@@ -16,48 +16,55 @@ def load(checkpoint: Checkpoint) -> Any:
     """The model on the CPU; quantized layers hold their dequantized weights."""
     if detect(checkpoint.config()) is None:
         return load_model(checkpoint)
-    layers, state = read(checkpoint)
-    dense = {f"{name}.weight": layer for name, layer in layers.items()}
     skeleton = empty_model(checkpoint)
-    transposed = _conv1d_weights(skeleton)
-    in_model = {disk: name for name, disk in disk_names(skeleton, dense).items()}
-    for name, layer in dense.items():
-        if name not in in_model:
+    dtype, transposed = skeleton.config.dtype or torch.float32, _conv1d_weights(skeleton)
+    names = quantized_layers(checkpoint)
+    in_model = {
+        disk: name
+        for name, disk in disk_names(skeleton, [f"{name}.weight" for name in names]).items()
+    }
+    parts = {f"{name}.{suffix}" for name in names for suffix in SUFFIXES}
+    state = dict(checkpoint.tensors([name for name in checkpoint.files if name not in parts]))
+    for name in names:
+        if f"{name}.weight" not in in_model:
             raise ModelError(
                 f"{name} has no place in {type(skeleton).__name__}",
                 "check that config.json and the weights belong together",
             )
-        weight = layer.weight()
-        state[name] = weight.T.contiguous() if in_model[name] in transposed else weight
+        weight = read_layer(checkpoint, name).weight().to(dtype)
+        if in_model[f"{name}.weight"] in transposed:
+            weight = weight.T.contiguous()
+        state[f"{name}.weight"] = weight
     return load_model(checkpoint, state)
 
 
-def read(checkpoint: Checkpoint) -> tuple[dict[str, PackedLayer], dict[str, Tensor]]:
-    """The quantized layers by their name on disk, and all other tensors."""
+def quantized_layers(checkpoint: Checkpoint) -> list[str]:
+    """The names on disk of the quantized layers. Raises :class:`ModelError` if parts lack."""
+    suffix = ".qweight"
+    names = [name.removesuffix(suffix) for name in checkpoint.files if name.endswith(suffix)]
+    for name in names:
+        for suffix in SUFFIXES:
+            if f"{name}.{suffix}" not in checkpoint.files:
+                raise ModelError(
+                    f"{checkpoint.folder} lacks {name}.{suffix}", "copy the model again"
+                )
+        if f"{name}.weight" in checkpoint.files:
+            raise ModelError(
+                f"{checkpoint.folder} has {name}.weight beside its codes", "copy the model again"
+            )
+    return names
+
+
+def read_layer(checkpoint: Checkpoint, name: str) -> PackedLayer:
+    """One quantized layer by its name on disk."""
     found = detect(checkpoint.config())
     if found is None:
         raise ModelError(f"{checkpoint.folder} is not quantized", "give what optq quantize wrote")
     form, bits = found
-    names = [
-        name.removesuffix(".qweight") for name in checkpoint.files if name.endswith(".qweight")
-    ]
-    parts = {f"{name}.{suffix}" for name in names for suffix in SUFFIXES}
-    missing = sorted(parts - set(checkpoint.files))
-    if missing:
-        raise ModelError(f"{checkpoint.folder} lacks {missing[0]}", "copy the model again")
-    both = sorted(name for name in names if f"{name}.weight" in checkpoint.files)
-    if both:
-        raise ModelError(
-            f"{checkpoint.folder} has {both[0]}.weight beside its codes", "copy the model again"
-        )
-    tensors = dict(checkpoint.tensors())
-    for name in names:
-        form.check_parts(name, {s: tensors[f"{name}.{s}"] for s in SUFFIXES}, bits)
-    layers = {
-        name: form.decode({suffix: tensors[f"{name}.{suffix}"] for suffix in SUFFIXES}, bits)
-        for name in names
-    }
-    return layers, {name: tensor for name, tensor in tensors.items() if name not in parts}
+    wanted = [f"{name}.{suffix}" for suffix in SUFFIXES]
+    tensors = {key.removeprefix(f"{name}."): value for key, value in checkpoint.tensors(wanted)}
+    form.check_parts(name, tensors, bits)
+    return form.decode(tensors, bits)
 
 
 def _conv1d_weights(model: Any) -> set[str]:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.core.solution import Solution
-from optq.errors import OptqError, OutputError
+from optq.errors import NumericsError, OptqError, OutputError
 from optq.formats.gptq import GPTQFormat
 from optq.model.checkpoint import Checkpoint
 
 SHARD_BYTES = 2**29  # packed weights wait for a full shard in memory
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RECORD = "optq.json"  # what the run did: settings, errors by layer, seconds
 
 
@@ -56,15 +56,10 @@ class Writer:
             if not any(parent.iterdir()):  # nothing came of it
                 parent.rmdir()
 
-    def add(self, name: str, solution: Solution, tensors: dict[str, Tensor]) -> None:
-        """Take the solved layer called ``name`` on disk, and its encoded ``tensors``."""
+    def add(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Take the encoded tensors, by suffix, of the layer called ``name`` on disk."""
         self.layers.append(name)
-        read = self.form.decode(tensors, solution.wbits)
-        if not torch.equal(read.weight(), solution.weight.float()):
-            raise OutputError(
-                f"{self.form.name} does not hold the weights of {name}", "report this: a defect"
-            )
-        self._pending |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in tensors.items()}
+        self._pending |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
         self._flush(SHARD_BYTES)
 
     def finish(self, quantizer: Any, dense: list[str], record: dict[str, Any]) -> None:
@@ -73,6 +68,10 @@ class Writer:
         for name, tensor in self.source.tensors(
             [n for n in self.source.files if n not in replaced]
         ):
+            if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
+                raise NumericsError(
+                    f"{name} holds NaN or infinity", "copy the model again, or train it again"
+                )
             self._pending[name] = tensor
             self._flush(SHARD_BYTES)
         self._flush(0)
@@ -145,11 +144,12 @@ class Writer:
             self.folder.rename(self.target)
             return
         old = self.folder.with_name(self.folder.name + "-old")
-        self.target.rename(old)
         try:
+            self.target.rename(old)
             self.folder.rename(self.target)
-        except OSError:
-            old.rename(self.target)
+        except BaseException:  # Ctrl-C too: the old checkpoint goes back to its place
+            if not self.target.exists():
+                old.rename(self.target)
             raise
         old.unlink() if old.is_symlink() or old.is_file() else shutil.rmtree(old)
 
@@ -187,7 +187,7 @@ def check_target(target: Path, source: Checkpoint, force: bool) -> None:
             raise OutputError(f"{target} holds no checkpoint", f"empty it, or {elsewhere}")
         for parent in target.absolute().parents:
             if parent.exists() and not parent.is_dir():
-                raise OutputError(f"{parent} is not a folder", elsewhere)
+                raise OutputError(f"{target}: {parent} is not a folder", elsewhere)
 
 
 @contextmanager

@@ -76,26 +76,34 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
         ) from error
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     name_of = {id(module): name for name, module in model.named_modules()}
-    best, most = None, 0
+    best, most, second = None, 0, 0
     inside: set[int] = set()  # members of a list already seen: lists inside blocks do not count
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in inside:
             inside.update(id(child) for child in module.modules())
             weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, linear))
             if weights > most:
-                best, most = module, weights
+                best, most, second = module, weights, most
+            else:
+                second = max(second, weights)
     if best is None:
         raise ModelError(
             f"{type(model).__name__} has no blocks with linear layers",
             "give a decoder-only language model",
         )
+    if second > most / 10:
+        raise ModelError(
+            f"{type(model).__name__} keeps the parts of its blocks in several lists",
+            "give a model whose decoder layers are one list each",
+        )
+    for module in best:
+        _refuse_experts(name_of[id(module)], module, linear)
     blocks: list[Block] = []
     taken: dict[int, Layer] = {}
     for index, module in enumerate(best):
         prefix = name_of[id(best)] + f".{index}"
         block = Block(index, prefix, module)
         for name, child in module.named_modules(prefix=prefix):
-            _refuse_experts(name, child)
             if not isinstance(child, linear):
                 continue
             if id(child) in taken:  # a module shared between blocks belongs to the first
@@ -106,6 +114,12 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
             if skipped is None or not skipped.search(name):
                 block.layers.append(layer)
         blocks.append(block)
+    if skipped is not None and not any(
+        skipped.search(name) for block in blocks for name in block.linears
+    ):
+        raise SettingError(
+            f"--skip {skip} matches no layer", f"names are like {blocks[0].linears[0]}"
+        )
     if not any(block.layers for block in blocks):
         raise ModelError(f"--skip {skip} leaves no layer to quantize", "choose a narrower one")
     return blocks
@@ -119,12 +133,17 @@ def release(block: Block, blocks: list[Block]) -> None:
             parameter.data = parameter.data.new_empty(0)
 
 
-def _refuse_experts(name: str, module: nn.Module) -> None:
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return
-    for own, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim >= 3 and min(parameter.shape) > 1:
-            raise ModelError(
-                f"{name}.{own} fuses {parameter.shape[0]} experts in one parameter",
-                "choose a dense model: sparse experts cannot be quantized yet",
-            )
+def _refuse_experts(name: str, block: nn.Module, linear: tuple[type, ...]) -> None:
+    """Refuse a block that keeps a good part of its weights outside linear layers."""
+    known = (*linear, nn.Embedding, nn.modules.conv._ConvNd)
+    weights = sum(parameter.numel() for parameter in block.parameters())
+    for inner, module in block.named_modules(prefix=name):
+        if isinstance(module, known):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and parameter.numel() > weights / 10:
+                raise ModelError(
+                    f"{inner}.{own} holds weights of experts in one parameter"
+                    f" {list(parameter.shape)}",
+                    "choose a dense model: sparse experts cannot be quantized yet",
+                )

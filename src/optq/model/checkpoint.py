@@ -84,8 +84,9 @@ def _fetch(model_id: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]
+    others += ["consolidated*", "original/*", "onnx/*"]
     try:
-        folder = Path(snapshot_download(model_id, ignore_patterns=[*others, "*/*"]))
+        folder = Path(snapshot_download(model_id, ignore_patterns=others))
         if not list(folder.glob("*.safetensors")):
             snapshot_download(model_id, allow_patterns=["*.bin", "*.bin.index.json"])
         return folder
@@ -103,7 +104,9 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
-        if (folder / index).is_file():
+        if (folder / single).is_file():  # first, as in transformers
+            names = {single}
+        elif (folder / index).is_file():
             try:
                 names = set(json.loads((folder / index).read_text())["weight_map"].values())
                 names = {str(Path(name)) for name in names}
@@ -111,8 +114,6 @@ def _tensor_files(folder: Path) -> dict[str, str]:
                 raise ModelError(
                     f"{folder / index} is not an index", "copy the file again"
                 ) from error
-        elif (folder / single).is_file():
-            names = {single}
         else:
             continue
         files: dict[str, str] = {}

@@ -78,6 +78,7 @@ class _Batch(greenlet):
         with default_modes():
             self.parent.switch()
         self.before = self.site = None
+        self.x = self.ids  # the input that was handed over may go
 
 
 @dataclass(eq=False)
@@ -118,8 +119,7 @@ class Flow:
             for kind in kinds
         }
         everyone = [scout, *(batch for kind in kinds for batch in self._batches[kind])]
-        self._place_outside_blocks(self.device)
-        with torch.no_grad(), self._hooks():
+        with torch.no_grad(), self._outside_blocks_on_device(), self._hooks():
             try:
                 self._advance(everyone)
                 while waiting := [batch.before for batch in everyone if batch.before]:
@@ -129,17 +129,29 @@ class Flow:
                 for batch in everyone:
                     if batch and not batch.dead:
                         batch.throw(GreenletExit)
-                self._place_outside_blocks(torch.device("cpu"))
 
-    def _place_outside_blocks(self, device: torch.device) -> None:
-        """Embeddings, norms and tables: they are needed all the time."""
-        inside = {id(m) for block in self.blocks for m in block.module.modules()}
+    @contextmanager
+    def _outside_blocks_on_device(self) -> Iterator[None]:
+        """Embeddings, norms and tables, which are needed all the time; but not the head."""
+        skip = {id(m) for block in self.blocks for m in block.module.modules()}
+        skip.add(id(self.model.get_output_embeddings()))
+        before: list[tuple[nn.Parameter, Tensor]] = []
         for module in self.model.modules():
-            if id(module) not in inside:
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(device)
+            if id(module) in skip:
+                continue
+            for parameter in module.parameters(recurse=False):
+                before.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(self.device)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        try:
+            yield
+        finally:
+            for parameter, data in before:
+                parameter.data = data
+            for module in self.model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
-                    setattr(module, name, buffer.to(device))
+                    setattr(module, name, buffer.to("cpu"))
 
     def _through(self, block: Block, waiting: list[_Batch]) -> None:
         """Take all batches that wait before ``block`` to its other side."""
@@ -156,7 +168,8 @@ class Flow:
                 )
             # Memory of its own: what is written to a mapped file's pages stays until the whole
             # file is let go, and the quantized weights of a model larger than memory with it.
-            layer.parameter.data = layer.parameter.data.clone()
+            if self.device.type == "cpu":
+                layer.parameter.data = layer.parameter.data.clone()
         self._current = block
         block.module.to(self.device)
         self._advance([batch for batch in waiting if batch.kind == "scout"])

@@ -44,8 +44,9 @@ def gather(
 
     Raises :class:`NumericsError`, which names the sample, where an input is not finite.
     """
-    hessian = Hessian(columns, device)
-    cross = None if full is None else Hessian(columns, device)
+    dtype = torch.promote_types(quantized[0].x.dtype, torch.float32)
+    hessian = Hessian(columns, device, dtype)
+    cross = None if full is None else Hessian(columns, device, dtype)
     partners = {each.first_sample: each.x for each in full or []}
     for batch in quantized:
         hessian.add(batch.x)

@@ -123,14 +123,7 @@ def _configuration(checkpoint: Checkpoint) -> tuple[Any, str]:
     errors = (ValueError, LookupError, TypeError, ArithmeticError, OSError, StrictDataclassError)
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        ArithmeticError,
-        OSError,
-        StrictDataclassError,
-    ) as error:
+    except errors as error:
         raise ModelError(
             f"transformers cannot read {checkpoint.folder / 'config.json'}: {first_line(error)}",
             "update transformers, or check the file",

@@ -39,7 +39,7 @@ def bar(title: str) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as live:
         yield Bar(live, title)

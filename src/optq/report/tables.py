@@ -9,9 +9,10 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-stdout = Console(highlight=False)
-if not stdout.is_terminal:
-    stdout = Console(highlight=False, width=110)  # a file or a pipe has no width of its own
+# What users call their files is not markup.
+stdout = Console(highlight=False, markup=False, emoji=False)
+if not stdout.is_terminal:  # a file or a pipe has no width of its own
+    stdout = Console(highlight=False, markup=False, emoji=False, width=110)
 
 
 def size(count: float) -> str:
