@@ -68,8 +68,8 @@ def parts_of(folder):
     """The quantized layers of a checkpoint, and all other tensors."""
     checkpoint = Checkpoint.open(str(folder))
     layers = {n: reader.read_layer(checkpoint, n) for n in reader.quantized_layers(checkpoint)}
-    inside = tuple(f"{name}." for name in layers)
-    others = {n: t for n, t in checkpoint.tensors() if not n.startswith(inside)}
+    inside = {f"{name}.{suffix}" for name in layers for suffix in reader.SUFFIXES}
+    others = {n: t for n, t in checkpoint.tensors() if n not in inside}
     return layers, others
 
 
@@ -314,7 +314,7 @@ def test_a_target_below_folders_that_are_not_there_yet(source, tmp_path):
 
 def test_a_target_inside_a_file(source, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="is not a folder"):
         write(source, tmp_path / "file" / "out")
 
 

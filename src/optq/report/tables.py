@@ -11,8 +11,8 @@ from rich.table import Table
 
 # What users call their files is not markup.
 stdout = Console(highlight=False, markup=False, emoji=False)
-if not stdout.is_terminal:  # a file or a pipe has no width of its own
-    stdout = Console(highlight=False, markup=False, emoji=False, width=110)
+if not stdout.is_terminal:  # a file or a pipe has no width: nothing is folded
+    stdout = Console(highlight=False, markup=False, emoji=False, width=1000)
 
 
 def size(count: float) -> str:
