@@ -51,15 +51,15 @@ def checkpoint(what: Mapping[str, Any]) -> None:
 
 
 def demo(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Perplexities of the bundled model; the bar is the rise over full precision."""
+    """Perplexities of the bundled model; bars compare the rises at the same bits."""
     full = rows[0]["perplexity"]
-    most = max((row["perplexity"] - full for row in rows), default=1.0) or 1.0
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("bits", "method", "bits/weight", "layers", "perplexity", "rise"):
         table.add_column(name, justify="left" if name == "method" else "right")
     table.add_column("")
     for row in rows:
         rise = row["perplexity"] - full
+        most = max(each["perplexity"] - full for each in rows if each["wbits"] == row["wbits"])
         plain = row["method"] == "none"
         table.add_row(
             "16" if plain else str(row["wbits"]),
