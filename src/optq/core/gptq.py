@@ -68,7 +68,7 @@ class GPTQ:
     percdamp: float = 0.01
     mse: bool = False
     static_groups: bool = False
-    blocksize: int = 32
+    blocksize: int = 64
 
     def __post_init__(self) -> None:
         self.grid  # noqa: B018  refuses bad options here, not an hour later
