@@ -542,3 +542,12 @@ def test_a_finished_block_leaves_the_memory(tmp_path, monkeypatch):
     ).run()
     first = len(memory) // 12  # after the first block
     assert min(memory[-first:]) - memory[first] < 2 * block
+
+
+@pytest.mark.parametrize("options", [{}, {"actorder": True}, {"sym": False, "groupsize": 32}])
+def test_error_propagation_keeps_the_promise_on_the_original_weights(folder_of, options):
+    """It aims at other weights, yet no layer ends worse than rounding the ones it was given."""
+    settings = {"groupsize": 16, "sym": True} | options
+    result = quantize(folder_of("llama"), GPTQ(2, **settings), qep=True)
+    assert all(layer.error <= layer.rtn_error * (1 + 1e-6) for layer in result.layers)
+    assert sum(layer.error for layer in result.layers) > 0
