@@ -42,6 +42,7 @@ from optq.core.hessian import (
     fast_bfloat16,
     row_error,
     surely_less,
+    undamped_error,
     weighted_squares,
 )
 from optq.core.rtn import Rounded, round_groups, working_copy
@@ -151,8 +152,7 @@ def _rounding_error(
     grids = (rounded.codes, rounded.scale, rounded.zero)
     codes, scale, zero = (each[:, rows].T for each in grids)
     miss = working_copy(weight, factored.dead) - dequantize(codes, scale, zero, group).T
-    norm = miss.square().sum(0)
-    return (row_error(miss, factored) - factored.damp * norm).clamp_(min=0)
+    return undamped_error(miss, factored)
 
 
 class _Sweep:

@@ -211,6 +211,11 @@ def row_error(
     return total
 
 
+def undamped_error(miss: Float[Tensor, "cols rows"], factored: Factor) -> Float[Tensor, " rows"]:
+    """``miss^T H miss`` row by row, in full precision."""
+    return (row_error(miss, factored) - factored.damp * miss.square().sum(0)).clamp_(min=0)
+
+
 def output_energy(
     weight: Float[Tensor, "rows cols"], H: Float[Tensor, "cols cols"]
 ) -> Float[Tensor, " rows"]:

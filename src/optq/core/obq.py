@@ -21,7 +21,7 @@ from torch import Tensor
 
 from optq.core.clock import elapsed
 from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import Factor, check_percdamp, factor, row_error
+from optq.core.hessian import check_percdamp, factor, undamped_error
 from optq.core.obs import eliminate
 from optq.core.rtn import nearest, round_groups, working_copy
 from optq.core.solution import Solution, group_index
@@ -73,8 +73,8 @@ class OBQ:
             ]
         ).T
         miss = W - steps * scale
-        error = _undamped(miss, factored)
-        rtn_error = _undamped(rounded.miss, factored)
+        error = undamped_error(miss, factored)
+        rtn_error = undamped_error(rounded.miss, factored)
         codes = (steps + zero).to(torch.uint8)
         worse = (error > rtn_error).nonzero().flatten()
         codes[:, worse] = rounded.codes[:, worse]
@@ -94,10 +94,6 @@ class OBQ:
             fallback_rows=worse.numel(),
             seconds={"factor": factor_seconds, "solve": elapsed(start, H)},
         )
-
-
-def _undamped(miss: Float[Tensor, "cols rows"], factored: Factor) -> Float[Tensor, " rows"]:
-    return (row_error(miss, factored) - factored.damp * miss.square().sum(0)).clamp_(min=0)
 
 
 def _greedy(

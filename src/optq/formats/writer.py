@@ -25,7 +25,7 @@ from optq.model.checkpoint import Checkpoint
 
 SHARD_BYTES = 2**29  # packed weights wait for a full shard in memory
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-RECORD = "optq.json"  # what the run did: settings, errors by layer, seconds
+RECORD = "optq.json"  # what the run did: settings, calibration, errors by layer
 
 
 class Writer:
@@ -155,7 +155,7 @@ class Writer:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Its bytes: a NaN in a tensor that nobody asked us about is equal to itself."""
+    """Its bytes, which can be compared in every dtype."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 

@@ -104,7 +104,6 @@ class Flow:
         self._site_of: dict[Layer, Site] = {}
         self._seen: list[tuple[Tensor, int, Site]] = []  # the scout's inputs, held alive
         self._finished: set[Block] = set()
-        self._current: Block | None = None
         self._versions = {
             layer: layer.parameter._version for block in self.blocks for layer in block.layers
         }
@@ -170,7 +169,6 @@ class Flow:
             # file is let go, and the quantized weights of a model larger than memory with it.
             if self.device.type == "cpu":
                 layer.parameter.data = layer.parameter.data.clone()
-        self._current = block
         block.module.to(self.device)
         self._advance([batch for batch in waiting if batch.kind == "scout"])
         self._seen.clear()
