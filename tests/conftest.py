@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported; commands inherit it
 if PARALLEL:
     torch.set_num_threads(1)
 

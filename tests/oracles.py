@@ -20,15 +20,18 @@ TIE = 1e-9  # how near to half way between two codes, in steps, counts as a tie
 # ---------------------------------------------------------------------------------------- grids
 
 
-def fit(values, bits, sym, min_zero=0, shrink=1.0):
-    """The min-max grid ``(scale, zero)`` of one group, its range first multiplied by ``shrink``."""
+def fit(values, bits, sym, min_zero=0, below=1.0, above=1.0):
+    """The grid ``(scale, zero)`` of one group for the ends ``below * min`` and ``above * max``.
+
+    Symmetric: for ``below`` times the larger of the two, with the sign of ``below``.
+    """
     top = 2**bits - 1
-    low = min(0.0, float(min(values))) * shrink
-    high = max(0.0, float(max(values))) * shrink
+    low, high = min(0.0, float(min(values))), max(0.0, float(max(values)))
     if low == high:  # nothing but zeros: any zero point would do
         return 1.0, 2 ** (bits - 1)
     if sym:
-        return 2 * max(-low, high) / top, 2 ** (bits - 1)
+        return 2 * max(-low, high) * below / top, 2 ** (bits - 1)
+    low, high = low * below, high * above
     scale = (high - low) / top
     zero = round(-low / scale)
     if zero < min_zero:
@@ -53,22 +56,50 @@ def code_of(value, scale, zero, bits, follow=None):
     return min(max(nearest, 0), 2**bits - 1)
 
 
-def fit_loss(values, scale, zero, bits, power=2.4):
-    """What the range search minimises: ``sum |w - q|^2.4`` over the group."""
+def fit_loss(values, scale, zero, bits, importance=None):
+    """What the range search minimises: ``sum h (w - q)^2`` over the group."""
+    h = np.ones(len(values)) if importance is None else importance
     return sum(
-        abs(float(w) - scale * (code_of(w, scale, zero, bits) - zero)) ** power for w in values
+        float(h[k]) * (float(w) - scale * (code_of(w, scale, zero, bits) - zero)) ** 2
+        for k, w in enumerate(values)
     )
 
 
-def fit_search(values, bits, sym, shrinks, min_zero=0):
-    """The best of the grids over ``shrinks``, the wider range where two do equally well."""
-    best = None
-    for shrink in sorted((float(p) for p in shrinks), reverse=True):
-        scale, zero = fit(values, bits, sym, min_zero, shrink)
-        loss = fit_loss(values, scale, zero, bits)
-        if best is None or loss < best[0]:
-            best = (loss, scale, zero)
-    return best[1], best[2]
+def fit_search(values, bits, sym, min_zero=0, importance=None):
+    """The range search: ``(scale, zero, clear)``, ``clear`` where no two losses were too close.
+
+    Factors 1, 0.84, .. 0.2 of the min-max range, symmetric ones of either sign, earlier ones
+    first unless a later one is better by 1e-5; then each end of the best moves by 0.08 and 0.04.
+    """
+    clear, best = True, None
+    noise = 1e-25 * fit_loss(values, 1e300, 0, bits, importance)  # of nothing but zeros
+
+    def consider(below, above):
+        nonlocal clear, best
+        scale, zero = fit(values, bits, sym, min_zero, below, above)
+        loss = fit_loss(values, scale, zero, bits, importance)
+        if best is None:
+            best = (loss, scale, zero, below, above)
+            return
+        limit = best[0] * (1 - 1e-5)
+        if (scale, zero) != best[1:3] and any(values):
+            clear = clear and abs(loss - limit) > 1e-9 * limit and max(loss, limit) > noise
+        if loss < limit:
+            best = (loss, scale, zero, below, above)
+
+    for percent in range(100, 19, -16):
+        consider(percent / 100, percent / 100)
+        if sym:
+            consider(-percent / 100, percent / 100)
+    for step in (0.08, 0.04):
+        for end in ("below",) if sym else ("below", "above"):
+            _, _, _, below, above = best
+            for move in (step, -step):
+                if end == "below":
+                    consider(below + move, above)
+                else:
+                    consider(below, above + move)
+    return best[1], best[2], clear
 
 
 def group_index(cols, groupsize):
@@ -76,15 +107,24 @@ def group_index(cols, groupsize):
     return np.array([0 if groupsize == -1 else j // groupsize for j in range(cols)])
 
 
-def fit_all(W, bits, g_idx, sym, shrinks=(1.0,), min_zero=0):
-    """Scales and zero points of every group of every row."""
+def fit_all(W, bits, g_idx, sym, importance=None, min_zero=0):
+    """Scales and zero points of every group of every row, and the rows where they are clear.
+
+    Min-max; with the ``importance`` of each column, the range search.
+    """
     groups = max(g_idx) + 1
     scales, zeros = np.empty((len(W), groups)), np.empty((len(W), groups), dtype=int)
+    clear = np.ones(len(W), dtype=bool)
     for n, row in enumerate(W):
         for g in range(groups):
-            values = [row[k] for k in range(len(row)) if g_idx[k] == g]
-            scales[n, g], zeros[n, g] = fit_search(values, bits, sym, shrinks, min_zero)
-    return scales, zeros
+            members = [k for k in range(len(row)) if g_idx[k] == g]
+            if importance is None:
+                scales[n, g], zeros[n, g] = fit(row[members], bits, sym, min_zero)
+            else:
+                h = importance[members]
+                scales[n, g], zeros[n, g], sure = fit_search(row[members], bits, sym, min_zero, h)
+                clear[n] &= sure
+    return scales, zeros, clear
 
 
 def dequantize(codes, scales, zeros, g_idx):
@@ -193,6 +233,7 @@ class Sweep:
     reached: np.ndarray  # [rows, cols]: each weight as it stood when its column was reached
     order: np.ndarray  # [cols]: the columns in the order in which they were quantized
     tied: np.ndarray  # [rows]: whether a weight of the row was half way between two codes
+    clear: np.ndarray  # [rows]: whether every range search had one best grid
 
     @property
     def weight(self):
@@ -204,6 +245,16 @@ def act_order(H):
     return np.array(sorted(range(len(H)), key=lambda j: -H[j, j]))
 
 
+def group_order(H, size):
+    """Groups of ``size`` columns by falling largest ``diag H``, but a shorter last one last; each
+    one's columns by falling ``diag H``."""
+    groups = [list(range(start, min(start + size, len(H)))) for start in range(0, len(H), size)]
+    for group in groups:
+        group.sort(key=lambda j: -H[j, j])
+    groups.sort(key=lambda group: (len(group) < size, -H[group[0], group[0]]))
+    return np.array([j for group in groups for j in group])
+
+
 def gptq(
     W,
     H,
@@ -213,7 +264,7 @@ def gptq(
     sym=True,
     actorder=False,
     static_groups=False,
-    shrinks=(1.0,),
+    search=False,
     min_zero=0,
     follow=None,
 ):
@@ -221,21 +272,25 @@ def gptq(
 
     ``d`` is the damping that is added. Dynamic groups follow the order of quantization and fit
     their grid on the weights as updated so far; static groups are the original columns' groups,
-    fitted on the original weights.
+    fitted on the original weights. ``search``: by range search, with ``diag H`` as importance.
     """
     rows, cols = W.shape
     size = cols if groupsize == -1 else groupsize
-    order = act_order(H) if actorder else np.arange(cols)
+    order = np.arange(cols)
+    if actorder:
+        order = group_order(H, size) if actorder == "group" else act_order(H)
     damped = (H + d * np.eye(cols))[np.ix_(order, order)]
     R = np.linalg.cholesky(np.linalg.inv(damped)).T
 
+    clear = np.ones(rows, dtype=bool)
+    importance = np.diag(H) if search else None
     if static_groups:
         g_idx = group_index(cols, groupsize)
-        scales, zeros = fit_all(W, bits, g_idx, sym, shrinks, min_zero)
+        scales, zeros, clear = fit_all(W, bits, g_idx, sym, importance, min_zero)
     else:
         g_idx = np.empty(cols, dtype=int)
         for rank, column in enumerate(order):
-            g_idx[column] = rank // size
+            g_idx[column] = (column if actorder == "group" else rank) // size
         scales = np.full((rows, max(g_idx) + 1), np.nan)
         zeros = np.zeros((rows, max(g_idx) + 1), dtype=int)
 
@@ -246,8 +301,14 @@ def gptq(
         g = g_idx[column]
         for n in range(rows):
             if not static_groups and rank % size == 0:
-                members = work[n, rank : rank + size]
-                scales[n, g], zeros[n, g] = fit_search(members, bits, sym, shrinks, min_zero)
+                values = work[n, rank : rank + size]
+                if search:
+                    h = importance[order[rank : rank + size]]
+                    found = fit_search(values, bits, sym, min_zero, h)
+                    scales[n, g], zeros[n, g] = found[:2]
+                    clear[n] &= found[2]
+                else:
+                    scales[n, g], zeros[n, g] = fit(values, bits, sym, min_zero)
             w = work[n, rank]
             prefer = None if follow is None else follow[n, column]
             code = code_of(w, scales[n, g], zeros[n, g], bits, prefer)
@@ -255,7 +316,7 @@ def gptq(
             e = (w - scales[n, g] * (code - zeros[n, g])) / R[rank, rank]
             work[n, rank:] -= e * R[rank, rank:]
             codes[n, column], reached[n, column] = code, w
-    return Sweep(codes, scales, zeros, g_idx, reached, order, tied)
+    return Sweep(codes, scales, zeros, g_idx, reached, order, tied, clear)
 
 
 def without_dead(W, H):

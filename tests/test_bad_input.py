@@ -578,6 +578,35 @@ def test_generate_after_a_prompt_beyond_the_positions(optq_says, folder_of):
     assert "64" in optq_says("generate", folder_of("gpt2"), "x" * 100)[0]
 
 
+@pytest.mark.parametrize("command", [["generate", "the"], ["bench"]], ids=str)
+def test_running_on_no_device(optq_says, folder_of, command):
+    words = [command[0], folder_of("llama"), *command[1:], "--device", "cuda:99"]
+    assert "device cuda:99 is not here" in optq_says(*words)[0]
+
+
+def test_bench_of_a_plain_model(optq_says, folder_of):
+    assert "no quantized layers" in optq_says("bench", folder_of("llama"))[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("awq", {"bits": 4, "group_size": 128}),
+        ("bitsandbytes", {"load_in_4bit": True}),
+        ("fp8", {}),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "export", "bench", "inspect"])
+def test_a_checkpoint_of_another_method(optq_says, model, tmp_path, method, settings, command):
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, **settings}
+    (model / "config.json").write_text(json.dumps(config))
+    words = {"generate": ["the"], "export": [tmp_path / "out", "--format", "gptq"]}
+    cause, remedy = optq_says(command, model, *words.get(command, []))
+    assert f"quantized with {method}" in cause and "compressed-tensors" in remedy
+    assert not (tmp_path / "out").exists()
+
+
 def test_demo_on_no_device(optq_says):
     assert "tpu" in optq_says("demo", "--device", "tpu")[0]
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,9 @@ def optq(capfd, monkeypatch):
         with pytest.raises(SystemExit) as end:
             cli.main()
         done = Done(end.value.code, *capfd.readouterr())
-        assert done.code == 0 and done.err == ""
+        assert done.code == 0
+        if words[0] != "generate":  # which says there how fast it was
+            assert done.err == ""
         return done
 
     yield run
@@ -288,8 +291,55 @@ def test_generate(optq, words, folder, tmp_path):
         ]
         assert written[0] == written[1]
         assert written[0].endswith("\n") and len(written[0]) > 4
-        shorter = optq("generate", model, "the rest", "--max-new-tokens", "4").out
-        assert written[0].startswith(shorter.rstrip("\n"))
+        shorter = optq("generate", model, "the rest", "--max-new-tokens", "4")
+        assert written[0].startswith(shorter.out.rstrip("\n"))
+        said = re.fullmatch(
+            r"optq: (\d+) tokens read in [\d.]+ s, then ([\d.]+) tokens/s\n", shorter.err
+        )
+        assert int(said[1]) > 1 and float(said[2]) > 0
+
+
+def test_generate_side_by_side(optq, words, folder, tmp_path):
+    optq(*words)
+    alone = [
+        optq("generate", model, "the rest", "--max-new-tokens", "6").out.strip()
+        for model in (tmp_path / "out", folder)
+    ]
+    both = optq(
+        "generate", tmp_path / "out", "the rest", "--max-new-tokens", "6", "--compare", folder
+    )
+    assert both.err == "" and both.out.count("tokens/s") == 2
+    row = next(line for line in both.out.splitlines() if "the rest" in line)
+    assert all(text.splitlines()[0].strip() in row for text in alone)
+
+
+def test_bench(optq, words, tmp_path, monkeypatch):
+    from optq.evaluate import speed
+
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    monkeypatch.setattr(speed, "BUFFER", 2**20)
+    optq(*words)
+    report = optq("bench", tmp_path / "out", "--device", "cpu", "--json").json
+    assert report["packed"]["bytes"] < 0.5 * report["dense"]["bytes"]  # float32, groups of 32
+    assert all(
+        report[kind][key] > 0 for kind in ("packed", "dense") for key in ("prefill", "decode")
+    )
+    assert sum(shape["layers"] for shape in report["shapes"]) == 21
+    assert {shape["kernel"] for shape in report["shapes"]} == {"cpu_int4"}
+    assert all(shape["microseconds"] > 0 and shape["bandwidth"] > 0 for shape in report["shapes"])
+    person = optq("bench", tmp_path / "out", "--device", "cpu").out
+    assert "decode, tokens/s" in person and "memory bandwidth" in person
+
+
+def test_export(optq, words, tmp_path):
+    optq(*words)
+    out, there, back = (tmp_path / name for name in ("out", "there", "back"))
+    told = optq("export", out, there, "--format", "compressed-tensors").out
+    assert "compressed-tensors" in told and "21" in told
+    optq("export", there, back, "--format", "gptq")
+    assert optq("inspect", there, "--json").json["format"] == "compressed-tensors"
+    assert contents(back)["model.safetensors"] == contents(out)["model.safetensors"]
+    assert contents(back)["optq.json"] == contents(out)["optq.json"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -302,12 +352,22 @@ def test_generate_stops_where_the_positions_end(optq, tmp_path, name):
 def test_generate_prints_pieces_as_they_come(folder, monkeypatch):
     from optq.evaluate import generate
 
-    monkeypatch.setattr(generate, "complete", lambda *_: iter(["one", "two"]))
+    speed = generate.Speed(prompt=1, new=2, first=0.5, rate=20.0)
+
+    class Completion:
+        def __init__(self, *_):
+            self.speed = speed
+
+        def __iter__(self):
+            return iter(["one", "two"])
+
+    monkeypatch.setattr(generate, "Completion", Completion)
     printed = []
     monkeypatch.setattr("builtins.print", lambda *args, **more: printed.append((args, more)))
     cli.generate(str(folder), "the", device="cpu")
     assert printed == [
         (("one",), {"end": "", "flush": True}), (("two",), {"end": "", "flush": True}), ((), {}),
+        (("optq: 1 tokens read in 0.50 s, then 20.0 tokens/s",), {"file": sys.stderr}),
     ]  # fmt: skip
 
 
@@ -402,4 +462,5 @@ def test_a_real_process_says_nothing_on_stderr(words, folder, tmp_path):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("\n")
+    assert done.returncode == 0 and done.stdout.endswith("\n")
+    assert re.fullmatch(r"optq: .* tokens/s\n", done.stderr)

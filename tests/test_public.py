@@ -34,7 +34,8 @@ print(json.dumps({
 
 
 def test_the_names_are_these():
-    assert optq.__all__ == ["GPTQ", "OBQ", "QEP", "RTN", "ModelConfig", "OptqError", "Runner"]
+    names = ["GPTQ", "OBQ", "QEP", "RTN", "ModelConfig", "OptqError", "Runner", "load"]
+    assert optq.__all__ == names
     assert set(optq.__all__) <= set(dir(optq))
     assert optq.__version__.count(".") == 2
 

@@ -16,9 +16,10 @@ _HOME = {
     "RTN": "optq.core.rtn",
     "ModelConfig": "optq.runner",
     "Runner": "optq.runner",
+    "load": "optq.runner",
     "OptqError": "optq.errors",
 }
-__all__ = ["GPTQ", "OBQ", "QEP", "RTN", "ModelConfig", "OptqError", "Runner"]
+__all__ = ["GPTQ", "OBQ", "QEP", "RTN", "ModelConfig", "OptqError", "Runner", "load"]
 
 
 def __getattr__(name: str) -> Any:

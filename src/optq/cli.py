@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -28,6 +29,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ..")]
 Seqlen = Annotated[
     int | None, typer.Option(help="Tokens in a sequence: 2048, or the model's positions if fewer.")
 ]
+FORMATS_HELP = "gptq, gptq_v2, compressed-tensors"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -118,7 +120,7 @@ def quantize(
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
     skip: Annotated[str | None, typer.Option(help="Regex of layers to leave dense.")] = None,
     device: Device = "auto",
-    form: Annotated[str, typer.Option("--format", help="gptq or gptq_v2.")] = "gptq",
+    form: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -240,17 +242,78 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
+    compare: Annotated[
+        str | None, typer.Option(help="Another model: both texts and speeds side by side.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Continue PROMPT with MODEL, quantized or not, taking the likeliest token each time."""
-    from optq.evaluate.generate import complete
-    from optq.model.source import positions
+    from optq.evaluate.generate import Completion, Speed
+    from optq.report import tables
     from optq.runner import ModelConfig
 
-    loaded, tokenizer = ModelConfig(model, device).load()
-    for piece in complete(loaded, tokenizer, prompt, max_new_tokens, positions(loaded)):
-        print(piece, end="", flush=True)
+    def complete(name: str, show: Callable[[str], object]) -> tuple[str, Speed]:
+        """The whole text and its speed; only one model is in memory at a time."""
+        completion = Completion(*ModelConfig(name, device).load(), prompt, max_new_tokens)
+        pieces = []
+        for piece in completion:
+            show(piece)
+            pieces.append(piece)
+        return "".join(pieces), completion.speed
+
+    if compare is not None:
+        both = {name: complete(name, lambda _: None) for name in (model, compare)}
+        tables.completions(prompt, both)
+        return
+    _, speed = complete(model, lambda piece: print(piece, end="", flush=True))
     print()
+    print(f"optq: {speed}", file=sys.stderr)
+
+
+@app.command()
+def bench(
+    model: Model,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Speed and memory of the quantized MODEL, beside the same model with dense weights."""
+    from dataclasses import asdict
+
+    from optq.evaluate.speed import measure_speed
+    from optq.report import progress, tables
+    from optq.runner import load
+
+    with progress.bar("optq bench") as bar:
+        report = measure_speed(load(model, device), bar.update)
+    if as_json:
+        _print_json({"model": model, **asdict(report)})
+    else:
+        tables.speed(report)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write; for gguf, the file.")],
+    form: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP} or gguf.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write the quantized checkpoint MODEL in another format, with the same codes and grids."""
+    from optq.formats import FORMATS
+    from optq.formats.export import export as convert
+    from optq.report import tables
+    from optq.runner import ModelConfig
+
+    if form not in (*FORMATS, "gguf"):
+        raise SettingError(f"the format {form} is unknown", f"choose {', '.join(FORMATS)} or gguf")
+    checkpoint = ModelConfig(model).checkpoint()
+    if form == "gguf":
+        from optq.formats.gguf import export_gguf
+
+        tables.facts({"wrote": out, **export_gguf(checkpoint, out, force)})
+        return
+    layers = convert(checkpoint, out, FORMATS[form], force)
+    tables.facts({"wrote": out, "format": form, "layers": layers, "next": f"optq inspect {out}"})
 
 
 @app.command()

@@ -19,9 +19,9 @@ from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.core.solution import Solution
 from optq.errors import ModelError, NumericsError
-from optq.formats.gptq import GPTQFormat
+from optq.formats.scheme import Format, LayerScheme
 from optq.formats.writer import Writer
-from optq.model.blocks import Block, Layer, release
+from optq.model.blocks import Block, Layer, linears_outside, release
 from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow, Inputs, Site
 from optq.model.source import disk_names
@@ -72,15 +72,16 @@ class Quantization:
         checkpoint: Checkpoint,
         quantizer: Quantizer,
         qep: QEP | None,
-        form: GPTQFormat,
+        form: Format,
         progress: Callable[[Progress], None],
     ) -> None:
         self.model, self.blocks, self.checkpoint = model, blocks, checkpoint
         self.quantizer, self.qep, self.form, self.progress = quantizer, qep, form, progress
         self.storage: Storage = form.storage(model.dtype)
+        self.scheme = layer_scheme(quantizer)
         self.names = disk_names(model, checkpoint.files)
         for layer in (layer for block in blocks for layer in block.layers):
-            form.check(layer.name, *layer.shape, quantizer.wbits, quantizer.groupsize)
+            form.check(layer.name, *layer.shape, self.scheme, layer.transposed)
             if f"{layer.name}.weight" not in self.names:
                 raise ModelError(
                     f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"
@@ -142,15 +143,19 @@ class Quantization:
     def finish(self, writer: Writer, calibration: dict[str, Any]) -> None:
         """Complete a checkpoint, with all layers that :meth:`save` or the run gave it."""
         start = time.perf_counter()
-        dense = [self.names.get(f"{name}.weight", name) for name in self.dense()]
+        dense, outside = (
+            [self.names.get(f"{name}.weight", name).removesuffix(".weight") for name in names]
+            for names in (self.dense(), linears_outside(self.model, self.blocks))
+        )
         record = self.record(calibration)
-        writer.finish(self.quantizer, [name.removesuffix(".weight") for name in dense], record)
+        percdamp = getattr(self.quantizer, "percdamp", 0.0)
+        writer.finish(dense, percdamp, record, outside)
         self.seconds["write"] += time.perf_counter() - start
 
     def save(self, writer: Writer, calibration: dict[str, Any]) -> None:
         """Write what a run without a writer has kept."""
         for name, tensors in self.kept.items():
-            writer.add(name, tensors)
+            writer.add(name, tensors, self.scheme)
         self.finish(writer, calibration)
 
     def dense(self) -> list[str]:
@@ -178,14 +183,21 @@ class Quantization:
     def _keep(self, layer: Layer, part: Solution) -> None:
         start = time.perf_counter()
         name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
-        tensors = self.form.encode(part)
+        tensors = self.form.encode(part, self.model.dtype, self.scheme.sym)
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
         self.weights += part.codes.numel()
         if self.writer is None:
             self.kept[name] = tensors
         else:
-            self.writer.add(name, tensors)
+            self.writer.add(name, tensors, self.scheme)
         self.seconds["write"] += time.perf_counter() - start
+
+
+def layer_scheme(quantizer: Quantizer) -> LayerScheme:
+    """What the config of a checkpoint says of each layer that this quantizer solves."""
+    static = getattr(quantizer, "static_groups", False) or quantizer.groupsize == -1
+    actorder = getattr(quantizer, "actorder", False) is True and not static
+    return LayerScheme(quantizer.wbits, quantizer.groupsize, quantizer.sym, actorder)
 
 
 def _measured_on(

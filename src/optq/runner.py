@@ -26,9 +26,7 @@ from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.data.calibration import calibration_tokens
 from optq.errors import DataError, ModelError, SettingError
-from optq.formats import FORMATS
-from optq.formats.gptq import detect
-from optq.formats.reader import load
+from optq.formats import FORMATS, detect, reader
 from optq.formats.writer import Writer, check_target
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
@@ -64,7 +62,7 @@ class ModelConfig:
     def load(self) -> tuple[Any, Any]:
         """The model on its device, quantized or not, and its tokenizer."""
         device, checkpoint = self.torch_device(), self.checkpoint()
-        return load(checkpoint).to(device), load_tokenizer(checkpoint)
+        return reader.load(checkpoint, device), load_tokenizer(checkpoint)
 
     def torch_device(self) -> torch.device:
         """The device, checked to be there."""
@@ -80,6 +78,17 @@ class ModelConfig:
         if device.type not in ("cpu", "cuda"):
             raise SettingError(f"the device {self.device} is not supported", "choose cpu or cuda")
         return device
+
+
+def load(path: str | Path, device: str = "auto") -> Any:
+    """The transformers model in the folder ``path``, or of a hub id, ready to run on ``device``.
+
+    Quantized layers stay packed and multiply through :mod:`optq.kernels`; gptq, gptq_v2 and
+    compressed-tensors' pack-quantized are read, whoever wrote them. Raises
+    :class:`optq.errors.ModelError` for a checkpoint that is damaged or of another method.
+    """
+    config = ModelConfig(str(path), device)
+    return reader.load(config.checkpoint(), config.torch_device())
 
 
 @dataclass
@@ -98,8 +107,8 @@ class Result:
 
     @cached_property
     def model(self) -> Any:
-        """The quantized model, on the CPU; its layers hold dequantized weights."""
-        return self._model or load(Checkpoint.open(str(self.output)))
+        """The quantized model, on the CPU: packed where the run wrote it, else dequantized."""
+        return self._model or reader.load(Checkpoint.open(str(self.output)))
 
     def save(self, path: str | Path, force: bool = False) -> None:
         """Write the checkpoint to the folder ``path``; for a run without ``output``."""

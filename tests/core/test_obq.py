@@ -79,7 +79,7 @@ def compare(p, options):
     D = p.H + solution.damp * np.eye(len(p.H))
     bits, sym = options["wbits"], options["sym"]
     g_idx = oracles.group_index(W.shape[1], options["groupsize"])
-    scales, zeros = oracles.fit_all(W, bits, g_idx, sym)
+    scales, zeros, _ = oracles.fit_all(W, bits, g_idx, sym)
     follow = solution.codes.numpy().astype(int)
     greedy = np.stack(
         [

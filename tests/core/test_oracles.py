@@ -19,9 +19,17 @@ def test_a_grid_reaches_every_weight_of_its_group_within_half_a_step():
             assert np.abs(values - scale * (codes - zero)).max() <= scale / 2 * (1 + 1e-9)
 
 
-def test_the_range_search_with_one_candidate_is_min_max():
-    values = np.random.default_rng(1).normal(size=20)
-    assert oracles.fit_search(values, 4, False, [1.0]) == oracles.fit(values, 4, False)
+@pytest.mark.parametrize("sym", [True, False])
+def test_the_range_search_loses_no_more_than_min_max_or_any_shrunk_range(sym):
+    rng = np.random.default_rng(1)
+    values, h = rng.normal(size=20), rng.uniform(size=20)
+    scale, zero, clear = oracles.fit_search(values, 3, sym, importance=h)
+    loss = oracles.fit_loss(values, scale, zero, 3, h)
+    for shrink in (1.0, 0.84, 0.68):
+        assert loss <= oracles.fit_loss(
+            values, *oracles.fit(values, 3, sym, 0, *[shrink] * 2), 3, h
+        )
+    assert clear
 
 
 def test_code_of_follows_at_a_tie_and_only_there():
@@ -57,7 +65,7 @@ def test_no_other_move_with_the_same_weight_removed_costs_less():
 def test_obq_costs_add_up_to_half_the_damped_error(sym):
     p = problem(3, 8, seed=5)
     D, g_idx = damped(p.H), oracles.group_index(8, 4)
-    scales, zeros = oracles.fit_all(p.W, 3, g_idx, sym)
+    scales, zeros, _ = oracles.fit_all(p.W, 3, g_idx, sym)
     for n, row in enumerate(p.W):
         codes, order, costs = oracles.obq_row(row, D, 3, scales[n], zeros[n], g_idx)
         q = oracles.dequantize(codes[None], scales[n : n + 1], zeros[n : n + 1], g_idx)[0]

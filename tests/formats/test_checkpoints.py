@@ -18,12 +18,17 @@ from optq.core.rtn import RTN
 from optq.errors import ModelError, NumericsError, OutputError
 from optq.formats import FORMATS, reader, writer
 from optq.formats.describe import describe
+from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
+from optq.model.linear import QuantizedLinear
 from optq.model.source import disk_names, load_model
+from optq.quantize import layer_scheme
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL)}
 QUANTIZER = RTN(4, 32)
+SCHEME = layer_scheme(QUANTIZER)
+VERSIONS = (GPTQ_V1, GPTQ_V2)
 RECORD = {
     "method": "rtn",
     "quantizer": {},
@@ -59,8 +64,8 @@ def write(folder, target, form=FORMATS["gptq"], force=False, skip=None):
     source = Checkpoint.open(str(folder))
     with writer.Writer(Path(target), source, form, force) as out:
         for name, solution in solutions.items():
-            out.add(name, form.encode(solution))
-        out.finish(QUANTIZER, dense, RECORD)
+            out.add(name, form.encode(solution, torch.float32, True), SCHEME)
+        out.finish(dense, record=RECORD)
     return solutions
 
 
@@ -68,7 +73,7 @@ def parts_of(folder):
     """The quantized layers of a checkpoint, and all other tensors."""
     checkpoint = Checkpoint.open(str(folder))
     layers = {n: reader.read_layer(checkpoint, n) for n in reader.quantized_layers(checkpoint)}
-    inside = {f"{name}.{suffix}" for name in layers for suffix in reader.SUFFIXES}
+    inside = {f"{name}.{suffix}" for name in layers for suffix in GPTQ_V1.suffixes}
     others = {n: t for n, t in checkpoint.tensors() if n not in inside}
     return layers, others
 
@@ -81,7 +86,7 @@ def everything_beside(source):
     return sorted(path.name for path in source.parent.iterdir())
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("form", VERSIONS, ids=lambda form: form.name)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "llava", "qwen2_vl", "llama_bfloat16"])
 def test_a_written_checkpoint_reads_back(tmp_path, form, name):
     source = zoo.save(BY_NAME[name], tmp_path / "source")
@@ -92,7 +97,7 @@ def test_a_written_checkpoint_reads_back(tmp_path, form, name):
     assert layers.keys() == solutions.keys()
     for layer, solution in solutions.items():
         np.testing.assert_array_equal(decoded[layer].astype(np.float32), solution.weight.numpy())
-        assert torch.equal(layers[layer].weight(), solution.weight)
+        assert torch.equal(layers[layer].weight, solution.weight)
     plain = dict(Checkpoint.open(str(source)).tensors())
     assert others.keys() == plain.keys() - {f"{layer}.weight" for layer in solutions}
     for tensor in others:
@@ -102,13 +107,14 @@ def test_a_written_checkpoint_reads_back(tmp_path, form, name):
     model = reader.load(Checkpoint.open(str(tmp_path / "out")))
     checkpoint = Checkpoint.open(str(source))
     dense = {f"{layer}.weight": s.weight for layer, s in solutions.items()}
-    state = model.state_dict()
     for in_model, on_disk in disk_names(load_model(checkpoint), checkpoint.files).items():
+        place, _, attribute = in_model.rpartition(".")
+        tensor = getattr(model.get_submodule(place), attribute)
         if on_disk in dense:
-            weight = dense[on_disk].T if name == "gpt2" else dense[on_disk]
-            assert torch.equal(state[in_model], weight.to(BY_NAME[name].dtype))
+            assert isinstance(model.get_submodule(place), QuantizedLinear)
+            assert torch.equal(tensor, dense[on_disk].to(BY_NAME[name].dtype))
         else:
-            assert torch.equal(state[in_model], plain[on_disk])
+            assert torch.equal(tensor, plain[on_disk])
 
 
 def test_the_config_is_said_twice_and_holds_no_path(source, tmp_path):
@@ -145,9 +151,11 @@ def test_shards_with_an_index(source, tmp_path, monkeypatch):
     whole, sharded = decoder.decode(tmp_path / "whole"), decoder.decode(tmp_path / "out")
     assert whole.keys() == sharded.keys()
     assert all(np.array_equal(whole[name], sharded[name]) for name in whole)
-    loaded = reader.load(Checkpoint.open(str(tmp_path / "out"))).state_dict()
-    for name, tensor in reader.load(Checkpoint.open(str(tmp_path / "whole"))).state_dict().items():
-        assert torch.equal(tensor, loaded[name])
+    a, b = (reader.load(Checkpoint.open(str(tmp_path / name))) for name in ("whole", "out"))
+    assert dict(a.named_buffers()).keys() == dict(b.named_buffers()).keys() != set()
+    pairs = [*zip(a.buffers(), b.buffers(), strict=True)]
+    pairs += zip(a.parameters(), b.parameters(), strict=True)
+    assert len(pairs) > 20 and all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("shard_bytes", [20_000, 2**30])
@@ -359,8 +367,8 @@ def test_a_failing_disk_leaves_nothing_behind(source, tmp_path, monkeypatch, pla
             writer.Writer(out, checkpoint, form, force) as w,
         ):
             for name, solution in solutions.items():
-                w.add(name, form.encode(solution))
-            w.finish(QUANTIZER, dense, RECORD)
+                w.add(name, form.encode(solution, torch.float32, True), SCHEME)
+            w.finish(dense, record=RECORD)
     assert caught.value.__cause__ is error and "\n" not in caught.value.cause
     assert everything_beside(source) == (["out", "source"] if force else ["source"])
     if force:
@@ -396,7 +404,7 @@ def test_an_error_of_the_caller_leaves_nothing_behind(source, tmp_path, monkeypa
         writer.Writer(tmp_path / "out", Checkpoint.open(str(source)), form, False) as w,
     ):
         for name, solution in solutions.items():
-            w.add(name, form.encode(solution))
+            w.add(name, form.encode(solution, torch.float32, True), SCHEME)
         assert len(everything_beside(source)) == 2  # under way, in a hidden folder
         assert not (tmp_path / "out").exists()
         raise error
@@ -501,13 +509,43 @@ def test_parts_of_the_wrong_shape_are_refused(quantized):
         reader.load(edited(quantized, edit))
 
 
-def test_codes_of_other_bits_are_refused(quantized):
-    """As in a checkpoint of mixed bits, which ``dynamic`` announces and is not read yet."""
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"+:.*up_proj": {"bits": 8}}, r"up_proj\..* where .* fits 8 bits"),
+        ({"+:.*up_proj": {"group_size": 16}}, r"up_proj\..* groups of 16"),
+        ({"-:.*up_proj": {}}, "up_proj is packed, and config.json says that it is not"),
+    ],
+)
+def test_a_config_that_contradicts_the_codes_is_refused(quantized, rules, message):
     config = json.loads((quantized / "config.json").read_text())
-    config["quantization_config"]["dynamic"] = {"+:.*up_proj": {"bits": 8}}
+    config["quantization_config"]["dynamic"] = rules
     (quantized / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=message):
         reader.load(Checkpoint.open(str(quantized)))
+
+
+def test_groups_out_of_range_are_refused(quantized):
+    def edit(state):
+        state[f"{LAYER}.g_idx"][5] = 7
+
+    with pytest.raises(ModelError, match=f"{LAYER}.g_idx names groups outside"):
+        reader.load(edited(quantized, edit))
+
+
+def test_layers_of_another_shape_are_refused(quantized):
+    config = json.loads((quantized / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (quantized / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"mlp\.\w+_proj is .* where the model has"):
+        reader.load(Checkpoint.open(str(quantized)))
+
+
+def test_a_model_on_packed_weights_is_not_saved(quantized, tmp_path):
+    model = reader.load(Checkpoint.open(str(quantized)))
+    with pytest.raises(ModelError, match="cannot be saved"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.glob("saved/*.safetensors"))
 
 
 def test_a_plain_model_is_just_loaded(source):

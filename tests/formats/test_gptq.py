@@ -11,8 +11,10 @@ from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
 from optq.core.rtn import RTN
 from optq.errors import ModelError, SettingError
-from optq.formats import FORMATS
-from optq.formats.gptq import GPTQ_V1, GPTQ_V2, detect
+from optq.formats import detect
+from optq.formats.gptq import GPTQ_V1, GPTQ_V2
+from optq.formats.scheme import LayerScheme
+from optq.quantize import layer_scheme
 
 VERSIONS = pytest.mark.parametrize(
     ("form", "version"), [(GPTQ_V1, 1), (GPTQ_V2, 2)], ids=["v1", "v2"]
@@ -45,7 +47,7 @@ def test_round_trip(form, version, bits, sym, order, groupsize, dtype):
     weight, H = problem()
     quantizer = GPTQ(bits, groupsize, sym, order != "plain", static_groups=order == "static")
     solution = quantizer.solve(weight, H, form.storage(dtype))
-    tensors = form.encode(solution)
+    tensors = form.encode(solution, dtype, sym)
 
     groups = 1 if groupsize == -1 else COLUMNS // groupsize
     shapes = {
@@ -57,12 +59,13 @@ def test_round_trip(form, version, bits, sym, order, groupsize, dtype):
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == shapes
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
-    own = form.decode(tensors, bits)
+    scheme = layer_scheme(quantizer)
+    own = form.decode("X", tensors, scheme)
     assert torch.equal(own.codes, solution.codes)
     assert torch.equal(own.zeros, solution.zeros)
-    assert torch.equal(own.scales.float(), solution.scales)
+    assert torch.equal(own.scales, solution.scales)
     assert torch.equal(own.g_idx, solution.g_idx)
-    assert torch.equal(own.weight(), solution.weight)
+    assert torch.equal(own.weight, solution.weight)
 
     other = decoder.decode_layer(*arrays(tensors), bits, version)
     np.testing.assert_array_equal(other.codes, solution.codes.numpy())
@@ -70,13 +73,13 @@ def test_round_trip(form, version, bits, sym, order, groupsize, dtype):
     # A step times a small integer: exact in float64, and nearly always in float32.
     np.testing.assert_array_equal(other.weight.astype(np.float32), solution.weight.numpy())
     np.testing.assert_array_equal(
-        own.weight().to(dtype).double().numpy(),
+        own.weight.to(dtype).double().numpy(),
         torch.from_numpy(other.weight).float().to(dtype).double().numpy(),
     )
     in_order = np.arange(COLUMNS) // (COLUMNS if groupsize == -1 else groupsize)
     monotone = np.array_equal(other.g_idx, in_order)
-    config = form.config(quantizer, ["layers.0.a"], [])
-    assert config["desc_act"] == (not monotone)
+    assert scheme.actorder == (not monotone)
+    assert form.config({"layers.0.a": scheme}, [], 0.01)["desc_act"] == (not monotone)
     if dtype == torch.bfloat16:
         scales = tensors["scales"].float()
         assert torch.equal(scales.bfloat16().float(), scales)
@@ -85,7 +88,9 @@ def test_round_trip(form, version, bits, sym, order, groupsize, dtype):
 @pytest.mark.parametrize(("bits", "word"), [(2, 1), (3, 3), (4, 7), (8, 127)])
 def test_symmetric_zero_points_of_version_1(bits, word):
     weight, H = problem()
-    tensors = GPTQ_V1.encode(RTN(bits, 32).solve(weight, H, GPTQ_V1.storage(torch.float32)))
+    tensors = GPTQ_V1.encode(
+        RTN(bits, 32).solve(weight, H, GPTQ_V1.storage(torch.float32)), torch.float32, True
+    )
     fields = decoder.stream_values(tensors["qzeros"].numpy(), bits)
     assert (fields == word).all()
     if bits == 4:
@@ -106,8 +111,10 @@ def test_version_1_refuses_a_zero_point_of_0():
     solution = RTN(4, 32, sym=False).solve(weight, H, Storage())
     assert solution.zeros.min() == 0
     with pytest.raises(SettingError, match="gptq cannot hold a zero point of 0"):
-        GPTQ_V1.encode(solution)
-    assert torch.equal(GPTQ_V2.decode(GPTQ_V2.encode(solution), 4).zeros, solution.zeros)
+        GPTQ_V1.encode(solution, torch.float32, False)
+    tensors = GPTQ_V2.encode(solution, torch.float32, False)
+    back = GPTQ_V2.decode("X", tensors, LayerScheme(4, 32, sym=False))
+    assert torch.equal(back.zeros, solution.zeros)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +132,9 @@ def test_version_1_refuses_a_zero_point_of_0():
 )
 def test_shapes_that_cannot_be_written_are_refused(shape, bits, groupsize, message):
     if message is None:
-        return GPTQ_V1.check("X", *shape, bits, groupsize)
+        return GPTQ_V1.check("X", *shape, LayerScheme(bits, groupsize, True))
     with pytest.raises(SettingError, match=message):
-        GPTQ_V1.check("X", *shape, bits, groupsize)
+        GPTQ_V1.check("X", *shape, LayerScheme(bits, groupsize, True))
 
 
 KEYS = {
@@ -145,16 +152,39 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_config_of_a_whole_model(form):
-    config = form.config(GPTQ(4, 128, percdamp=0.02), ["model.layers.0.mlp.up_proj"], [])
+@VERSIONS
+def test_config_of_a_whole_model(form, version):
+    config = form.config({"model.layers.0.mlp.up_proj": LayerScheme(4, 128, True)}, [], 0.02)
     assert config.keys() == KEYS
     assert config["bits"] == 4 and config["group_size"] == 128 and config["sym"] is True
     assert config["quant_method"] == "gptq" and config["checkpoint_format"] == form.name
     assert config["damp_percent"] == 0.02 and config["pack_dtype"] == "int32"
     assert config["lm_head"] is False
     assert re.fullmatch(r"optq:\d+\.\d+\.\d+.*", config["meta"]["quantizer"][0])
-    assert detect({"quantization_config": config}) == (form, 4)
+    scheme = detect({"quantization_config": config})
+    assert scheme.form == form and scheme.layer("any") == LayerScheme(4, 128, True)
+
+
+def test_layers_of_other_settings_have_rules():
+    usual, other = LayerScheme(4, 128, True), LayerScheme(8, -1, False, actorder=True)
+    layers = {f"model.layers.{i}.mlp.up_proj": usual for i in range(12)}
+    layers["model.layers.1.mlp.up_proj"] = other
+    config = GPTQ_V2.config(layers, ["model.layers.2.mlp.down_proj"], 0.01)
+    assert config["bits"] == 4
+    scheme = detect({"quantization_config": config})
+    assert {name: scheme.layer(name) for name in layers} == layers
+    assert scheme.layer("model.layers.2.mlp.down_proj") is None
+
+
+def test_rules_are_read_as_gptqmodel_reads_them():
+    """The first that matches from the start of the name; without a sign it changes settings."""
+    rules = {"-:.*k_proj": {}, r".*\.1\..*": {"bits": 8}, "+:model": {"group_size": 32}}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": rules}
+    layer = detect({"quantization_config": config}).layer
+    assert layer("model.layers.1.k_proj") is None
+    assert layer("model.layers.1.q_proj") == LayerScheme(8, 128, True)
+    assert layer("model.layers.0.q_proj") == LayerScheme(4, 32, True)
+    assert layer("lm_head") == LayerScheme(4, 128, True)
 
 
 @pytest.mark.parametrize(
@@ -170,14 +200,14 @@ def test_config_of_a_whole_model(form):
     ids=str,
 )
 def test_desc_act_says_whether_g_idx_is_out_of_order(quantizer, desc_act):
-    assert GPTQ_V1.config(quantizer, [], [])["desc_act"] is desc_act
+    assert layer_scheme(quantizer).actorder is desc_act
 
 
 def test_dense_layers_are_named_twice():
     quantized = [f"model.layers.{i}.{n}" for i in range(12) for n in ("mlp.up_proj", "attn.q")]
     quantized.remove("model.layers.1.attn.q")
     dense = [f"model.layers.{i}.mlp.down_proj" for i in range(12)] + ["model.layers.1.attn.q"]
-    config = GPTQ_V1.config(GPTQ(4), quantized, dense)
+    config = GPTQ_V1.config(dict.fromkeys(quantized, LayerScheme(4, -1, True)), dense, 0.01)
     assert config["modules_in_block_to_quantize"] == [["mlp.up_proj"], ["attn.q"]]
     rules = config["dynamic"]
     assert all(rule.startswith("-:") and changes == {} for rule, changes in rules.items())
@@ -190,10 +220,15 @@ def test_detect():
     assert detect({}) is None
     assert detect({"quantization_config": None}) is None
     old = {"quant_method": "gptq", "bits": 4}  # before checkpoint_format existed
-    assert detect({"quantization_config": old}) == (GPTQ_V1, 4)
+    scheme = detect({"quantization_config": old})
+    assert scheme.form == GPTQ_V1 and scheme.layer("any").wbits == 4
     for config, message in (
         ({"quant_method": "awq"}, "quantized with awq"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin is unknown"),
+        ({"quant_method": "gptq", "bits": 5}, "5 bits"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "groups of 0"),
+        ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"}, "packed in int16"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:(": {}}}, "no regular expression"),
         ({}, "quantized with"),
     ):
         with pytest.raises(ModelError, match=message):

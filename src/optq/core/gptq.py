@@ -27,13 +27,14 @@ Departures from the paper:
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from optq.core.clock import elapsed
+from optq.core.descent import polish
 from optq.core.grid import GridSpec, Storage
 from optq.core.hessian import (
     Factor,
@@ -45,8 +46,10 @@ from optq.core.hessian import (
     undamped_error,
     weighted_squares,
 )
+from optq.core.order import ActOrder, check_actorder, sweep_order
 from optq.core.rtn import Rounded, round_groups, working_copy
-from optq.core.solution import Solution, dequantize, group_index
+from optq.core.solution import Solution
+from optq.core.weight import dequantize, group_index
 from optq.errors import SettingError
 
 
@@ -55,25 +58,31 @@ class GPTQ:
     """The options of GPTQ.
 
     ``wbits``: 2, 3, 4 or 8. ``groupsize``: columns that share a scale; -1: one scale to a row.
-    ``sym``: zero point in the middle. ``actorder``: sweep the columns by falling ``diag H``.
-    ``percdamp``: damping as a fraction of the mean of ``diag H``. ``mse``: search the range of
-    each grid instead of taking its extremes. ``static_groups``: fit all grids on the original
-    weights before the sweep, so that act-order needs no ``g_idx`` in the file. ``blocksize``:
-    columns swept one by one before their errors go on in a matrix product; speed only.
+    ``sym``: zero point in the middle. ``actorder``: sweep the columns by falling ``diag H``;
+    ``"group"``: without parting groups, see :mod:`optq.core.order`. ``percdamp``: damping as a
+    fraction of the mean of ``diag H``. ``mse``: search the range of each grid instead of taking its
+    extremes. ``static_groups``: fit all grids on the original weights before the sweep, so that
+    act-order needs no ``g_idx`` in the file. ``blocksize``: columns swept one by one before their
+    errors go on in a matrix product; speed only. ``polish``: rounds of descent on codes and scales
+    after the sweep, see :mod:`optq.core.descent`.
     """
 
     wbits: int
     groupsize: int = -1
     sym: bool = True
-    actorder: bool = False
+    actorder: ActOrder = False
     percdamp: float = 0.01
     mse: bool = False
     static_groups: bool = False
     blocksize: int = 64
+    polish: int = 0
 
     def __post_init__(self) -> None:
         self.grid  # noqa: B018  refuses bad options here, not an hour later
         check_percdamp(self.percdamp)
+        check_actorder(self.actorder)
+        if self.polish < 0:
+            raise SettingError(f"polish is {self.polish}", "choose 0 (none) or a few rounds")
         if self.blocksize < 1:
             raise SettingError(f"blocksize is {self.blocksize}", "choose 1 or more")
 
@@ -93,22 +102,23 @@ class GPTQ:
         not finite.
         """
         start = time.perf_counter()
-        columns, grid = H.shape[0], self.grid
-        order = torch.argsort(H.diagonal(), descending=True, stable=True) if self.actorder else None
+        columns, grid, target, importance = H.shape[0], self.grid, weight, H.diagonal()[:, None]
+        order = sweep_order(H.diagonal(), grid.width(columns), self.actorder)
         factored = factor(H if order is None else H[order][:, order], self.percdamp)
         factor_seconds = elapsed(start, H)
 
         start = time.perf_counter()
         group = group_index(columns, grid.width(columns), H.device)
         if order is not None:
-            weight = weight[:, order]
-            group = group[order] if self.static_groups else group
+            weight, importance = weight[:, order], importance[order]
+            follows = self.actorder != "group" and not self.static_groups
+            group = group if follows else group[order]
         W = working_copy(weight, factored.dead)
         quick = torch.bfloat16 if W.dtype == torch.float32 and fast_bfloat16(W.device) else W.dtype
-        rounded = round_groups(W, group, grid, storage, miss_dtype=quick)
+        rounded = round_groups(W, group, grid, storage, importance, quick)
         damped = row_error(rounded.miss, factored, exact=False)
 
-        sweep = _Sweep(W, factored, grid, storage, group, self.blocksize)
+        sweep = _Sweep(W, factored, grid, storage, group, importance, self.blocksize)
         if self.static_groups or grid.width(columns) == columns:
             sweep.use_grids(rounded.scale, rounded.zero)
         sweep.run(0, columns)
@@ -124,9 +134,8 @@ class GPTQ:
         if order is not None:
             inverse = torch.argsort(order)
             codes, group = codes[inverse], group[inverse]
-        return Solution(
+        solution = Solution(
             wbits=self.wbits,
-            sym=self.sym,
             codes=codes.T.contiguous(),
             scales=sweep.scale.T.contiguous(),
             zeros=sweep.zero.to(torch.uint8).T.contiguous(),
@@ -137,8 +146,14 @@ class GPTQ:
             damp_tries=factored.tries,
             dead=int(factored.dead.sum()),
             fallback_rows=fallen_back,
-            seconds={"factor": factor_seconds, "solve": elapsed(start, H)},
         )
+        if self.polish:
+            polished = polish(target, H, solution, storage, self.polish, error)
+            found = polished.weight
+            solution = replace(
+                solution, codes=found.codes, scales=found.scales, error=polished.error
+            )
+        return replace(solution, seconds={"factor": factor_seconds, "solve": elapsed(start, H)})
 
 
 def _rounding_error(
@@ -168,10 +183,11 @@ class _Sweep:
         grid: GridSpec,
         storage: Storage,
         group: Tensor,
+        importance: Tensor,
         blocksize: int,
     ) -> None:
         self.W, self.W_hat, self.grid, self.storage = W, W.clone(), grid, storage
-        self.factored, self.blocksize = factored, blocksize
+        self.factored, self.importance, self.blocksize = factored, importance, blocksize
         self.codes = torch.empty_like(W, dtype=torch.uint8)
         self.scale = W.new_empty(int(group.max()) + 1, W.shape[1])
         self.zero, self.lowest, self.highest = (torch.empty_like(self.scale) for _ in range(3))
@@ -237,7 +253,7 @@ class _Sweep:
             N[columns, columns], one, upper=True, unitriangular=True
         )
         updated = torch.addmm(self.W[columns], inverse.T, sums)
-        scale, zero = self.grid.fit(updated, self.storage)
+        scale, zero = self.grid.fit(updated, self.storage, self.importance[columns])
         self.scale[self.group[start]] = scale
         self._set_zero(self.group[start], zero)
 

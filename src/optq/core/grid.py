@@ -8,8 +8,17 @@ scale ``s`` and one zero point ``z``; codes ``c`` are integers in ``0 .. 2**wbit
   ``s = 2 max|w| / (2**wbits - 1)``. The paper's code takes ``max - min`` for the symmetric scale
   of a group whose weights all have one sign, which clips that group to half of its range; this
   one does not.
-* range search (``mse=True``): shrink that range by the factors ``SHRINK`` and keep, for each
-  group, the one with the least ``sum |w - q|**2.4`` (the search of the GPTQ reference code).
+* range search (``mse=True``): keep, for each group, the grid with the least
+  ``sum_k h_k (w_k - q_k)**2``, where ``h`` is the diagonal of the Hessian. The range is multiplied
+  by the factors ``COARSE``, then the best one's ends move by the steps ``FINE``: each end by
+  itself where the zero point is free, which searches scale and zero point together. A symmetric
+  scale is tried with both signs: a negative one mirrors the range, so that its extra level
+  ``-2**(wbits - 1)`` serves the longer tail.
+
+The GPTQ reference code searches 41 factors for the least ``sum |w - q|**2.4``. Measured on layers
+of the bundled model, 3 bits, groups of 128 swept by GPTQ: that leaves 0.73 of min-max's layer
+error, the search above 0.64 with 16 grids (0.71 without mirrored ones); asymmetric 0.80 and 0.78.
+No better as weights: the Hessian's own block of the group, and the pivots of the sweep.
 
 A scale is rounded to what a file keeps BEFORE any code is taken with it: codes taken with an
 unrounded scale would decode to other weights after a reload.
@@ -29,8 +38,10 @@ from torch import Tensor
 from optq.errors import SettingError
 
 BITS = (2, 3, 4, 8)
-SHRINK = tuple(1 - 0.02 * step for step in range(41))  # 1.0, 0.98, .. 0.2: widest first
-NORM = 2.4  # the exponent of the search: punishes far misses more than least squares does
+COARSE = (1.0, 0.84, 0.68, 0.52, 0.36, 0.2)  # of the min-max range, which comes first
+FINE = (0.08, 0.04)  # moves of the best range's ends, in the same measure
+MARGIN = 1e-5  # of the loss: what two grids differ by is more than the last bits of a sum
+WEIGHTS_AT_ONCE = 2**19  # searched on a CPU: 2 MB; fewer cost more calls than the cache saves
 
 
 @dataclass(frozen=True)
@@ -45,16 +56,17 @@ class Storage:
     min_zero: int = 0
 
     def round(self, scale: Tensor) -> Tensor:
-        """The stored value nearest to each scale; never 0 and never infinite."""
+        """The stored value nearest to each scale, of the same sign; never 0 and never infinite."""
         limits = sorted(map(torch.finfo, self.scale_dtypes), key=lambda limit: limit.eps)
+        size = scale.abs()
         if limits:  # the largest value of one dtype need not be exact in another
-            scale = scale.clamp(max=min(limit.max for limit in limits) * (1 - limits[-1].eps))
+            size = size.clamp(max=min(limit.max for limit in limits) * (1 - limits[-1].eps))
         for limit in reversed(limits):
             # Coarse mantissa first: what is exact in bfloat16 stays exact in float16, also
             # among its subnormals, but not the other way round.
-            scale = scale.clamp(min=limit.smallest_normal * limit.eps)
-            scale = scale.to(getattr(torch, limit.dtype)).to(scale.dtype)
-        return scale
+            size = size.clamp(min=limit.smallest_normal * limit.eps)
+            size = size.to(getattr(torch, limit.dtype)).to(scale.dtype)
+        return torch.copysign(size, scale)
 
 
 @dataclass(frozen=True)
@@ -84,29 +96,81 @@ class GridSpec:
         return columns if self.groupsize == -1 else min(self.groupsize, columns)
 
     def fit(
-        self, group: Float[Tensor, "*groups width rows"], storage: Storage
-    ) -> tuple[Float[Tensor, "*groups rows"], Float[Tensor, "*groups rows"]]:
-        """Scale and zero point of each row of each group, in the dtype of the weights."""
-        low = group.amin(-2).clamp_(max=0)
-        high = group.amax(-2).clamp_(min=0)
-        best_scale, best_zero = self._range(low, high, storage)
-        if self.mse:
-            best = self._loss(group, best_scale, best_zero)
-            for shrink in SHRINK[1:]:
-                scale, zero = self._range(low * shrink, high * shrink, storage)
-                loss = self._loss(group, scale, zero)
-                better = loss < best
-                best_scale = torch.where(better, scale, best_scale)
-                best_zero = torch.where(better, zero, best_zero)
-                best = torch.where(better, loss, best)
-        return best_scale, best_zero
+        self,
+        group: Float[Tensor, "width rows"],
+        storage: Storage,
+        importance: Float[Tensor, "width 1"] | None = None,
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """Scale and zero point of each row of a group, in the dtype of the weights.
 
-    def _range(self, low: Tensor, high: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
+        ``importance`` is the Hessian's diagonal at the group's columns, for the range search.
+        """
+        if not self.mse:
+            low, high = _ends(group)
+            return self._grid(low, high, 1.0, 1.0, storage)
+        if importance is None:
+            importance = group.new_ones(len(group), 1)
+        # Only ratios matter; of these, squares of small misses do not underflow.
+        largest = importance.amax().clamp(min=torch.finfo(importance.dtype).tiny)
+        importance = (importance / largest).to(group.dtype)
+        rows = group.shape[1]
+        if group.device.type == "cpu":
+            rows = max(1, WEIGHTS_AT_ONCE // len(group))
+        found = [self._search(part, importance, storage) for part in group.split(rows, dim=1)]
+        scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return scale, zero
+
+    def _search(self, group: Tensor, importance: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
+        low, high = _ends(group)
+        miss = torch.empty_like(group, memory_format=torch.contiguous_format)
+
+        def trial(below: Tensor, above: Tensor) -> Tensor:
+            """Loss, both factors, scale and zero point ``[5, rows]`` of one grid for each row."""
+            scale, zero = self._grid(low, high, below, above, storage)
+            torch.mul(group, 1 / scale, out=miss).round_()  # dividing costs more
+            if self.sym:
+                half = 2 ** (self.wbits - 1)
+                miss.clamp_(-half, half - 1)
+            else:
+                torch.clamp(miss, -zero, self.levels - zero, out=miss)
+            loss = (importance.T @ miss.mul_(scale).sub_(group).square_())[0]
+            return torch.stack([loss, below, above, scale, zero])
+
+        def better(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(new[0] < old[0] * (1 - MARGIN), new, old)
+
+        whole = torch.ones_like(low)
+        best = trial(whole, whole)
+        for factor in COARSE:
+            if factor != 1:
+                best = better(trial(factor * whole, factor * whole), best)
+            if self.sym:
+                best = better(trial(-factor * whole, factor * whole), best)
+        for step in FINE:
+            for lower, upper in ((1, 0),) if self.sym else ((1, 0), (0, 1)):
+                _, below, above, _, _ = best
+                for move in (step, -step):
+                    best = better(trial(below + move * lower, above + move * upper), best)
+        return best[3], best[4]
+
+    def _grid(
+        self,
+        low: Tensor,
+        high: Tensor,
+        below: float | Tensor,
+        above: float | Tensor,
+        storage: Storage,
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for the ends ``below * low`` and ``above * high``.
+
+        Symmetric: for ``below`` times the larger end, and ``below`` gives the scale its sign.
+        """
         if self.sym:
             extent = torch.maximum(high, -low) * 2
-            scale = storage.round(extent / self.levels).to(low.dtype)
+            scale = storage.round(extent * below / self.levels).to(low.dtype)
             zero = torch.full_like(scale, 2 ** (self.wbits - 1))
         else:
+            low, high = low * below, high * above
             extent = high - low
             scale = storage.round(extent / self.levels).to(low.dtype)
             zero = torch.round(-low / scale)
@@ -118,7 +182,7 @@ class GridSpec:
         nothing = extent == 0
         return scale.masked_fill_(nothing, 1), zero.masked_fill_(nothing, 2 ** (self.wbits - 1))
 
-    def _loss(self, group: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        scale, zero = scale.unsqueeze(-2), zero.unsqueeze(-2)
-        miss = torch.clamp(torch.round(group / scale), -zero, self.levels - zero)
-        return miss.mul_(scale).sub_(group).abs_().pow_(NORM).sum(-2)
+
+def _ends(group: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight of each row, with 0 between them."""
+    return group.amin(0).clamp_(max=0), group.amax(0).clamp_(min=0)

@@ -24,7 +24,8 @@ from optq.core.grid import GridSpec, Storage
 from optq.core.hessian import check_percdamp, factor, undamped_error
 from optq.core.obs import eliminate
 from optq.core.rtn import nearest, round_groups, working_copy
-from optq.core.solution import Solution, group_index
+from optq.core.solution import Solution
+from optq.core.weight import group_index
 
 ENTRIES_AT_ONCE = 2**26  # of the rows' inverse Hessians: 256 MB in float32
 
@@ -63,7 +64,7 @@ class OBQ:
         start = time.perf_counter()
         W = working_copy(weight, factored.dead)
         group = group_index(columns, grid.width(columns), H.device)
-        rounded = round_groups(W, group, grid, storage)
+        rounded = round_groups(W, group, grid, storage, H.diagonal()[:, None])
         scale, zero = rounded.scale[group], rounded.zero[group]  # of each weight
         at_once = max(1, ENTRIES_AT_ONCE // columns**2)
         steps = torch.cat(
@@ -81,7 +82,6 @@ class OBQ:
         error[worse] = rtn_error[worse]
         return Solution(
             wbits=self.wbits,
-            sym=self.sym,
             codes=codes.T.contiguous(),
             scales=rounded.scale.T.contiguous(),
             zeros=rounded.zero.to(torch.uint8).T.contiguous(),

@@ -45,16 +45,17 @@ def unpack(words: Int32[Tensor, "words streams"], bits: int) -> UInt8[Tensor, "c
     streams = words.shape[1]
     period_values = 32 if bits == 3 else 32 // bits
     period_words = period_values * bits // 32
-    periods = words.reshape(-1, period_words, streams).to(torch.int64) & 0xFFFFFFFF
+    periods = words.reshape(-1, period_words, streams)
     values = torch.empty(
         len(periods), period_values, streams, dtype=torch.uint8, device=words.device
     )
     for i in range(period_values):
         word, shift = divmod(i * bits, 32)
-        value = periods[:, word] >> shift
+        value = periods[:, word] >> shift  # a negative word drags ones in: masked away below
         if shift + bits > 32:
+            value &= 2 ** (32 - shift) - 1
             value |= periods[:, word + 1] << (32 - shift)
-        values[:, i] = (value & (2**bits - 1)).to(torch.uint8)
+        values[:, i] = value.bitwise_and_(2**bits - 1)
     return values.reshape(-1, streams)
 
 

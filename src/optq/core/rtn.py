@@ -12,7 +12,8 @@ from torch import Tensor
 from optq.core.clock import elapsed
 from optq.core.grid import GridSpec, Storage
 from optq.core.hessian import find_dead
-from optq.core.solution import Solution, group_index
+from optq.core.solution import Solution
+from optq.core.weight import group_index
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,19 @@ class RTN:
         H: Float[Tensor, "cols cols"],
         storage: Storage = Storage(),
     ) -> Solution:
-        """Round ``weight``; ``H`` (not damped) only measures the error and finds dead columns."""
+        """Round ``weight``.
+
+        ``H`` (not damped) measures the error, finds dead columns, and its diagonal weighs the
+        columns where the range of a grid is searched.
+        """
         start = time.perf_counter()
         dead = find_dead(H)
         W = working_copy(weight, dead)
         group = group_index(len(W), self.grid.width(len(W)), W.device)
-        rounded = round_groups(W, group, self.grid, storage)
+        rounded = round_groups(W, group, self.grid, storage, H.diagonal()[:, None])
         error = (rounded.miss * (H @ rounded.miss)).sum(0).clamp_(min=0)
         return Solution(
             wbits=self.wbits,
-            sym=self.sym,
             codes=rounded.codes.T.contiguous(),
             scales=rounded.scale.T.contiguous(),
             zeros=rounded.zero.to(torch.uint8).T.contiguous(),
@@ -84,16 +88,20 @@ def round_groups(
     group: Int[Tensor, " cols"],
     grid: GridSpec,
     storage: Storage,
+    importance: Float[Tensor, "cols 1"],
     miss_dtype: torch.dtype | None = None,
 ) -> Rounded:
-    """Fit a grid to each group of columns, and round; group by group, to stay in the cache."""
+    """Fit a grid to each group of columns, and round; group by group, to stay in the cache.
+
+    ``importance`` of each column is the Hessian's diagonal: see :meth:`GridSpec.fit`.
+    """
     groups = int(group.max()) + 1
     scale, zero = W.new_empty(groups, W.shape[1]), W.new_empty(groups, W.shape[1])
     codes = torch.empty_like(W, dtype=torch.uint8)
     miss = torch.empty_like(W, dtype=miss_dtype)
     for index, columns in enumerate(members(group)):
         part = W[columns]
-        scale[index], zero[index] = grid.fit(part, storage)
+        scale[index], zero[index] = grid.fit(part, storage, importance[columns])
         steps = nearest(part, scale[index], -zero[index], grid.levels - zero[index])
         codes[columns] = (steps + zero[index]).to(torch.uint8)
         miss[columns] = (part - steps.mul_(scale[index])).to(miss.dtype)

@@ -1,52 +1,120 @@
-"""Continue a text."""
+"""Continue a text, and say how fast."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from threading import Thread
 from typing import Any
 
 from optq.errors import SettingError
+from optq.evaluate.graph import GraphDecoder, capturable
+from optq.model.source import positions
 
 
-def complete(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, longest: int | None = None
-) -> Iterator[str]:
-    """The pieces of the greedy continuation of ``prompt``, each as soon as it is there.
+@dataclass(frozen=True)
+class Speed:
+    """Seconds until the first new token, and tokens per second after it."""
 
-    It ends where the model's ``longest`` sequence ends. Raises ``SettingError`` for a prompt that
-    is empty or leaves no room, and for less than one new token.
+    prompt: int  # tokens
+    new: int
+    first: float
+    rate: float
+
+    def __str__(self) -> str:
+        rate = f", then {self.rate:.1f} tokens/s" if self.new > 1 else ""
+        return f"{self.prompt} tokens read in {self.first:.2f} s{rate}"
+
+
+@dataclass
+class Completion:
+    """The greedy continuation of ``prompt``, piece by piece as it comes.
+
+    It ends at an end-of-text token, after ``max_new_tokens``, or where the model has no more
+    positions. Raises ``SettingError`` for a prompt that is empty or leaves no room, and for less
+    than one new token.
     """
-    from transformers import TextIteratorStreamer
 
-    ids = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if ids["input_ids"].shape[1] == 0:
-        raise SettingError("the prompt is empty", "give at least one character")
-    length = ids["input_ids"].shape[1]
-    if max_new_tokens < 1:
-        raise SettingError(f"max-new-tokens is {max_new_tokens}", "choose 1 or more")
-    if longest is not None and length >= longest:
-        raise SettingError(
-            f"the prompt's {length} tokens fill the model's {longest} positions",
-            "give a shorter prompt",
-        )
-    if longest is not None:
-        max_new_tokens = min(max_new_tokens, longest - length)
-    ids.pop("token_type_ids", None)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
-    failure: list[BaseException] = []
+    model: Any
+    tokenizer: Any
+    prompt: str
+    max_new_tokens: int
+    arrivals: list[float] = field(default_factory=list)  # seconds: the start, then each token
 
-    def work() -> None:
-        try:
-            model.generate(**ids, **options)
-        except BaseException as error:
-            failure.append(error)
-            streamer.end()
+    def __post_init__(self) -> None:
+        self.ids = self.tokenizer(self.prompt, return_tensors="pt").to(self.model.device)
+        self.ids.pop("token_type_ids", None)
+        length, longest = self.ids["input_ids"].shape[1], positions(self.model)
+        if length == 0:
+            raise SettingError("the prompt is empty", "give at least one character")
+        if self.max_new_tokens < 1:
+            raise SettingError(f"max-new-tokens is {self.max_new_tokens}", "choose 1 or more")
+        if longest is not None and length >= longest:
+            raise SettingError(
+                f"the prompt's {length} tokens fill the model's {longest} positions",
+                "give a shorter prompt",
+            )
+        if longest is not None:
+            self.max_new_tokens = min(self.max_new_tokens, longest - length)
 
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    yield from streamer
-    thread.join()
-    if failure:
-        raise failure[0]
+    @property
+    def speed(self) -> Speed:
+        """Of what has come so far."""
+        start, first, *_, last = (*self.arrivals, self.arrivals[-1])
+        new = len(self.arrivals) - 1
+        rate = (new - 1) / (last - first) if last > first else 0.0
+        return Speed(self.ids["input_ids"].shape[1], new, first - start, rate)
+
+    def __iter__(self) -> Iterator[str]:
+        from transformers import TextIteratorStreamer
+
+        arrivals = self.arrivals
+        arrivals.clear()
+
+        class Streamer(TextIteratorStreamer):
+            def put(self, value: Any) -> None:
+                arrivals.append(time.perf_counter())
+                super().put(value)
+
+        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                decode(self.model, self.ids, self.max_new_tokens, streamer)
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failure:
+            raise failure[0]
+
+
+def decode(
+    model: Any, inputs: dict[str, Any], new_tokens: int, streamer: Any, ends: bool = True
+) -> None:
+    """Give ``streamer`` the prompt's ids and then each greedy token; ``ends``: the last may come
+    early. transformers' own loop, except on a GPU where the model allows a graph to a token.
+    """
+    if model.device.type != "cuda" or not capturable(model):
+        least = {} if ends else {"min_new_tokens": new_tokens}
+        options = {"max_new_tokens": new_tokens, "do_sample": False, **least}
+        model.generate(**inputs, **options, streamer=streamer)
+        return
+    ids, last = inputs["input_ids"], model.generation_config.eos_token_id
+    last = {last} if isinstance(last, int) else {*(last or ())}
+    decoder = GraphDecoder(model, ids.shape[1] + new_tokens)
+    streamer.put(ids.cpu())
+    logits = decoder.prefill(ids)
+    for remaining in reversed(range(new_tokens)):
+        token = logits.argmax().view(1)
+        streamer.put(token.cpu())
+        if remaining == 0 or (ends and int(token) in last):
+            break
+        logits = decoder.step(token)
+    streamer.end()

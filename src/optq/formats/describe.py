@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from optq.errors import ModelError
-from optq.formats.gptq import SUFFIXES, detect
+from optq.formats import detect
+from optq.formats.reader import quantized_layers
 from optq.formats.writer import RECORD
 from optq.model.checkpoint import Checkpoint, tensor_sizes
 
@@ -26,13 +28,23 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
     if found is None:
         return what
-    settings = config["quantization_config"]
-    packed = [name.removesuffix(".qweight") for name in sizes if name.endswith(".qweight")]
+    packed = quantized_layers(checkpoint)
+    schemes = Counter(found.layer(name) for name in packed)
+    common = schemes.most_common(1)[0][0] if packed else None
+    if common is not None:
+        what |= {
+            "format": found.form.name,
+            "bits": common.wbits,
+            "group_size": common.groupsize,
+            "sym": common.sym,
+            "desc_act": common.actorder,
+        }
+    suffixes = found.form.suffixes + found.form.optional
+    parts = [f"{name}.{suffix}" for name in packed for suffix in suffixes]
     what |= {
-        "format": found[0].name,
-        **{key: settings.get(key) for key in ("bits", "group_size", "sym", "desc_act")},
+        "other_schemes": len(schemes) - 1,
         "quantized_layers": len(packed),
-        "quantized_bytes": sum(sizes[f"{name}.{s}"] for name in packed for s in SUFFIXES),
+        "quantized_bytes": sum(sizes.get(part, 0) for part in parts),
     }
     record = checkpoint.folder / RECORD
     if record.is_file():

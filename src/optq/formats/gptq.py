@@ -14,6 +14,8 @@ Version 1 stores ``z - 1``, so it cannot hold ``z = 0``; ``gptq_v2`` stores ``z`
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,24 +25,11 @@ from torch import Tensor
 from optq import __version__
 from optq.core.grid import BITS, Storage
 from optq.core.packing import pack, unpack
-from optq.core.solution import Solution, dequantize
+from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError, SettingError
+from optq.formats.scheme import LayerScheme, Scheme
 
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """One layer as a file holds it: ``codes [N, K]``, grids ``[N, G]``, ``g_idx [K]``."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    g_idx: Tensor
-
-    def weight(self) -> Tensor:
-        """The dequantized weights ``[N, K]``, float32."""
-        return dequantize(self.codes, self.scales.float(), self.zeros, self.g_idx)
+REMEDY = "check that config.json and the weights belong together"
 
 
 @dataclass(frozen=True)
@@ -49,6 +38,9 @@ class GPTQFormat:
 
     name: str
     zero_offset: int
+    suffixes: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
+    optional: tuple[str, ...] = ()
+    settings_file: str | None = "quantize_config.json"
 
     def storage(self, dtype: torch.dtype) -> Storage:
         """What survives in a file for a model of ``dtype``.
@@ -58,23 +50,25 @@ class GPTQFormat:
         both = (torch.bfloat16, torch.float16)
         return Storage(both if dtype == torch.bfloat16 else (torch.float16,), self.zero_offset)
 
-    def check(self, name: str, rows: int, columns: int, wbits: int, groupsize: int) -> None:
+    def check(
+        self, name: str, rows: int, columns: int, layer: LayerScheme, conv1d: bool = False
+    ) -> None:
         """Refuse a layer that this format cannot hold, before any work is done."""
-        if groupsize != -1 and columns % groupsize:
+        if layer.groupsize != -1 and columns % layer.groupsize:
             raise SettingError(
-                f"groupsize {groupsize} does not divide the {columns} columns of {name}",
+                f"groupsize {layer.groupsize} does not divide the {columns} columns of {name}",
                 f"choose {', '.join(_divisors(columns))} or -1, or --skip this layer",
             )
         for what, count in (("columns", columns), ("rows", rows)):
-            if count * wbits % 32:
+            if count * layer.wbits % 32:
                 raise SettingError(
-                    f"{name} cannot be packed at {wbits} bits: {count} {what} do not fill"
+                    f"{name} cannot be packed at {layer.wbits} bits: {count} {what} do not fill"
                     " 32-bit words",
                     "leave this layer dense (--skip), or choose other bits",
                 )
 
-    def encode(self, layer: Solution) -> dict[str, Tensor]:
-        """The tensors of a solved layer by suffix, in main memory; they decode to its weights."""
+    def encode(self, layer: QuantizedWeight, dtype: torch.dtype, sym: bool) -> dict[str, Tensor]:
+        """The tensors of a layer by suffix, in main memory; they decode to its weights."""
         zeros = layer.zeros.to(torch.int64) - self.zero_offset
         if zeros.min() < 0:
             raise SettingError(f"{self.name} cannot hold a zero point of 0", "write gptq_v2")
@@ -84,26 +78,18 @@ class GPTQFormat:
             "scales": layer.scales.T.to(torch.float16).contiguous(),
             "g_idx": layer.g_idx.to(torch.int32, copy=True),  # layers of a site share theirs
         }
-        if not torch.equal(self.decode(tensors, layer.wbits).weight(), layer.weight.float()):
-            raise AssertionError("the encoded layer does not decode to the solved weights")
+        if not torch.equal(self._decode(tensors, layer.wbits).weight, layer.weight.float()):
+            raise SettingError(
+                f"{self.name} cannot hold a scale that float16 does not", "write compressed-tensors"
+            )
         return {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
 
-    def decode(self, tensors: dict[str, Tensor], bits: int) -> PackedLayer:
-        """The inverse of :meth:`encode`."""
-        mask = 2**bits - 1
-        zeros = unpack(tensors["qzeros"].T.contiguous(), bits).to(torch.int64)
-        return PackedLayer(
-            codes=unpack(tensors["qweight"], bits).T.contiguous(),
-            scales=tensors["scales"].T,
-            zeros=((zeros + self.zero_offset) & mask).to(torch.uint8),
-            g_idx=tensors["g_idx"],
-        )
-
-    def check_parts(self, name: str, tensors: dict[str, Tensor], bits: int) -> None:
-        """Refuse tensors of a layer that do not fit each other. Raises :class:`ModelError`."""
+    def decode(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
+        """The inverse of :meth:`encode`. Raises ``ModelError`` for tensors that do not fit."""
+        bits = layer.wbits
         words, rows = tensors["qweight"].shape
-        groups = len(tensors["scales"])
         columns = words * 32 // bits
+        groups = 1 if layer.groupsize == -1 else -(-columns // layer.groupsize)
         wanted = {
             "scales": (groups, rows),
             "qzeros": (groups, rows * bits // 32),
@@ -113,37 +99,105 @@ class GPTQFormat:
             if tuple(tensors[suffix].shape) != shape:
                 raise ModelError(
                     f"{name}.{suffix} is {list(tensors[suffix].shape)} where {list(shape)} fits"
-                    f" {bits} bits",
-                    "check that config.json and the weights belong together",
+                    f" {bits} bits and groups of {layer.groupsize}",
+                    REMEDY,
                 )
         g_idx = tensors["g_idx"]
         if g_idx.min() < 0 or g_idx.max() >= groups:
             raise ModelError(
                 f"{name}.g_idx names groups outside 0 .. {groups - 1}", "copy the model again"
             )
+        return self._decode(tensors, bits)
 
-    def config(self, quantizer: Any, layers: list[str], dense: list[str]) -> dict[str, Any]:
-        """The ``quantization_config``; ``layers`` and ``dense`` are names on disk."""
-        desc_act = getattr(quantizer, "actorder", False)
-        static = getattr(quantizer, "static_groups", False) or quantizer.groupsize == -1
+    def _decode(self, tensors: dict[str, Tensor], bits: int) -> QuantizedWeight:
+        zeros = unpack(tensors["qzeros"].T.contiguous(), bits)
+        return QuantizedWeight(
+            wbits=bits,
+            codes=unpack(tensors["qweight"], bits).T,
+            scales=tensors["scales"].T.float(),
+            zeros=(zeros + self.zero_offset) & (2**bits - 1),
+            g_idx=tensors["g_idx"],
+        )
+
+    def config(
+        self,
+        layers: dict[str, LayerScheme],
+        dense: list[str],
+        percdamp: float,
+        outside: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """The ``quantization_config``: the commonest scheme, and a rule for each exception."""
+        base = Counter(layers.values()).most_common(1)[0][0]
         config: dict[str, Any] = {
-            "bits": quantizer.wbits,
-            "group_size": quantizer.groupsize,
-            "desc_act": desc_act and not static,
-            "sym": quantizer.sym,
+            **_settings(base),
             "lm_head": False,
             "quant_method": "gptq",
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
-            "damp_percent": getattr(quantizer, "percdamp", 0.0),
+            "damp_percent": percdamp,
             "true_sequential": True,
             "meta": {"quantizer": [f"optq:{__version__}"]},
         }
+        rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in dense}
+        for name, layer in layers.items():
+            if layer != base:
+                rules[f"+:^{re.escape(name)}$"] = _settings(layer)
         if dense:
             inside = {re.sub(r"^.*?\.\d+\.", "", name, count=1): None for name in layers}
             config["modules_in_block_to_quantize"] = [[name] for name in inside]
-            config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in dense}
+        if rules:
+            config["dynamic"] = rules
         return config
+
+    def detect(self, settings: dict[str, Any]) -> Scheme | None:
+        """The scheme that a ``quantization_config`` of this version declares."""
+        if settings.get("quant_method") != "gptq":
+            return None
+        name = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        if name not in ("gptq", "gptq_v2"):
+            raise ModelError(f"the checkpoint format {name} is unknown", "write gptq or gptq_v2")
+        if name != self.name:
+            return None
+        if settings.get("pack_dtype", "int32") != "int32":
+            raise ModelError(
+                f"the codes are packed in {settings['pack_dtype']}", "pack them in int32 words"
+            )
+        base = _scheme(settings)
+        try:
+            rules = [
+                (rule[:2], re.compile(rule.removeprefix("-:").removeprefix("+:")), changes)
+                for rule, changes in (settings.get("dynamic") or {}).items()
+            ]
+        except re.error as error:
+            raise ModelError(f"a dynamic rule is no regular expression: {error}", REMEDY) from error
+
+        def layer(name: str) -> LayerScheme | None:
+            """The first rule that matches decides, as in GPTQModel."""
+            for sign, pattern, changes in rules:
+                if pattern.match(name):
+                    return None if sign == "-:" else _scheme(settings | changes)
+            return base
+
+        return Scheme(self, layer)
+
+
+def _settings(layer: LayerScheme) -> dict[str, Any]:
+    return {
+        "bits": layer.wbits,
+        "group_size": layer.groupsize,
+        "desc_act": layer.actorder,
+        "sym": layer.sym,
+    }
+
+
+def _scheme(settings: dict[str, Any]) -> LayerScheme:
+    bits, groupsize = settings.get("bits"), settings.get("group_size", -1)
+    if bits not in BITS:
+        raise ModelError(f"the checkpoint says it has {bits} bits", "give one of 2, 3, 4 or 8 bits")
+    if not isinstance(groupsize, int) or (groupsize < 1 and groupsize != -1):
+        raise ModelError(f"the checkpoint says it has groups of {groupsize}", REMEDY)
+    sym, actorder = bool(settings.get("sym", True)), bool(settings.get("desc_act", False))
+    return LayerScheme(bits, groupsize, sym, actorder)
 
 
 def _divisors(columns: int) -> list[str]:
@@ -152,29 +206,3 @@ def _divisors(columns: int) -> list[str]:
 
 GPTQ_V1 = GPTQFormat("gptq", zero_offset=1)
 GPTQ_V2 = GPTQFormat("gptq_v2", zero_offset=0)
-
-
-def detect(config: dict[str, Any]) -> tuple[GPTQFormat, int] | None:
-    """The version and the bits that a ``config.json`` declares, or None for a plain model."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return None
-    if not isinstance(quantization, dict):
-        raise ModelError("the quantization_config is no configuration", "copy config.json again")
-    if quantization.get("quant_method") != "gptq":
-        raise ModelError(
-            f"the model is quantized with {quantization.get('quant_method')}",
-            "give a plain model, or one in the gptq format",
-        )
-    name, bits = quantization.get("checkpoint_format", "gptq"), quantization.get("bits")
-    if bits not in BITS:
-        raise ModelError(f"the checkpoint says it has {bits} bits", "give one of 2, 3, 4 or 8 bits")
-    for rule in quantization.get("dynamic") or {}:
-        if not rule.startswith("-:"):
-            raise ModelError(
-                f"the rule {rule} gives some layers other bits", "give a checkpoint of one width"
-            )
-    for version in (GPTQ_V1, GPTQ_V2):
-        if version.name == name:
-            return version, bits
-    raise ModelError(f"the checkpoint format {name} is unknown", "write gptq or gptq_v2")

@@ -1,4 +1,4 @@
-"""Read any checkpoint, plain or quantized, into the transformers model that it stands for."""
+"""Read any checkpoint, plain or quantized, into a transformers model that runs."""
 
 from __future__ import annotations
 
@@ -6,44 +6,51 @@ from typing import Any
 
 import torch
 
+from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError
-from optq.formats.gptq import SUFFIXES, PackedLayer, detect
+from optq.formats import detect
+from optq.formats.scheme import Format, Scheme
 from optq.model.checkpoint import Checkpoint
-from optq.model.source import disk_names, empty_model, load_model
+from optq.model.linear import fill, make_room
+from optq.model.source import load_model
+
+CPU = torch.device("cpu")
 
 
-def load(checkpoint: Checkpoint) -> Any:
-    """The model on the CPU; quantized layers hold their dequantized weights."""
-    if detect(checkpoint.config()) is None:
-        return load_model(checkpoint)
-    skeleton = empty_model(checkpoint)
-    dtype, transposed = skeleton.config.dtype or torch.float32, _conv1d_weights(skeleton)
+def load(checkpoint: Checkpoint, device: torch.device = CPU) -> Any:
+    """The model on ``device``; quantized layers are :class:`optq.model.linear.QuantizedLinear`.
+
+    One layer at a time is in memory unpacked. Raises :class:`ModelError` for a tensor that is
+    missing, left over, or at odds with the config.
+    """
+    scheme = detect(checkpoint.config())
+    if scheme is None:
+        return load_model(checkpoint).to(device)
     names = quantized_layers(checkpoint)
-    in_model = {
-        disk: name
-        for name, disk in disk_names(skeleton, [f"{name}.weight" for name in names]).items()
-    }
-    parts = {f"{name}.{suffix}" for name in names for suffix in SUFFIXES}
-    state = dict(checkpoint.tensors([name for name in checkpoint.files if name not in parts]))
+    suffixes = scheme.form.suffixes + scheme.form.optional
+    places: dict[str, str] = {}
+
+    def prepare(skeleton: Any) -> set[str]:
+        """Room for packed layers, and what their tensors are called, on disk or renamed."""
+        places.update(make_room(skeleton, names))
+        return {f"{name}.{s}" for pair in places.items() for name in pair for s in suffixes}
+
+    model = load_model(checkpoint, prepare)
     for name in names:
-        if f"{name}.weight" not in in_model:
-            raise ModelError(
-                f"{name} has no place in {type(skeleton).__name__}",
-                "check that config.json and the weights belong together",
-            )
-        weight = read_layer(checkpoint, name).weight().to(dtype)
-        if in_model[f"{name}.weight"] in transposed:
-            weight = weight.T.contiguous()
-        state[f"{name}.weight"] = weight
-    return load_model(checkpoint, state)
+        fill(model, places[name], name, read_layer(checkpoint, name, scheme).to(device))
+    return model.to(device)
 
 
 def quantized_layers(checkpoint: Checkpoint) -> list[str]:
     """The names on disk of the quantized layers. Raises :class:`ModelError` if parts lack."""
-    suffix = ".qweight"
-    names = [name.removesuffix(suffix) for name in checkpoint.files if name.endswith(suffix)]
+    form = _scheme(checkpoint).form
+    names: dict[str, None] = {}
+    for part in checkpoint.files:
+        name, _, suffix = part.rpartition(".")
+        if suffix in form.suffixes + form.optional:
+            names[name] = None
     for name in names:
-        for suffix in SUFFIXES:
+        for suffix in form.suffixes:
             if f"{name}.{suffix}" not in checkpoint.files:
                 raise ModelError(
                     f"{checkpoint.folder} lacks {name}.{suffix}", "copy the model again"
@@ -52,22 +59,30 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
             raise ModelError(
                 f"{checkpoint.folder} has {name}.weight beside its codes", "copy the model again"
             )
-    return names
+    return list(names)
 
 
-def read_layer(checkpoint: Checkpoint, name: str) -> PackedLayer:
+def read_layer(checkpoint: Checkpoint, name: str, scheme: Scheme | None = None) -> QuantizedWeight:
     """One quantized layer by its name on disk."""
-    found = detect(checkpoint.config())
-    if found is None:
+    scheme = scheme or _scheme(checkpoint)
+    layer = scheme.layer(name)
+    if layer is None:
+        raise ModelError(
+            f"{name} is packed, and config.json says that it is not",
+            "check that config.json and the weights belong together",
+        )
+    wanted = _parts(checkpoint, name, scheme.form)
+    tensors = {key.rpartition(".")[2]: value for key, value in checkpoint.tensors(wanted)}
+    return scheme.form.decode(name, tensors, layer)
+
+
+def _scheme(checkpoint: Checkpoint) -> Scheme:
+    scheme = detect(checkpoint.config())
+    if scheme is None:
         raise ModelError(f"{checkpoint.folder} is not quantized", "give what optq quantize wrote")
-    form, bits = found
-    wanted = [f"{name}.{suffix}" for suffix in SUFFIXES]
-    tensors = {key.removeprefix(f"{name}."): value for key, value in checkpoint.tensors(wanted)}
-    form.check_parts(name, tensors, bits)
-    return form.decode(tensors, bits)
+    return scheme
 
 
-def _conv1d_weights(model: Any) -> set[str]:
-    from transformers.pytorch_utils import Conv1D
-
-    return {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, Conv1D)}
+def _parts(checkpoint: Checkpoint, name: str, form: Format) -> list[str]:
+    parts = [f"{name}.{suffix}" for suffix in form.suffixes + form.optional]
+    return [part for part in parts if part in checkpoint.files]

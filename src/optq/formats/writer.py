@@ -11,7 +11,7 @@ import errno
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from optq.errors import NumericsError, OptqError, OutputError
-from optq.formats.gptq import GPTQFormat
+from optq.formats.scheme import Format, LayerScheme
 from optq.model.checkpoint import Checkpoint
 
 SHARD_BYTES = 2**29  # packed weights wait for a full shard in memory
@@ -31,9 +31,9 @@ RECORD = "optq.json"  # what the run did: settings, calibration, errors by layer
 class Writer:
     """A checkpoint under way; use it as a context, call :meth:`finish` inside."""
 
-    def __init__(self, target: Path, source: Checkpoint, form: GPTQFormat, force: bool) -> None:
+    def __init__(self, target: Path, source: Checkpoint, form: Format, force: bool) -> None:
         self.target, self.source, self.form, self.force = target, source, form, force
-        self.layers: list[str] = []  # names on disk
+        self.layers: dict[str, LayerScheme] = {}  # by name on disk
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self._total = 0
@@ -56,15 +56,26 @@ class Writer:
             if not any(parent.iterdir()):  # nothing came of it
                 parent.rmdir()
 
-    def add(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def add(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> None:
         """Take the encoded tensors, by suffix, of the layer called ``name`` on disk."""
-        self.layers.append(name)
+        self.layers[name] = layer
         self._pending |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
         self._flush(SHARD_BYTES)
 
-    def finish(self, quantizer: Any, dense: list[str], record: dict[str, Any]) -> None:
-        """Add all that is not quantized, and rename the folder to the target."""
-        replaced = {f"{name}.weight" for name in self.layers}
+    def finish(
+        self,
+        dense: list[str],
+        percdamp: float = 0.0,
+        record: dict[str, Any] | None = None,
+        outside: Sequence[str] = (),
+        packed: Collection[str] = (),
+    ) -> None:
+        """Add all that is not quantized, and rename the folder to the target.
+
+        ``dense`` and ``outside`` are the linear layers that stay as they are, inside the blocks
+        and elsewhere; ``packed`` the tensors of a quantized source that :meth:`add` replaced.
+        """
+        replaced = {*packed, *(f"{name}.weight" for name in self.layers)}
         for name, tensor in self.source.tensors(
             [n for n in self.source.files if n not in replaced]
         ):
@@ -77,14 +88,12 @@ class Writer:
         self._flush(0)
         with writing(self.target):
             self._name_shards()
-            settings = self.form.config(quantizer, self.layers, dense)
+            settings = self.form.config(self.layers, dense, percdamp, outside)
             config = self.source.config() | {"quantization_config": settings}
-            for file, content in (
-                ("config.json", config),
-                ("quantize_config.json", settings),
-                (RECORD, record),
-            ):
-                (self.folder / file).write_text(json.dumps(content, indent=2) + "\n")
+            contents = {"config.json": config, self.form.settings_file: settings, RECORD: record}
+            for file, content in contents.items():
+                if file is not None and content is not None:
+                    (self.folder / file).write_text(json.dumps(content, indent=2) + "\n")
             for path in self.source.companions():
                 if path.is_dir():
                     shutil.copytree(path, self.folder / path.name)

@@ -1,0 +1,1 @@
+"""Products with packed weights. One kernel is one file and one row of :mod:`.table`."""

@@ -125,6 +125,13 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
     return blocks
 
 
+def linears_outside(model: Any, blocks: list[Block]) -> list[str]:
+    """The names of the ``nn.Linear`` that belong to no block: a head, projections, towers."""
+    inside = {id(module) for block in blocks for module in block.module.modules()}
+    named = model.named_modules()
+    return [n for n, module in named if isinstance(module, nn.Linear) and id(module) not in inside]
+
+
 def release(block: Block, blocks: list[Block]) -> None:
     """Let go of the weights of a finished block, except those that another block shares."""
     shared = {id(p) for other in blocks if other is not block for p in other.module.parameters()}

@@ -8,13 +8,12 @@ own renamings and conversions hold for every architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from optq.errors import ModelError
 from optq.model.checkpoint import Checkpoint, first_line
@@ -29,22 +28,34 @@ def empty_model(checkpoint: Checkpoint) -> Any:
         return getattr(transformers, name)(config)
 
 
-def load_model(checkpoint: Checkpoint, state: dict[str, Tensor] | None = None) -> Any:
+def load_model(
+    checkpoint: Checkpoint, prepare: Callable[[Any], Collection[str]] | None = None
+) -> Any:
     """The transformers model in evaluation mode, on the CPU, in the checkpoint's own dtype.
 
-    ``state`` replaces the weights on disk (same names). Raises :class:`ModelError` for a model
-    that does not predict the next token, and where a tensor is missing or of the wrong shape.
+    ``prepare`` may change the skeleton before weights arrive; it returns the names of those
+    tensors that are then not for transformers to load, and no others may be left over. Raises
+    :class:`ModelError` for a model that does not predict the next token, and where a tensor is
+    missing, left over, or of the wrong shape.
     """
     import transformers
     from safetensors import SafetensorError
 
     config, name = _configuration(checkpoint)
+    plain, skipped = getattr(transformers, name), set[str]()
+
+    def build(model: Any, *arguments: Any, **options: Any) -> None:
+        plain.__init__(model, *arguments, **options)
+        if prepare is not None:
+            skipped.update(prepare(model))
+
+    # transformers makes the skeleton itself, so a class of its own is how to reach it.
+    own: Any = type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
     with _quiet(transformers.logging):
         try:
-            model, report = getattr(transformers, name).from_pretrained(
-                checkpoint.folder if state is None else None,
+            model, report = own.from_pretrained(
+                checkpoint.folder,
                 config=config,
-                state_dict=state,
                 dtype=config.dtype or "auto",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
@@ -54,14 +65,14 @@ def load_model(checkpoint: Checkpoint, state: dict[str, Tensor] | None = None) -
                 f"{checkpoint.folder} cannot be loaded: {first_line(error)}",
                 "check that config.json and the weights belong together, or copy the model again",
             ) from error
-    problems = ["missing", "mismatched"]
-    if state is not None:  # a plain checkpoint may hold more than the model, a quantized one not
-        problems.append("unexpected")
-    for problem in problems:
-        names = sorted(map(str, report[f"{problem}_keys"]))
+    model.__class__ = plain
+    problems = {kind: {*map(str, report[f"{kind}_keys"])} for kind in ("missing", "mismatched")}
+    if prepare:  # a plain checkpoint may hold more than the model, a quantized one not
+        problems["unexpected"] = {*map(str, report["unexpected_keys"])} - skipped
+    for kind, names in problems.items():
         if names:
             raise ModelError(
-                f"the weights in {checkpoint.folder} do not fit {name}: {problem} {names[0]}",
+                f"the weights in {checkpoint.folder} do not fit {name}: {kind} {min(names)}",
                 "check that config.json and the weights belong together",
             )
     return model.eval()

@@ -24,13 +24,13 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def facts(pairs: Mapping[str, str]) -> None:
+def facts(pairs: Mapping[str, object]) -> None:
     """Names on the left, values on the right."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in pairs.items():
-        table.add_row(name, value)
+        table.add_row(name, str(value))
     stdout.print(table)
 
 
@@ -115,3 +115,45 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
             Bar(most, 0, record["relative_error"], width=20),
         )
     stdout.print(table)
+
+
+def completions(prompt: str, both: Mapping[str, tuple[str, object]]) -> None:
+    """What models made of the same prompt, and how fast."""
+    table = Table(padding=(0, 1))
+    for name in both:
+        table.add_column(name, overflow="fold", ratio=1)
+    table.add_row(*(prompt + text for text, _ in both.values()), end_section=True)
+    table.add_row(*(str(speed) for _, speed in both.values()))
+    stdout.print(table)
+
+
+def speed(report: Any) -> None:
+    """What :func:`optq.evaluate.speed.measure_speed` found."""
+    packed, dense = report.packed, report.dense
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in (f"{report.device}, {report.dtype}", "packed", "dense", "ratio"):
+        table.add_column(name, justify="left" if name.endswith(report.dtype) else "right")
+    for name, one, other in (
+        ("prefill, tokens/s", packed.prefill, dense.prefill),
+        ("decode, tokens/s", packed.decode, dense.decode),
+    ):
+        table.add_row(name, f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}x")
+    ratio = f"{packed.bytes / dense.bytes:.3f}x"
+    table.add_row("quantized layers", size(packed.bytes), size(dense.bytes), ratio)
+    stdout.print(table)
+    stdout.print()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("rows x cols", "layers", "kernel", "packed", "dense", "ratio", "of bandwidth"):
+        table.add_column(name, justify="left" if name in ("rows x cols", "kernel") else "right")
+    for shape in report.shapes:
+        table.add_row(
+            f"{shape.rows} x {shape.cols}",
+            str(shape.layers),
+            shape.kernel,
+            f"{shape.microseconds:.0f} us",
+            f"{shape.dense_microseconds:.0f} us",
+            f"{shape.dense_microseconds / shape.microseconds:.2f}x",
+            f"{shape.bandwidth:.0%}",
+        )
+    stdout.print(table)
+    stdout.print(f"memory bandwidth {size(report.bandwidth)}/s, measured in this run")

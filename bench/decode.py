@@ -1,0 +1,120 @@
+"""Whole-model decoding and loading on the CPU: ``python bench/decode.py``.
+
+A random Llama of 1B-class shapes (hidden 2048, intermediate 8192, 8 layers, vocabulary 32000) at
+4 bits in groups of 128, beside the same model with bfloat16 weights: `optq bench` on it, several
+times. Then a checkpoint of 1 GB packed (hidden 4096, intermediate 11008, 10 layers) is loaded. The
+codes are random: speed depends on shapes alone. Prints, and appends one record to
+bench/results/decode.jsonl.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from kernels import random_weight
+from machine import append, machine
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+import optq
+from optq.evaluate.speed import measure_speed
+from optq.formats.gptq import GPTQ_V1
+from optq.formats.scheme import LayerScheme
+from optq.model.blocks import find_blocks
+from optq.model.checkpoint import Checkpoint
+from optq.model.source import empty_model
+
+RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
+
+
+def config(hidden: int, intermediate: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 128,
+        vocab_size=32000,
+        max_position_embeddings=2048,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def write(folder: Path, config: LlamaConfig) -> int:
+    """A checkpoint with random codes, one shard to a block; the bytes of its packed layers."""
+    scheme, size, where = LayerScheme(4, 128, True), 0, {}
+    config.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"")  # a name for the skeleton, replaced below
+    skeleton = empty_model(Checkpoint(folder, {}))
+    blocks = find_blocks(skeleton)
+    inside = {f"{name}.weight" for block in blocks for name in block.linears}
+
+    def shard(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, file))
+
+    (folder / "model.safetensors").unlink()
+    for block in blocks:
+        tensors = {}
+        for layer in block.layers:
+            parts = GPTQ_V1.encode(random_weight(*layer.shape, 4, 128), torch.bfloat16, True)
+            size += sum(part.nbytes for part in parts.values())
+            tensors |= {f"{layer.name}.{suffix}": part for suffix, part in parts.items()}
+        shard(f"model-{block.index}.safetensors", tensors)
+    rest = {n: p for n, p in skeleton.named_parameters() if n not in inside}
+    shard(
+        "model-rest.safetensors", {n: torch.randn(p.shape).bfloat16() / 50 for n, p in rest.items()}
+    )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": where})
+    )
+    settings = GPTQ_V1.config({"any": scheme}, [], 0.01)
+    whole = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(whole))
+    return size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    record = {"bench": "decode", **machine()}
+    with TemporaryDirectory() as scratch:
+        write(Path(scratch), config(2048, 8192, 8))
+        reports = [
+            measure_speed(optq.load(scratch, "cpu"), lambda *_: None) for _ in range(arguments.runs)
+        ]
+    ratios = [report.packed.decode / report.dense.decode for report in reports]
+    record["decode"] = {
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "ratio": round(statistics.median(ratios), 3),
+        "memory": round(reports[0].packed.bytes / reports[0].dense.bytes, 4),
+        "reports": [asdict(report) for report in reports],
+    }
+    print({k: v for k, v in record["decode"].items() if k != "reports"})
+    for report in reports:
+        print(
+            f"decode {report.packed.decode:.2f} against {report.dense.decode:.2f} tokens/s, "
+            f"prefill {report.packed.prefill:.0f} against {report.dense.prefill:.0f}"
+        )
+    with TemporaryDirectory() as scratch:
+        size = write(Path(scratch), config(4096, 11008, 10))
+        times = []
+        for _ in range(arguments.runs):
+            start = time.perf_counter()
+            optq.load(scratch, "cpu")
+            times.append(time.perf_counter() - start)
+    record["load"] = {"packed_bytes": size, "seconds": [round(t, 2) for t in times]}
+    print(record["load"])
+    append(RESULTS, record)
+
+
+if __name__ == "__main__":
+    main()

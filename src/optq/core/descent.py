@@ -1,0 +1,249 @@
+"""Polish: descend on codes and scales of a quantized weight, from where a solver left them.
+
+The sweep of GPTQ never looks back. Here every code and every scale is a coordinate of
+``error = (W - Q) H (W - Q)^T``, and each takes, in turn, its best value with all others held:
+
+* codes: with ``G = H (w - q)`` the code ``j`` of a row that moves by ``n`` steps of ``s`` lowers
+  the error by ``2 n s G_j - (n s)^2 H_jj``. The best ``n`` is the integer nearest to
+  ``G_j / (s H_jj)``, kept inside the range of the codes.
+* scales: with ``t = c - z`` over a group, its scale moves by ``t G / (t H t + ridge)``, least
+  squares under ``H``; it is rounded to what a file keeps, and stays where it was unless that lowers
+  the error.
+
+A round visits the groups in order. ``G`` is kept lazily: a visit updates it inside its block, and
+halves of a range exchange their changes in matrix products, as in :mod:`optq.core.gptq`. A
+round costs ``rows * cols^2`` multiply-adds, the ``G`` at the start as much, and all of it runs in
+bfloat16 where that is fast: a gradient that is off by 2^-9 picks nearly the same steps. What holds
+the promise is the end: the error is computed anew, in full precision, and rows that did not gain
+keep what they had.
+
+Of ``STEP_COLUMNS`` neighbouring columns only the one that gains most moves at a time. Rounds that
+do so fall as fast as rounds that move one column after another, in fewer and larger operations.
+
+Measured on layers of the bundled model, groups of 128, after GPTQ on min-max grids: the error falls
+by 12% in one round and by 15% in two at 3 bits, by 10 and 12% at 4, by 23 and 29% at 2. At
+4096 x 4096 on one core a round costs 1.5 times the sweep, two rounds 2.1 times.
+
+Rejected: all scales of a row at once, ahead of the rounds (a dense solve for each row, and
+``rows * cols^2`` to set it up). Alone it takes 3 to 6% off the error at 3 bits, and three rounds
+end within 1% of each other with it and without.
+
+Everything is held transposed, ``[cols, rows]``: a column is one contiguous vector over rows.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from optq.core.clock import elapsed
+from optq.core.grid import Storage
+from optq.core.hessian import fast_bfloat16
+from optq.core.weight import QuantizedWeight
+
+STEP_COLUMNS = 16  # of them the best one moves
+BLOCK = 128  # columns that are visited together; a narrower group is its own block
+PASSES = 2  # over a block in one visit: they cost little beside the products between blocks
+RIDGE = 1e-3  # of the mean diagonal: keeps a scale still along inputs that were never seen
+ROWS_AT_ONCE = 1024  # on a CPU, where what is at work should stay in the cache
+
+
+@dataclass(frozen=True)
+class Polished:
+    """``error`` is each row's, full precision; ``gain`` the part of the sum that is gone."""
+
+    weight: QuantizedWeight
+    error: Float[Tensor, " rows"]
+    gain: float
+    seconds: float
+
+
+def polish(
+    target: Float[Tensor, "rows cols"],
+    H: Float[Tensor, "cols cols"],
+    weight: QuantizedWeight,
+    storage: Storage = Storage(),
+    rounds: int = 1,
+    error: Float[Tensor, " rows"] | None = None,
+) -> Polished:
+    """Lower ``(target - Q) H (target - Q)^T`` row by row, from ``Q = weight``; none ever rises.
+
+    ``H`` is not damped. Zero points and ``g_idx`` stay. ``error`` is what ``weight`` has now,
+    where the caller knows it: it costs ``rows * cols^2 / 2`` to compute.
+    """
+    start = time.perf_counter()
+    ordered, order = weight.sorted()
+    if order is not None:
+        target, H = target[:, order], H[order][:, order]
+    at_once = weight.rows if H.device.type == "cuda" else ROWS_AT_ONCE
+    descent = _Descent(H, ordered, storage, min(at_once, weight.rows))
+    codes, scales = ordered.codes.clone(), ordered.scales.clone()
+    before, after = [], []
+    for first in range(0, weight.rows, at_once):
+        rows = slice(first, min(first + at_once, weight.rows))
+        known = None if error is None else error[rows]
+        old, new = descent.solve(
+            target[rows], codes[rows], scales[rows], weight.zeros[rows], rounds, known
+        )
+        before.append(old)
+        after.append(new)
+    if order is not None:
+        codes = codes[:, torch.argsort(order)]
+    old, new = torch.cat(before), torch.cat(after)
+    total = old.sum().item()
+    gain = 1 - new.sum().item() / total if total else 0.0
+    return Polished(replace(weight, codes=codes, scales=scales), new, gain, elapsed(start, H))
+
+
+def exact_error(
+    miss: Float[Tensor, "cols rows"], H: Float[Tensor, "cols cols"]
+) -> Float[Tensor, " rows"]:
+    """``miss^T H miss`` row by row, in full precision; tiles above the diagonal count twice."""
+    total = miss.new_zeros(miss.shape[1])
+    tile = max(256, len(H) // 8)
+    for start in range(0, len(H), tile):
+        columns = slice(start, min(start + tile, len(H)))
+        product = H[columns, columns] @ miss[columns]
+        product.addmm_(H[columns, :start], miss[:start], alpha=2)
+        total += product.mul_(miss[columns]).sum(0)
+    return total.clamp_(min=0)
+
+
+class _Descent:
+    """The rounds over some rows at a time; its tensors are ``[cols, rows]``, and used again.
+
+    Groups are consecutive columns. ``steps`` are ``c - z``, ``gradient`` is ``H (w - q)``.
+    """
+
+    def __init__(self, H: Tensor, weight: QuantizedWeight, storage: Storage, rows: int) -> None:
+        self.H, self.storage, self.levels = H, storage, 2**weight.wbits - 1
+        self.columns = weight.cols
+        self.width = int((weight.g_idx == 0).sum())  # only the last group may have fewer
+        self.narrow = self.width <= BLOCK
+        self.group = weight.g_idx.long()
+        quick = torch.float32 == H.dtype and fast_bfloat16(H.device)
+        self.H_quick = H.bfloat16() if quick else H
+        diagonal = H.diagonal()[:, None]
+        self.twice_inverse = torch.where(diagonal > 0, 2 / diagonal, 0)  # a dead column stays
+        # Duplicated columns gain the same: the first of them moves, not all at once.
+        place = torch.arange(self.columns, device=H.device)[:, None] % STEP_COLUMNS
+        self.worth = diagonal * (1 - 2**-18 * place)
+        size = self.columns * rows
+        self.memory = [H.new_empty(size), H.new_empty(size), self.H_quick.new_empty(size)]
+        self.memory += [H.new_empty(min(BLOCK, self.columns) * rows)]
+
+    def solve(
+        self,
+        target: Float[Tensor, "rows cols"],
+        codes: UInt8[Tensor, "rows cols"],
+        scales: Float[Tensor, "rows groups"],
+        zeros: UInt8[Tensor, "rows groups"],
+        rounds: int,
+        known: Float[Tensor, " rows"] | None,
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """Lower the error of these rows in place; their errors before and after."""
+        rows = len(codes)
+        views = [part[: len(part) // rows * rows].view(-1, rows) for part in self.memory]
+        self.steps, self.gradient, self.changes, self.delta = (
+            view[: self.columns] for view in views
+        )
+        self.scale, self.zero = scales.T.contiguous(), zeros.T.to(scales.dtype)
+        self.steps.copy_(codes.T).sub_(self.zero[self.group])
+
+        miss = self._miss(target)
+        before = exact_error(miss, self.H) if known is None else known
+        self.changes.copy_(miss)
+        self.gradient.copy_(self.H_quick @ self.changes)
+        for left in reversed(range(rounds)):
+            self._run(0, self.columns, last=left == 0)
+        after = exact_error(self._miss(target), self.H)
+
+        better = after < before
+        found = self.steps.add_(self.zero[self.group]).to(torch.uint8).T
+        codes.copy_(torch.where(better[:, None], found, codes))
+        scales.copy_(torch.where(better[:, None], self.scale.T, scales))
+        return before, torch.where(better, after, before)
+
+    def _miss(self, target: Tensor) -> Tensor:
+        """``w - q``, in the memory of the gradient."""
+        for group, columns in enumerate(range(0, self.columns, self.width)):
+            part = slice(columns, columns + self.width)
+            torch.mul(self.steps[part], -self.scale[group], out=self.gradient[part])
+        return self.gradient.add_(target.T)
+
+    def _run(self, start: int, stop: int, last: bool) -> None:
+        """Visit the columns ``start .. stop``, whose gradient is complete, and is again after.
+
+        In the ``last`` round, what was visited needs its gradient no more.
+        """
+        count, width = stop - start, self.width
+        if not self.narrow and start % width == 0 and stop == min(start + width, self.columns):
+            self._move_scale(slice(start, stop), slice(None))
+        if count <= min(width, BLOCK):
+            self._visit(slice(start, stop))
+            return
+        unit = width if count > width else BLOCK
+        middle = start + unit * max(1, count // unit // 2)
+        left, right = slice(start, middle), slice(middle, stop)
+        self._run(start, middle, last)
+        self._spread(left, right)
+        self._run(middle, stop, last)
+        if not last:
+            self._spread(right, left)
+
+    def _spread(self, source: slice, to: slice) -> None:
+        H, changes = self.H_quick[to, source], self.changes[source]
+        if H.dtype == self.gradient.dtype:
+            self.gradient[to].addmm_(H, changes)
+        else:
+            self.gradient[to] += H @ changes
+
+    def _visit(self, block: slice) -> None:
+        """Move scale and codes of a block, ``PASSES`` times; the change of ``w - q`` is kept."""
+        group = block.start // self.width
+        delta = self.delta[: block.stop - block.start].zero_()
+        inside = self.H[block, block].contiguous()
+        lowest, highest = -self.zero[group], self.levels - self.zero[group]
+        for _ in range(PASSES):
+            if self.narrow:
+                change = self._move_scale(block, block)
+                delta.addcmul_(self.steps[block], change, value=-1)
+            scale = self.scale[group]
+            inverse = 1 / scale
+            for start in range(block.start, block.stop, STEP_COLUMNS):
+                some = slice(start, min(start + STEP_COLUMNS, block.stop))
+                # The change of each code, and (2 G - H_jj n s) n s / s^2, what it gains.
+                wish = (self.gradient[some] * self.twice_inverse[some]).mul_(inverse)
+                steps = torch.add(self.steps[some], wish, alpha=0.5).round_()
+                steps = torch.clamp(steps, lowest, highest, out=steps).sub_(self.steps[some])
+                gain = wish.sub_(steps).mul_(steps).mul_(self.worth[some])
+                best = gain.amax(0).clamp_(min=torch.finfo(gain.dtype).tiny)
+                steps.masked_fill_(gain < best, 0)
+                self.steps[some].add_(steps)
+                steps.mul_(scale)
+                near = slice(start - block.start, some.stop - block.start)
+                delta[near].sub_(steps)
+                self.gradient[block].addmm_(inside[:, near], steps, alpha=-1)
+        self.changes[block] = delta
+
+    def _move_scale(self, group: slice, reach: slice) -> Float[Tensor, " rows"]:
+        """Least squares for the scale of one group; the gradient is updated in ``reach``."""
+        steps, index = self.steps[group], group.start // self.width
+        product = (self.H_quick[reach, group] @ steps.to(self.H_quick.dtype)).to(steps.dtype)
+        own = product if reach == group else product[group]
+        slope = (self.gradient[group] * steps).sum(0)
+        ridge = RIDGE * self.H.diagonal()[group].mean()
+        curve = (own * steps).sum(0).add_(steps.square().sum(0), alpha=ridge.item())
+        scale = self.scale[index]
+        moved = self.storage.round(scale + slope / curve).to(scale.dtype)
+        change = moved - scale
+        # Below: not where the scale would change sign, nor where rounding it ate the gain.
+        good = (change * (2 * slope - change * curve) > 0) & (moved * scale > 0)
+        change = torch.where(good, change, 0)
+        self.scale[index] = torch.where(good, moved, scale)
+        self.gradient[reach].addcmul_(product, change, value=-1)
+        return change

@@ -1,0 +1,85 @@
+"""A quantized weight as every part of OPTQ hands it on: codes, grids, and each column's group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """``W[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g])`` with ``g = g_idx[k]``."""
+
+    wbits: int
+    codes: UInt8[Tensor, "rows cols"]
+    scales: Float[Tensor, "rows groups"]
+    zeros: UInt8[Tensor, "rows groups"]
+    g_idx: Int[Tensor, " cols"]  # int32: the group of each column
+
+    @property
+    def rows(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Columns in the first group; a last one may have fewer."""
+        return int((self.g_idx == 0).sum())
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether each group is ``width`` consecutive columns."""
+        return torch.equal(self.g_idx, group_index(self.cols, self.width, self.g_idx.device))
+
+    @property
+    def sym(self) -> bool:
+        """Whether every zero point is the middle of the range."""
+        return bool((self.zeros == 2 ** (self.wbits - 1)).all())
+
+    @property
+    def weight(self) -> Float[Tensor, "rows cols"]:
+        """The dequantized weights ``s * (c - z)``, in the dtype of the scales."""
+        return dequantize(self.codes, self.scales, self.zeros, self.g_idx)
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on another device."""
+        names = ("codes", "scales", "zeros", "g_idx")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def sorted(self) -> tuple[QuantizedWeight, Int[Tensor, " cols"] | None]:
+        """Columns ordered by group, and the order: ``sorted.codes = codes[:, order]``.
+
+        The order is None where they are in order already. A product is then
+        ``x[..., order] @ sorted.weight.T``.
+        """
+        if bool((self.g_idx[1:] >= self.g_idx[:-1]).all()):
+            return self, None
+        order = torch.argsort(self.g_idx, stable=True)
+        return replace(self, codes=self.codes[:, order], g_idx=self.g_idx[order]), order
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor) -> Tensor:
+    """``s * (c - z)`` for codes ``[rows, cols]`` and grids ``[rows, groups]``, in ``s``'s dtype."""
+    (rows, columns), groups = codes.shape, scales.shape[1]
+    weight, zeros = codes.to(scales.dtype), zeros.to(scales.dtype)
+    width = -(-columns // groups)
+    if columns == groups * width and torch.equal(g_idx, group_index(columns, width, g_idx.device)):
+        grouped = weight.view(rows, groups, width)  # no copy of the grids for each weight
+        return grouped.sub_(zeros[:, :, None]).mul_(scales[:, :, None]).view(rows, columns)
+    group = g_idx.long()
+    return weight.sub_(zeros[:, group]).mul_(scales[:, group])
+
+
+def group_index(columns: int, width: int, device: torch.device) -> Tensor:
+    """``k // width`` for each column ``k``, int32."""
+    return (torch.arange(columns, device=device) // width).to(torch.int32)

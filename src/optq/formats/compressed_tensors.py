@@ -1,0 +1,311 @@
+"""``compressed-tensors``, ``pack-quantized``: what llm-compressor writes and vLLM reads.
+
+For a layer ``X`` with codes ``c [N, K]`` and grids ``s, z [N, G]``, instead of ``X.weight``:
+
+    X.weight_packed      int32          [N, ceil(K * b / 32)]   codes, packed along the K axis
+    X.weight_scale       model's dtype  [N, G]
+    X.weight_shape       int64          [2]                     N and K
+    X.weight_zero_point  int32          [ceil(N * b / 32), G]   packed along N, if asymmetric
+    X.weight_g_idx       int            [K]                     old files with act-order groups only
+
+The format speaks of signed codes ``c - 2^(b-1)`` and signed zero points, and stores each with
+``2^(b-1)`` added: the stored fields are our unsigned ``c`` and ``z``. Packing is
+:mod:`optq.core.packing`; a last word that is not full ends in zeros. Groups are consecutive
+columns: releases since 0.18 know no ``weight_g_idx``, so it is read and never written. A mixed
+checkpoint targets its layers by name, not by expressions: vLLM can translate names into its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optq.core.grid import BITS, Storage
+from optq.core.packing import pack, unpack
+from optq.core.weight import QuantizedWeight, group_index
+from optq.errors import ModelError, SettingError
+from optq.formats.scheme import LayerScheme, Scheme
+
+PACKED = "pack-quantized"
+RELEASE = "0.20.0"  # of the package compressed-tensors whose layout this is
+REMEDY = "check that config.json and the weights belong together"
+OTHER_KIND = "give a checkpoint of integer weights alone, format pack-quantized"
+# Early releases (0.5) left "frozen" in the config of files that are compressed.
+STATUSES = ("compressed", "frozen")
+
+
+@dataclass(frozen=True)
+class CompressedTensorsFormat:
+    """The one layout of compressed-tensors that holds integer codes of 2, 3, 4 or 8 bits."""
+
+    name: str = "compressed-tensors"
+    suffixes: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
+    optional: tuple[str, ...] = ("weight_zero_point", "weight_g_idx")
+    settings_file: str | None = None
+
+    def storage(self, dtype: torch.dtype) -> Storage:
+        """Scales in the model's dtype, exact in float16 too: then other formats can hold them."""
+        both = (torch.bfloat16, torch.float16)
+        return Storage(both if dtype == torch.bfloat16 else (torch.float16,))
+
+    def check(
+        self, name: str, rows: int, columns: int, layer: LayerScheme, conv1d: bool = False
+    ) -> None:
+        """Refuse a layer that this format cannot hold, before any work is done."""
+        if conv1d:  # loaded by transformers, it would be random, with no more than a report
+            raise SettingError(
+                f"{name} is a Conv1D, which readers of {self.name} do not know",
+                "write --format gptq",
+            )
+        if layer.groupsize != -1 and columns % layer.groupsize:
+            raise SettingError(
+                f"groupsize {layer.groupsize} does not divide the {columns} columns of {name}",
+                "choose one that does, or -1, or --skip this layer",
+            )
+        if layer.actorder:
+            raise SettingError(
+                f"the groups of {name} would follow act-order: {self.name} has no tensor for that",
+                "add static groups (--static-groups), or write --format gptq",
+            )
+
+    def encode(self, layer: QuantizedWeight, dtype: torch.dtype, sym: bool) -> dict[str, Tensor]:
+        """The tensors of a layer by suffix, in main memory; they decode to its weights.
+
+        Zero points are written where the config will say that there are some, even if all of
+        them happen to be the middle.
+        """
+        groupsize = -1 if layer.groups == 1 else layer.width
+        scheme = LayerScheme(layer.wbits, groupsize, sym, not layer.consecutive)
+        self.check("the layer", layer.rows, layer.cols, scheme)
+        tensors = {
+            "weight_packed": _pack(layer.codes, layer.wbits),
+            "weight_scale": layer.scales.to(dtype).contiguous(),
+            "weight_shape": torch.tensor([layer.rows, layer.cols]),
+        }
+        if not scheme.sym:
+            tensors["weight_zero_point"] = _pack(layer.zeros.T, layer.wbits).T.contiguous()
+        if not torch.equal(self.decode("", tensors, scheme).weight, layer.weight.float()):
+            raise SettingError(
+                f"{self.name} keeps scales in {dtype}, which cannot hold those of this model",
+                "write gptq or gptq_v2, whose scales are float16",
+            )
+        return {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
+
+    def decode(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
+        """The inverse of :meth:`encode`. Raises ``ModelError`` for tensors that do not fit."""
+        rows, columns = _shape(name, tensors["weight_shape"])
+        groupsize = columns if layer.groupsize == -1 else layer.groupsize
+        if columns % groupsize:
+            raise ModelError(f"{name} has {columns} columns in groups of {groupsize}", REMEDY)
+        groups = columns // groupsize
+        for suffix, needed in zip(self.optional, (not layer.sym, layer.actorder), strict=True):
+            if needed and suffix not in tensors:
+                raise ModelError(f"{name} has no {suffix}, which its config asks for", REMEDY)
+            if suffix in tensors and not needed:
+                raise ModelError(f"{name} has a {suffix}, which its config denies", REMEDY)
+        fitting = {
+            "weight_packed": ((rows, _words(columns, layer.wbits)), (torch.int32,)),
+            "weight_scale": ((rows, groups), (torch.float16, torch.bfloat16, torch.float32)),
+            "weight_zero_point": ((_words(rows, layer.wbits), groups), (torch.int32,)),
+            "weight_g_idx": ((columns,), (torch.int32, torch.int64)),
+        }
+        for suffix in (suffix for suffix in fitting if suffix in tensors):
+            tensor, (shape, dtypes) = tensors[suffix], fitting[suffix]
+            if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+                kind = tensor.dtype if tensor.dtype in dtypes else dtypes[0]
+                raise ModelError(
+                    f"{name}.{suffix} is {tensor.dtype} {list(tensor.shape)} where {kind}"
+                    f" {list(shape)} fits {rows} rows, {columns} columns, {layer.wbits} bits and"
+                    f" groups of {groupsize}",
+                    REMEDY,
+                )
+        scales = tensors["weight_scale"].float()
+        if layer.sym:
+            zeros = torch.full_like(scales, 2 ** (layer.wbits - 1), dtype=torch.uint8)
+        else:
+            zeros = _unpack(tensors["weight_zero_point"].T, rows, layer.wbits).T.contiguous()
+        in_order = group_index(columns, groupsize, scales.device)
+        g_idx = _group_of_column(name, tensors.get("weight_g_idx", in_order), groups, in_order)
+        codes = _unpack(tensors["weight_packed"], columns, layer.wbits)
+        return QuantizedWeight(layer.wbits, codes, scales, zeros, g_idx)
+
+    def config(
+        self,
+        layers: dict[str, LayerScheme],
+        dense: list[str],
+        percdamp: float,
+        outside: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """The ``quantization_config``; the format has no field for ``percdamp``.
+
+        Readers give every ``Linear`` of the model packed tensors unless ``ignore`` names it;
+        ``lm_head`` is named in any case.
+        """
+        groups: dict[LayerScheme, list[str]] = {}
+        for name, layer in layers.items():
+            groups.setdefault(layer, []).append(name)
+        return {
+            "quant_method": self.name,
+            "format": PACKED,
+            "quantization_status": "compressed",
+            "version": RELEASE,
+            "ignore": list(dict.fromkeys([*dense, *outside, "lm_head"])),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "config_groups": {
+                f"group_{index}": _group(layer, ["Linear"] if len(groups) == 1 else names)
+                for index, (layer, names) in enumerate(groups.items())
+            },
+        }
+
+    def detect(self, settings: dict[str, Any]) -> Scheme | None:
+        """The scheme that a ``quantization_config`` of this method declares."""
+        if settings.get("quant_method") != self.name:
+            return None
+        _refuse_other_kinds(settings)
+        groups = settings.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise ModelError("the quantization_config has no config_groups", REMEDY)
+        schemes: dict[str, LayerScheme] = {}
+        for title, group in groups.items():
+            layer = _layer_scheme(title, group)
+            targets = _patterns(f"the targets of {title}", group.get("targets"))
+            schemes |= dict.fromkeys(targets, layer)
+        ignore = _patterns("ignore", settings.get("ignore") or [])
+        # As match_targets of the package: names, then expressions, then the class.
+        order = sorted(schemes, key=lambda target: (target == "Linear", "re:" in target, target))
+
+        def layer_of(name: str) -> LayerScheme | None:
+            if any(_matches(pattern, name) for pattern in ignore):
+                return None
+            return next((schemes[target] for target in order if _matches(target, name)), None)
+
+        return Scheme(self, layer_of)
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
+
+
+def _pack(values: Tensor, bits: int) -> Tensor:
+    """Each row of ``[rows, count]`` as words ``[rows, ceil(count * bits / 32)]``."""
+    rows, count = values.shape
+    padded = values.new_zeros(-(-count // 32) * 32, rows)  # 32 values fill whole words
+    padded[:count] = values.T
+    return pack(padded, bits)[: _words(count, bits)].T.contiguous()
+
+
+def _unpack(words: Tensor, count: int, bits: int) -> Tensor:
+    """The inverse of :func:`_pack`."""
+    padded = words.new_zeros(-(-count // 32) * bits, len(words))
+    padded[: words.shape[1]] = words.T
+    return unpack(padded, bits)[:count].T.contiguous()
+
+
+def _shape(name: str, tensor: Tensor) -> tuple[int, int]:
+    if tensor.is_floating_point() or tensor.shape != (2,) or tensor.min() < 1:
+        raise ModelError(f"{name}.weight_shape is {tensor.tolist()}, no rows and columns", REMEDY)
+    rows, columns = tensor.tolist()
+    return rows, columns
+
+
+def _group_of_column(name: str, g_idx: Tensor, groups: int, in_order: Tensor) -> Tensor:
+    if bool((g_idx == -1).any()):  # what the package left where no act-order was run
+        return in_order
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise ModelError(
+            f"{name}.weight_g_idx names groups outside 0 .. {groups - 1}", "copy the model again"
+        )
+    return g_idx.to(torch.int32)
+
+
+def _group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:
+    channel = layer.groupsize == -1
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": layer.wbits,
+            "type": "int",
+            "symmetric": layer.sym,
+            "strategy": "channel" if channel else "group",
+            "group_size": None if channel else layer.groupsize,
+            "dynamic": False,
+            "actorder": None,  # the order of the sweep leaves no trace in these files
+            "observer": None,
+            "observer_kwargs": {},
+            "block_structure": None,
+        },
+        "input_activations": None,
+        "output_activations": None,
+        "format": PACKED,
+    }
+
+
+def _refuse_other_kinds(settings: dict[str, Any]) -> None:
+    if settings.get("format") != PACKED:
+        raise ModelError(f"the weights are kept as {settings.get('format')}", OTHER_KIND)
+    status = settings.get("quantization_status")
+    if status not in STATUSES:
+        raise ModelError(f"the quantization_status is {status}, not compressed", OTHER_KIND)
+    for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config", "sparsity_config"):
+        value = settings.get(key)
+        if value and not (isinstance(value, dict) and value.get("format") == "dense"):
+            raise ModelError(f"the checkpoint has a {key}", OTHER_KIND)
+
+
+def _layer_scheme(title: str, group: Any) -> LayerScheme:
+    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+        raise ModelError(f"{title} does not say how weights are quantized", OTHER_KIND)
+    for key in ("input_activations", "output_activations"):
+        if group.get(key) is not None:
+            raise ModelError(f"{title} quantizes {key.replace('_', ' ')}", OTHER_KIND)
+    if group.get("format") not in (None, PACKED):
+        raise ModelError(f"{title} keeps weights as {group['format']}", OTHER_KIND)
+    weights = {"type": "int", "symmetric": True} | group["weights"]
+    for key, wanted in (
+        ("type", ("int",)),
+        ("num_bits", BITS),
+        ("strategy", ("group", "channel")),
+        ("dynamic", (False, None)),
+        ("symmetric", (True, False)),
+        ("actorder", (None, False, "static", "weight", "group", "dynamic")),
+    ):
+        if weights.get(key) not in wanted:
+            raise ModelError(f"{title} has weights of {key} {weights.get(key)}", OTHER_KIND)
+    groupsize, grouped = weights.get("group_size"), weights["strategy"] == "group"
+    if not grouped and groupsize is None:
+        groupsize = -1
+    if not isinstance(groupsize, int) or not (groupsize > 0 if grouped else groupsize == -1):
+        raise ModelError(f"{title} has a {weights['strategy']} of {groupsize} columns", REMEDY)
+    # "dynamic" was a second name of "group", "static" is one of "weight".
+    actorder = grouped and weights.get("actorder") in ("group", "dynamic")
+    return LayerScheme(weights["num_bits"], groupsize, weights["symmetric"], actorder)
+
+
+def _patterns(what: str, patterns: Any) -> list[str]:
+    """Names, ``re:`` expressions and ``Linear``, checked."""
+    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+        raise ModelError(f"{what} is no list of names", REMEDY)
+    for pattern in patterns:
+        if what != "ignore" and pattern != "Linear" and re.fullmatch(r"[A-Z]\w*", pattern):
+            # Names on disk do not tell which modules are of a class.
+            raise ModelError(f"{what} name the class {pattern}", OTHER_KIND)
+        try:
+            _matches(pattern, "")
+        except re.error as error:
+            raise ModelError(f"{what} holds {pattern}: {error}", REMEDY) from error
+    return patterns
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return pattern in ("Linear", name)
+
+
+COMPRESSED_TENSORS = CompressedTensorsFormat()

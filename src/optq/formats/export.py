@@ -1,0 +1,60 @@
+"""Turn a quantized checkpoint into another format, with the same codes and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from optq.core.weight import QuantizedWeight
+from optq.formats import detect
+from optq.formats.reader import quantized_layers, read_layer
+from optq.formats.scheme import Format, LayerScheme
+from optq.formats.writer import Writer
+from optq.model.blocks import find_blocks, linears_outside
+from optq.model.checkpoint import Checkpoint
+from optq.model.source import disk_names, empty_model
+
+
+def export(checkpoint: Checkpoint, target: Path, form: Format, force: bool = False) -> int:
+    """Write ``target`` in ``form``, whole or not at all; returns the number of packed layers.
+
+    Raises ``SettingError`` where ``form`` cannot hold a layer exactly, before anything is named
+    ``target``; :class:`ModelError` where ``checkpoint`` is not quantized.
+    """
+    names = quantized_layers(checkpoint)
+    scheme = detect(checkpoint.config())
+    assert scheme is not None  # quantized_layers has refused a plain model
+    skeleton = empty_model(checkpoint)
+    blocks = find_blocks(skeleton)
+    conv1d = {layer.name for block in blocks for layer in block.layers if layer.transposed}
+    on_disk = disk_names(skeleton, [*checkpoint.files, *(f"{name}.weight" for name in names)])
+
+    def as_on_disk(linears: Iterable[str]) -> list[str]:
+        return [on_disk.get(f"{n}.weight", n).removesuffix(".weight") for n in linears]
+
+    inside = as_on_disk(name for block in blocks for name in block.linears)
+    outside = as_on_disk(linears_outside(skeleton, blocks))
+    packed, turned = set(names), set(as_on_disk(conv1d))
+    settings = checkpoint.config()["quantization_config"]
+    parts = [f"{n}.{s}" for n in names for s in scheme.form.suffixes + scheme.form.optional]
+    with Writer(target, checkpoint, form, force) as writer:
+        for name in names:
+            weight = read_layer(checkpoint, name, scheme)
+            layer = _as_it_is(scheme.layer(name), weight)
+            form.check(name, weight.rows, weight.cols, layer, name in turned)
+            writer.add(name, form.encode(weight, skeleton.dtype, layer.sym), layer)
+        writer.finish(
+            [name for name in inside if name not in packed],
+            settings.get("damp_percent", 0.0),
+            outside=[name for name in outside if name not in packed],
+            packed=parts,
+        )
+    return len(names)
+
+
+def _as_it_is(declared: LayerScheme | None, weight: QuantizedWeight) -> LayerScheme:
+    """What the config says, where the tensors bear it out."""
+    assert declared is not None  # read_layer has refused it
+    sym, actorder = declared.sym and weight.sym, not weight.consecutive
+    return replace(declared, sym=sym, actorder=actorder)

@@ -1,0 +1,166 @@
+"""CPU: PyTorch's own product with packed 4-bit codes, ``_weight_int4pack_mm_for_cpu``.
+
+It computes ``x @ W.T`` for ``W = (c - 8) * scale + offset`` with one ``(scale, offset)`` to each
+group of 32, 64, 128 or 256 columns of a row, and is fast with bfloat16 activations only: others
+are cast for it. So:
+
+* a zero point becomes ``offset = (8 - z) * scale``, and 2 and 3 bits are the middle codes of 4;
+* wider groups are cut into such groups, with the scale repeated;
+* 8 bits are two products: ``c = 16 * high + low``;
+* columns are put in the order of their groups once, and activations follow at each call;
+* rows are padded to whole tiles, columns to whole groups.
+
+It reads a quarter of a bfloat16 weight's bytes, so it wins while reading is what takes time. Its
+time grows with every row of activations; past ``FEW`` of them dequantizing into a bfloat16 (or
+the activations' own dtype) and a dense product is faster, and rounds nothing but the activations.
+
+Accuracy of the packed product: activations, scales, offsets and the result are rounded to
+bfloat16 (2^-9 each), sums are float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from optq.core.weight import QuantizedWeight
+from optq.kernels.product import Product, compact
+
+FEW = 192  # rows of activations; bench/kernels.py shows the crossover
+GROUPS = (256, 128, 64, 32)  # that the operator takes
+TILE = 64  # rows; a multiple of each processor's
+CHUNK = 512  # rows that are dequantized at a time: they stay in the cache
+
+
+def takes(weight: QuantizedWeight) -> bool:
+    """Whether its groups, in order, can be cut into groups that the operator takes."""
+    if weight.groups == 1:
+        return True
+    sizes = torch.bincount(weight.g_idx, minlength=weight.groups)
+    return weight.width % GROUPS[-1] == 0 and bool((sizes == weight.width).all())
+
+
+class Int4Product(Product):
+    """Holds for each half (8 bits have two) packed codes and grids ``[groups, rows, 2]``."""
+
+    order: Tensor | None
+    scales: Tensor
+    zeros: Tensor
+    codes0: Tensor
+    grid0: Tensor
+    codes1: Tensor
+    grid1: Tensor
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight.rows, weight.cols, dtype)
+        weight, order = weight.sorted()
+        self.keep("order", order)
+        self.keep("scales", compact(weight.scales))  # as stored, for the dense product
+        self.keep("zeros", weight.zeros)
+        padded = weight.cols + -weight.cols % GROUPS[-1]
+        group = padded if weight.groups == 1 else weight.width
+        self.width = next(size for size in GROUPS if group % size == 0)
+        self.halves = 2 if weight.wbits == 8 else 1
+        filler = -weight.rows % TILE
+        codes = pad(weight.codes.T, (0, filler, 0, padded - weight.cols)).contiguous().T
+        scale = pad(weight.scales, (0, 0, 0, filler))
+        zero = pad(weight.zeros, (0, 0, 0, filler)).to(scale.dtype)
+        if self.halves == 1:  # few bits in the middle of the operator's range
+            self.lift = 8 - 2 ** (weight.wbits - 1)
+            parts = [(codes + self.lift if self.lift else codes, scale, 8 - self.lift - zero)]
+        else:  # 16 (high - 8) + (low - 8) + 136 = c
+            self.lift = 0
+            coarse = torch.round((136 - zero) / 16)
+            parts = [
+                (codes & 15, scale, 136 - zero - 16 * coarse),
+                (codes >> 4, 16 * scale, coarse),
+            ]
+        for index, (half, unit, offset) in enumerate(parts):
+            unit = unit.to(torch.bfloat16).to(unit.dtype)  # both belong to the rounded scale
+            grid = torch.stack([unit, unit * offset], -1).transpose(0, 1).to(torch.bfloat16)
+            self.keep(f"codes{index}", _packed(half))
+            self.keep(f"grid{index}", grid.repeat_interleave(group // self.width, 0).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = x[:, self.order]
+        if len(x) > FEW:
+            y = x.new_empty(len(x), self.rows)
+            for start in range(0, self.rows, CHUNK):
+                y[:, start : start + CHUNK] = x @ self._columns(start, x.dtype)
+            return y
+        short = x.to(torch.bfloat16)
+        filler = 2 * self.codes0.shape[1] - self.cols
+        short = pad(short, (0, filler)) if filler else short.contiguous()
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        y = multiply(short, self.codes0, self.width, self.grid0)
+        if self.halves == 2:
+            y = y + multiply(short, self.codes1, self.width, self.grid1)
+        return y[:, : self.rows].to(x.dtype)
+
+    def dense(self) -> Tensor:
+        chunks = [self._columns(start, self.dtype).T for start in range(0, self.rows, CHUNK)]
+        weight = torch.cat(chunks)
+        if self.order is not None:
+            weight[:, self.order] = weight.clone()
+        return weight
+
+    def _columns(self, start: int, dtype: torch.dtype) -> Tensor:
+        """The dequantized rows from ``start``, at most ``CHUNK``, transposed: ``[cols, rows]``."""
+        rows = slice(start, start + CHUNK)
+        codes = _unpacked(self.codes0[rows], dtype)
+        if self.halves == 2:
+            codes += 16 * _unpacked(self.codes1[rows], dtype)
+        codes = codes[: self.cols, : self.rows - start]
+        grouped = codes.unflatten(0, (self.scales.shape[1], -1))
+        zeros, scales = (self.zeros[rows] + self.lift).T.to(dtype), self.scales[rows].T.to(dtype)
+        return grouped.sub_(zeros[:, None]).mul_(scales[:, None]).flatten(0, 1)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """``codes [rows, cols]`` of whole tiles as the operator wants them, ``[rows, cols / 2]``."""
+    (rows, columns), tile = codes.shape, _tile()
+    if tile is None:
+        return _by_operator(codes)
+    tiles = codes.T.view(columns, rows // tile, 2, tile // 2)
+    packed = torch.empty(rows // tile, columns, tile // 2, dtype=torch.uint8)
+    packed.transpose(0, 1).copy_(tiles[:, :, 1]).bitwise_left_shift_(4).bitwise_or_(tiles[:, :, 0])
+    return packed.view(rows, columns // 2)
+
+
+def _by_operator(codes: Tensor) -> Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 2)
+
+
+def _unpacked(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The codes ``[cols, rows]`` of whole tiles, exact in ``dtype``."""
+    rows, columns, tile = len(packed), 2 * packed.shape[1], _tile()
+    if tile is None:  # the operator itself knows
+        ones = torch.eye(columns, dtype=torch.bfloat16)
+        grid = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(columns // 32, rows, 2)
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        return multiply(ones, packed, 32, grid.contiguous()).to(dtype)
+    return _spread(packed, tile, dtype)
+
+
+def _spread(packed: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
+    """A tile lies as ``[cols, tile / 2]`` bytes: its first rows low, its last rows high."""
+    rows, columns = len(packed), 2 * packed.shape[1]
+    tiles = packed.view(rows // tile, columns, tile // 2).transpose(0, 1)
+    codes = torch.empty(columns, rows // tile, 2, tile // 2, dtype=dtype)
+    codes[:, :, 0] = tiles & 15
+    codes[:, :, 1] = tiles >> 4
+    return codes.view(columns, rows)
+
+
+@cache
+def _tile() -> int | None:
+    """Rows in a tile of this processor's layout; None if it is laid out in a way of its own."""
+    codes = torch.arange(TILE * 32, dtype=torch.int32).view(TILE, 32) * 7 % 16
+    for tile in (TILE, TILE // 2):
+        if torch.equal(_spread(_by_operator(codes), tile, torch.int32), codes.T):
+            return tile
+    return None

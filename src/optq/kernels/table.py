@@ -1,0 +1,90 @@
+"""The kernels, and which one serves a layer.
+
+A kernel turns a :class:`QuantizedWeight` into a module that holds the codes in the layout it
+wants and computes ``x @ W.T`` for ``x [tokens, cols]``. To add one: write its file, and a row
+here. The row puts it through the conformance tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from optq.core.grid import BITS
+from optq.core.weight import QuantizedWeight
+from optq.kernels import cpu_int4, cpu_int8, reference, triton_product
+from optq.kernels.product import Product
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to multiply by a packed weight.
+
+    ``error`` states its accuracy: the relative error (Frobenius norm) of the product against
+    float64 arithmetic on the same codes, scales and activations, by the activations' dtype.
+    """
+
+    name: str
+    devices: tuple[str, ...]  # torch.device.type
+    wbits: tuple[int, ...]
+    error: dict[torch.dtype, float]
+    takes: Callable[[QuantizedWeight], bool]  # beyond device, bits and dtype
+    build: Callable[[QuantizedWeight, torch.dtype], Product]
+    why: str
+
+    def serves(self, weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+        """Whether it multiplies activations of ``dtype`` by this weight, where the weight is."""
+        return (
+            weight.codes.device.type in self.devices
+            and weight.wbits in self.wbits
+            and dtype in self.error
+            and self.takes(weight)
+        )
+
+
+# The first that serves is taken.
+KERNELS = (
+    Kernel(
+        "cpu_int8",
+        ("cpu",),
+        (8,),
+        {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-2},
+        cpu_int8.takes,
+        cpu_int8.Int8Product,
+        "half of the bytes in one product, where a row has one scale",
+    ),
+    Kernel(
+        "cpu_int4",
+        ("cpu",),
+        BITS,
+        {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-2},
+        cpu_int4.takes,
+        cpu_int4.Int4Product,
+        "reads a quarter of the bytes; 2 and 3 bits widened to 4, 8 bits as two halves",
+    ),
+    Kernel(
+        "triton",
+        ("cuda",),
+        BITS,
+        {torch.bfloat16: 4e-3, torch.float16: 5e-4},
+        triton_product.takes,
+        triton_product.TritonProduct,
+        "reads packed codes in registers; a dense product where rows are many",
+    ),
+    Kernel(
+        "reference",
+        ("cpu", "cuda"),
+        BITS,
+        {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5},
+        lambda weight: True,
+        reference.ReferenceProduct,
+        "takes anything: dequantizes, then multiplies",
+    ),
+)
+
+
+def pick(weight: QuantizedWeight, dtype: torch.dtype) -> Kernel:
+    """The kernel for activations of ``dtype`` on the weight's device."""
+    return next(kernel for kernel in KERNELS if kernel.serves(weight, dtype))

@@ -1,0 +1,115 @@
+"""A linear layer whose weight stays packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optq.core.weight import QuantizedWeight
+from optq.errors import ModelError
+from optq.kernels.product import Product
+from optq.kernels.table import pick
+from optq.model.source import disk_names
+
+REMEDY = "check that config.json and the weights belong together"
+
+
+class QuantizedLinear(nn.Module):
+    """Takes the place of an ``nn.Linear`` or a ``Conv1D``: ``x @ W.T + bias``.
+
+    Without :attr:`product` it is the empty place that a checkpoint is loaded into.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.product: Product | None = None
+
+    @classmethod
+    def of(
+        cls, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
+    ) -> QuantizedLinear:
+        """A layer for activations of ``dtype``, on the weight's device."""
+        layer = cls(weight.cols, weight.rows, bias=False)
+        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        layer.fill(weight, dtype)
+        return layer
+
+    def fill(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        """Hand the weight to the kernel that serves it best."""
+        kernel = pick(weight, dtype)
+        self.product = kernel.build(weight, dtype)
+        self.product.name = kernel.name
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weights ``[rows, cols]``, made anew at each call."""
+        if self.product is None:  # for models that initialise by name, before anything is loaded
+            return torch.empty(0)
+        return self.product.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x.reshape(-1, self.in_features))  # type: ignore[misc]
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}"
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        """A file of the kernel's layout would be of use to nobody, one without it a trap."""
+        if self.product is not None:
+            raise ModelError(
+                "a model that runs on packed weights cannot be saved",
+                "copy its folder, or convert it with optq export",
+            )
+        super()._save_to_state_dict(*arguments)
+
+
+def make_room(model: Any, names_on_disk: list[str]) -> dict[str, str]:
+    """Put empty :class:`QuantizedLinear` in the places of layers; their names in the model."""
+    from transformers.pytorch_utils import Conv1D
+
+    wanted = [f"{name}.weight" for name in names_on_disk]
+    in_model = {disk: name for name, disk in disk_names(model, wanted).items()}
+    places = {}
+    for name in names_on_disk:
+        place = in_model.get(f"{name}.weight", "").removesuffix(".weight")
+        old = model.get_submodule(place) if place else None
+        if not isinstance(old, nn.Linear | Conv1D):
+            raise ModelError(f"{name} is no linear layer of {type(model).__name__}", REMEDY)
+        rows, columns = old.weight.T.shape if isinstance(old, Conv1D) else old.weight.shape
+        parent, _, attribute = place.rpartition(".")
+        new = QuantizedLinear(columns, rows, old.bias is not None)
+        setattr(model.get_submodule(parent), attribute, new)
+        places[name] = place
+    return places
+
+
+def fill(model: Any, place: str, name_on_disk: str, weight: QuantizedWeight) -> None:
+    """Give the layer at ``place`` its weight. Raises :class:`ModelError` for another shape."""
+    layer = model.get_submodule(place)
+    if (weight.rows, weight.cols) != (layer.out_features, layer.in_features):
+        raise ModelError(
+            f"{name_on_disk} is {weight.rows} x {weight.cols} where the model has"
+            f" {layer.out_features} x {layer.in_features}",
+            REMEDY,
+        )
+    layer.fill(weight, model.dtype)
+
+
+def make_dense(model: Any) -> None:
+    """Put an ``nn.Linear`` with the dequantized weights in the place of each quantized layer."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            parent, _, attribute = name.rpartition(".")
+            with torch.device("meta"):
+                dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            dense.weight = nn.Parameter(layer.weight, requires_grad=False)
+            if layer.bias is not None:
+                dense.bias = layer.bias
+            setattr(model.get_submodule(parent), attribute, dense)

@@ -1,0 +1,257 @@
+"""Descent on codes and scales: against plain loops, and its promise that no row gets worse."""
+
+from dataclasses import replace
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from core.checks import EXACT, STORAGES, rounding_bound
+from core.problems import grid_options, problem, problems
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optq.core import descent
+from optq.core.descent import exact_error, polish
+from optq.core.gptq import GPTQ
+from optq.core.grid import Storage
+from optq.core.rtn import RTN
+
+quick = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def realistic(rows=48, cols=256, seed=0):
+    """Inputs whose variance decays along a few hundred directions, as a layer's do, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(cols, cols // 4, generator=generator) * torch.logspace(0, -2, cols // 4)
+    H = mix @ mix.T / mix.square().sum() * cols + 0.05 * torch.eye(cols)
+    size = torch.exp(0.5 * torch.randn(cols, generator=generator))
+    return torch.randn(rows, cols, generator=generator), H * size * size[:, None]
+
+
+def errors(p, weight):
+    codes, zeros = weight.codes.numpy().astype(int), weight.zeros.numpy().astype(int)
+    Q = oracles.dequantize(codes, weight.scales.double().numpy(), zeros, weight.g_idx.numpy())
+    return oracles.row_errors(p.W, Q, p.H), Q
+
+
+# ------------------------------------------------------------------------------------ the oracle
+
+
+def best_step(gradient, curve, scale, code, bits):
+    """``(step, gain)``: the change of one code that lowers ``e^T H e`` most, all codes tried.
+
+    ``gradient`` is ``(H e)_j``, ``curve`` is ``H_jj``, and ``e = w - q`` falls by ``step * scale``.
+    """
+    gains = []
+    for new in range(2**bits):
+        move = (new - code) * scale
+        gains.append(2 * move * gradient - move**2 * curve)
+    new = max(range(2**bits), key=lambda c: (gains[c], -abs(c - code)))
+    return new - code, gains[new]
+
+
+def descend(w, H, codes, scales, zeros, bits, size, rounds, block, neighbours, passes, ridge):
+    """Descent on the codes and scales of one row: ``(codes, scales)``.
+
+    Groups are ``size`` consecutive columns. Blocks of ``block`` columns, or of one group where that
+    is narrower, are visited in order; a visit goes over the block ``passes`` times: the scale of a
+    narrow group moves by least squares, then of each ``neighbours`` columns the code that gains
+    most. The scale of a wide group moves once, ahead of its blocks.
+    """
+    codes, scales = np.array(codes), np.array(scales, dtype=float)
+    cols = len(w)
+    g_idx = np.array([k // size for k in range(cols)])
+
+    def miss():
+        return w - np.array([scales[g] * (c - zeros[g]) for c, g in zip(codes, g_idx, strict=True)])
+
+    def move_scale(g):
+        t = np.where(g_idx == g, codes - zeros[g], 0.0)
+        slope, bend = t @ H @ miss(), t @ H @ t
+        change = slope / (bend + ridge * np.mean(np.diag(H)[g_idx == g]) * (t @ t))
+        if change * (2 * slope - change * bend) > 0 and (scales[g] + change) * scales[g] > 0:
+            scales[g] += change
+
+    for _ in range(rounds):
+        for g in range(max(g_idx) + 1):
+            first, last = g * size, min((g + 1) * size, cols)
+            if size > block:
+                move_scale(g)
+            for start in range(first, last, block):
+                stop = min(start + block, last)
+                for _ in range(passes):
+                    if size <= block:
+                        move_scale(g)
+                    for left in range(start, stop, neighbours):
+                        some = range(left, min(left + neighbours, stop))
+                        gradient = H @ miss()
+                        steps = [
+                            best_step(gradient[j], H[j, j], scales[g], codes[j], bits) for j in some
+                        ]
+                        k = max(range(len(steps)), key=lambda k: steps[k][1])
+                        codes[left + k] += steps[k][0]
+    return codes, scales
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("wbits", [2, 3, 4])
+@pytest.mark.parametrize("groupsize", [-1, 8, 6, 20])
+def test_the_rounds_are_the_oracle_s(monkeypatch, groupsize, wbits, sym):
+    """44 columns in blocks of 8: groups narrower, wider, as wide, and ragged ones."""
+    monkeypatch.setattr(descent, "BLOCK", 8)
+    monkeypatch.setattr(descent, "STEP_COLUMNS", 4)
+    p = problem(5, 44, seed=3)
+    W, H = p.tensors()
+    start = GPTQ(wbits, groupsize, sym, mse=True).solve(W, H, EXACT)
+    size = 44 if groupsize == -1 else groupsize
+    for rounds in (1, 2):
+        found = polish(W, H, start, EXACT, rounds).weight
+        for n in range(5):
+            codes, scales = descend(
+                p.W[n],
+                p.H,
+                start.codes[n].numpy().astype(int),
+                start.scales[n].numpy(),
+                start.zeros[n].numpy().astype(int),
+                wbits,
+                size,
+                rounds,
+                block=8,
+                neighbours=4,
+                passes=descent.PASSES,
+                ridge=descent.RIDGE,
+            )
+            np.testing.assert_array_equal(found.codes[n], codes)
+            np.testing.assert_allclose(found.scales[n], scales, rtol=1e-9)
+
+
+def test_groups_out_of_order_are_those_of_the_ordered_columns():
+    W, H = problem(6, 48, seed=5).tensors()
+    start = GPTQ(3, 16, actorder=True).solve(W, H, EXACT)
+    order = torch.argsort(start.g_idx, stable=True)
+    assert not start.consecutive
+    ordered = replace(start, codes=start.codes[:, order], g_idx=start.g_idx[order])
+    one = polish(W, H, start, EXACT, 2)
+    other = polish(W[:, order], H[order][:, order], ordered, EXACT, 2)
+    assert torch.equal(one.weight.codes[:, order], other.weight.codes)
+    assert torch.equal(one.weight.scales, other.weight.scales)
+    assert torch.equal(one.weight.g_idx, start.g_idx)
+
+
+def test_rows_at_work_together_are_polished_as_each_alone(monkeypatch):
+    W, H = problem(7, 40, seed=7).tensors()
+    start = RTN(3, 8).solve(W, H, EXACT)
+    together = polish(W, H, start, EXACT, 2)
+    monkeypatch.setattr(descent, "ROWS_AT_ONCE", 3)
+    apart = polish(W, H, start, EXACT, 2)
+    assert torch.equal(apart.weight.codes, together.weight.codes)
+    torch.testing.assert_close(apart.error, together.error)
+
+
+def test_the_error_is_the_quadratic_form():
+    p = problem(3, 700, seed=11)
+    found = exact_error(*(x.T.contiguous() if i == 0 else x for i, x in enumerate(p.tensors())))
+    expected = oracles.row_errors(p.W, np.zeros_like(p.W), p.H)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+# --------------------------------------------------------------------------------------- promises
+
+
+@settings(quick, max_examples=120)
+@given(
+    problems(max_cols=40),
+    grid_options(),
+    st.sampled_from(STORAGES),
+    st.sampled_from((torch.float32, torch.float64)),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_no_row_ever_gets_worse(p, options, storage, dtype, rounds, bfloat16):
+    W, H = p.tensors(dtype)
+    start = RTN(**options).solve(W, H, storage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(descent, "fast_bfloat16", lambda device: bfloat16)
+        polished = polish(W, H, start, storage, rounds)
+    found = polished.weight
+    (before, old), (after, new) = errors(p, start), errors(p, found)
+    bound = rounding_bound(p.W, old, p.H, 0, dtype) + rounding_bound(p.W, new, p.H, 0, dtype)
+    assert (after <= before + bound).all()
+    assert (np.abs(after - polished.error.double().numpy()) <= bound).all()
+    assert torch.isfinite(found.scales).all() and (found.scales * start.scales > 0).all()
+    for stored in storage.scale_dtypes:
+        assert torch.equal(found.scales.to(stored).to(dtype), found.scales)
+    assert int(found.codes.max()) < 2 ** options["wbits"]
+    assert torch.equal(found.zeros, start.zeros) and torch.equal(found.g_idx, start.g_idx)
+
+
+def test_a_row_that_did_not_gain_keeps_its_codes_and_scales():
+    """Each code and each scale is at its best already: nothing may move, not by a bit."""
+    W, H = problem(8, 24, seed=13).tensors()
+    first = polish(W, H, RTN(4, 8).solve(W, H), rounds=60)
+    second = polish(W, H, first.weight, error=first.error)
+    still = second.error == first.error
+    assert still.sum() >= 6
+    assert torch.equal(second.weight.codes[still], first.weight.codes[still])
+    assert torch.equal(second.weight.scales[still], first.weight.scales[still])
+
+
+def test_a_gradient_of_noise_changes_nothing(monkeypatch):
+    """The final check is exact, whatever the rounds were misled by."""
+    W, H = realistic(16, 64)
+    start = GPTQ(4, 16).solve(W, H)
+    noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * H.diagonal().max()
+    monkeypatch.setattr(descent, "fast_bfloat16", lambda device: True)
+    real = torch.Tensor.bfloat16
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: real(x + noise))
+    polished = polish(W, H, start, rounds=1)
+    assert (polished.error <= start.error * (1 + 1e-4)).all()
+    assert torch.equal(polished.weight.codes, start.codes)
+
+
+def test_duplicated_inputs_do_not_all_make_up_for_the_same_error():
+    W, H = problem(6, 32, "duplicates", seed=17).tensors()
+    polished = polish(W, H, RTN(3, 8).solve(W, H, EXACT), EXACT, 1)
+    assert polished.gain > 0.2
+
+
+@pytest.mark.parametrize(("wbits", "least"), [(2, 0.2), (3, 0.1), (4, 0.1)])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_layer_error_falls(monkeypatch, wbits, least, bfloat16):
+    monkeypatch.setattr(descent, "fast_bfloat16", lambda device: bfloat16)
+    W, H = realistic()
+    plain, polished = (GPTQ(wbits, 128, polish=n).solve(W, H) for n in (0, 2))
+    assert 1 - polished.error.sum() / plain.error.sum() > least
+    assert torch.equal(polished.rtn_error, plain.rtn_error)
+
+
+def test_more_rounds_do_not_lose():
+    W, H = (x.double() for x in realistic())
+    start = GPTQ(3, 64).solve(W, H)
+    gains = [polish(W, H, start, rounds=n).gain for n in (1, 2, 4)]
+    assert 0 < gains[0] < gains[1] < gains[2]
+
+
+def test_any_target_may_be_aimed_at():
+    """As error propagation does: the weight was solved for another one."""
+    p = problem(5, 40, seed=19)
+    W, H = p.tensors()
+    start = GPTQ(4, 8).solve(W + 0.1 * torch.randn_like(W), H)
+    polished = polish(W, H, start, rounds=3)
+    before, _ = errors(p, start)
+    after, _ = errors(p, polished.weight)
+    assert polished.gain == pytest.approx(1 - after.sum() / before.sum())
+    assert polished.gain > 0.3
+
+
+def test_polishing_twice_gives_the_same_bits_and_leaves_its_inputs_alone():
+    W, H = realistic()
+    start = GPTQ(3, 64).solve(W, H)
+    before = W.clone(), H.clone(), start.codes.clone(), start.scales.clone(), start.error.clone()
+    first, second = (polish(W, H, start, Storage(), 2, start.error) for _ in range(2))
+    for old, now in zip(before, (W, H, start.codes, start.scales, start.error), strict=True):
+        assert torch.equal(old, now)
+    assert torch.equal(first.weight.codes, second.weight.codes)
+    assert torch.equal(first.weight.scales, second.weight.scales)
+    assert torch.equal(first.error, second.error)
