@@ -1,13 +1,18 @@
-"""Train a small English model of another family: ``python bench/english.py opt OUT TEXT...``.
+"""Train a small English model of another family: ``python bench/english.py opt OUT [TEXT..]``.
 
 What is measured on the bundled model alone could be tuned to it. Two more, an OPT (learned
 positions, LayerNorm, biases, ReLU) and a Qwen3 (normalised queries and keys, gated SiLU), learn
-plain English from text files. The first 80% of each file are for training, the next 10% for
-calibration (``calibration.txt``), the last 10% for evaluation (``evaluation.txt``).
+English: the docstrings of the libraries that OPTQ is developed with (12 MB), and text files. The
+first 80% of each are for training, the next 10% for calibration (``calibration.txt``), the last
+10% for evaluation (``evaluation.txt``). One pass: a model that has seen a text ten times is one
+that quantization makes better on held-out text.
 """
 
 import argparse
+import ast
 import copy
+import importlib.util
+import random
 import time
 from pathlib import Path
 
@@ -26,6 +31,8 @@ from optq.demo.train import (
     train_tokenizer,
 )
 
+LIBRARIES = ("torch", "transformers", "pandas", "numpy", "sympy", "networkx")
+CHARACTERS = 12_000_000
 CONFIGS = {
     "opt": lambda: OPTConfig(
         vocab_size=VOCABULARY,
@@ -35,7 +42,7 @@ CONFIGS = {
         num_attention_heads=6,
         max_position_embeddings=WINDOW,
         word_embed_proj_dim=384,
-        dropout=0.1,
+        dropout=0.0,
     ),
     "qwen3": lambda: Qwen3Config(
         vocab_size=VOCABULARY,
@@ -47,23 +54,41 @@ CONFIGS = {
         head_dim=64,
         max_position_embeddings=WINDOW,
         tie_word_embeddings=True,
-        attention_dropout=0.1,
     ),
 }
 
 
-def split(texts: list[Path]) -> tuple[list[str], str, str]:
+def docstrings() -> str:
+    """Of ``LIBRARIES``, each once, the longer ones, in random order."""
+    found: dict[str, None] = {}
+    for library in LIBRARIES:
+        folder = Path(importlib.util.find_spec(library).origin).parent
+        for path in sorted(folder.rglob("*.py")):
+            try:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+            except (SyntaxError, UnicodeDecodeError):
+                continue
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    text = ast.get_docstring(node) or ""
+                    if len(text) > 200:
+                        found[text] = None
+    texts = list(found)
+    random.Random(0).shuffle(texts)
+    return "\n\n".join(texts)[:CHARACTERS]
+
+
+def split(texts: list[str]) -> tuple[list[str], str, str]:
     """Training texts, calibration text, evaluation text."""
     parts: tuple[list[str], list[str], list[str]] = ([], [], [])
-    for path in texts:
-        text = path.read_text(encoding="utf-8")
+    for text in texts:
         cuts = [0, int(0.8 * len(text)), int(0.9 * len(text)), len(text)]
         for part, start, stop in zip(parts, cuts, cuts[1:], strict=False):
             part.append(text[start:stop])
     return parts[0], "\n\n".join(parts[1]), "\n\n".join(parts[2])
 
 
-def train(config: PretrainedConfig, texts: list[Path], out: Path, steps: int) -> None:
+def train(config: PretrainedConfig, texts: list[str], out: Path, steps: int) -> None:
     torch.set_num_threads(1)  # the two families are trained side by side
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
@@ -110,9 +135,11 @@ def train(config: PretrainedConfig, texts: list[Path], out: Path, steps: int) ->
             speed = 50 * BATCH * WINDOW / (time.monotonic() - start)
             print(f"step {step + 1}/{steps} loss {total / 50:.3f}, {speed:.0f} tok/s", flush=True)
             start, total = time.monotonic(), 0.0
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % 300 == 0 or step + 1 == steps:
             model.eval()
-            print(f"held-out perplexity {perplexity(model, held_out):.3f}", flush=True)
+            print(
+                f"held-out perplexity {perplexity(model, held_out[: 64 * WINDOW]):.3f}", flush=True
+            )
             model.train()
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
 
@@ -121,11 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=CONFIGS)
     parser.add_argument("out", type=Path)
-    parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("texts", type=Path, nargs="*")
+    parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
     config = CONFIGS[arguments.family]()
-    train(config, arguments.texts, arguments.out, arguments.steps)
+    texts = [docstrings(), *(path.read_text(encoding="utf-8") for path in arguments.texts)]
+    train(config, texts, arguments.out, arguments.steps)
 
 
 if __name__ == "__main__":

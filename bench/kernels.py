@@ -24,7 +24,7 @@ from optq.kernels.table import pick
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 SHAPES = ((4096, 4096), (11008, 4096))  # rows, columns
-BATCHES = (1, 2, 4, 8, 16, 64, 128, 192, 256, 512)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512)
 CACHE = 2**28  # bytes of weights in turn: more than any cache holds
 
 

@@ -18,7 +18,7 @@ def quantize(model: Path, tokens: Tensor, out: Path) -> dict[str, float]:
     """Run OPTQ; seconds by phase: total, load, forward, hessian, factor, solve, write."""
     result = Runner(
         ModelConfig(model_id=str(model), device="cpu"),
-        GPTQ(wbits=4, groupsize=128),
+        GPTQ.plain(wbits=4, groupsize=128),
         calib=tokens,
         nsamples=tokens.shape[0],
         seqlen=tokens.shape[1],

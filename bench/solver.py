@@ -97,7 +97,7 @@ def main() -> None:
 
     H = cached_hessian(args.cache)
     W = 0.02 * torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(SEED))
-    gptq = GPTQ(wbits=WBITS, groupsize=GROUPSIZE)
+    gptq = GPTQ.plain(wbits=WBITS, groupsize=GROUPSIZE)
     tools = {
         "ours": lambda: gptq.solve(W, H),
         "plain": lambda: plain_gptq(W, H, WBITS, GROUPSIZE, gptq.percdamp),

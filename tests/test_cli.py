@@ -5,6 +5,7 @@ import logging
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_quantize_json(optq, words, folder, tmp_path):
     assert done.keys() >= QUANTIZE_KEYS
     wanted = {
         "model": str(folder), "out": str(tmp_path / "out"), "method": "gptq", "wbits": 4,
-        "groupsize": 32, "sym": True, "actorder": False, "percdamp": 0.02,
+        "groupsize": 32, "sym": True, "actorder": True, "percdamp": 0.02,
     }  # fmt: skip
     assert {name: done[name] for name in wanted} == wanted
     assert done["seconds"].keys() >= STAGES
@@ -166,9 +167,12 @@ def test_inspect_agrees_with_quantize(optq, words, tmp_path, method, wbits, grou
 
 OPTIONS = [
     (["--asym"], {"sym": False}, {"sym": False}),
-    (["--actorder"], {"actorder": True}, {"desc_act": True}),
-    (["--actorder", "--static-groups"], {"static_groups": True}, {"desc_act": False}),
-    (["--mse"], {"mse": True}, {}),
+    (["--plain", "--actorder"], {"actorder": True}, {"desc_act": True}),
+    (["--plain", "--actorder", "--static-groups"], {"static_groups": True}, {"desc_act": False}),
+    (["--plain"], {"mse": False, "polish": 0, "actorder": False}, {"desc_act": False}),
+    (["--polish", "3"], {"polish": 3, "mse": True}, {"desc_act": False}),
+    (["--no-actorder"], {"actorder": False, "mse": True}, {"desc_act": False}),
+    (["--no-mse"], {"mse": False}, {}),
     (["--percdamp", "0.5"], {"percdamp": 0.5}, {}),
     (["--method", "rtn", "--mse"], {"mse": True}, {}),
     (["--method", "obq", "--mse", "--asym"], {"mse": True, "sym": False}, {"sym": False}),
@@ -299,6 +303,35 @@ def test_generate(optq, words, folder, tmp_path):
         assert int(said[1]) > 1 and float(said[2]) > 0
 
 
+def test_generate_is_greedy_whatever_the_model_prefers(optq, folder, tmp_path):
+    """Penalties, beams and samples of its generation config are not the likeliest token."""
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    written = optq("generate", model, "the rest", "--max-new-tokens", "12").out
+    config = {"num_beams": 4, "do_sample": True, "repetition_penalty": 3.0}
+    (model / "generation_config.json").write_text(json.dumps(config))
+    assert optq("generate", model, "the rest", "--max-new-tokens", "12").out == written
+
+
+@pytest.mark.parametrize("end", ["interrupt", "closed pipe"])
+def test_generate_ends_at_once(folder, end):
+    """A thread inside torch when the process ends would abort it."""
+    words = [COMMAND, "generate", folder, "the", "--max-new-tokens", "60"]
+    process = subprocess.Popen(
+        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(1)
+    if end == "interrupt":
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (0, 130), err  # it may have been done already
+    else:
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(timeout=60) in (0, 1)
+    assert b"Traceback" not in err and b"terminate" not in err
+
+
 def test_generate_side_by_side(optq, words, folder, tmp_path):
     optq(*words)
     alone = [
@@ -359,7 +392,7 @@ def test_generate_prints_pieces_as_they_come(folder, monkeypatch):
             self.speed = speed
 
         def __iter__(self):
-            return iter(["one", "two"])
+            yield from ("one", "two")
 
     monkeypatch.setattr(generate, "Completion", Completion)
     printed = []

@@ -25,7 +25,7 @@ from optq.model.source import disk_names
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}
 CALIB = zoo.token_ids(4, 24)
-FOUR_BITS = GPTQ(4, 32)
+FOUR_BITS = GPTQ.plain(4, 32)
 TEXT = "the other end of the theorem is not as near as it seems, and the rest is read then. " * 40
 
 
@@ -88,20 +88,20 @@ def check_reload(plain, source, output):
 
 
 ROUND_TRIPS = [
-    ("gpt2", "gptq", GPTQ(4, 32)),
-    ("gpt2_cross_attention", "gptq", GPTQ(4, 32)),
-    ("llama_bfloat16", "gptq", GPTQ(3, 32, actorder=True)),
-    ("gptj", "gptq_v2", GPTQ(4, 32, sym=False)),
-    ("gpt_neo", "gptq", GPTQ(2, 32)),
-    ("qwen2", "gptq", GPTQ(8, -1, sym=False, actorder=True)),
-    ("gemma3", "gptq", GPTQ(4, 64)),
-    ("llava", "gptq_v2", GPTQ(4, 32, actorder=True, static_groups=True)),
+    ("gpt2", "gptq", GPTQ.plain(4, 32)),
+    ("gpt2_cross_attention", "gptq", GPTQ.plain(4, 32)),
+    ("llama_bfloat16", "gptq", GPTQ.plain(3, 32, actorder=True)),
+    ("gptj", "gptq_v2", GPTQ.plain(4, 32, sym=False)),
+    ("gpt_neo", "gptq", GPTQ.plain(2, 32)),
+    ("qwen2", "gptq", GPTQ.plain(8, -1, sym=False, actorder=True)),
+    ("gemma3", "gptq", GPTQ.plain(4, 64)),
+    ("llava", "gptq_v2", GPTQ.plain(4, 32, actorder=True, static_groups=True)),
     ("qwen2_vl", "gptq", RTN(4, 32)),
-    ("falcon", "gptq", GPTQ(4, 32, mse=True)),
+    ("falcon", "gptq", GPTQ.plain(4, 32, mse=True)),
     ("llama_tied", "gptq", RTN(3, -1, sym=False)),
-    ("mpt", "gptq", GPTQ(4, 32)),
-    ("bloom", "gptq", GPTQ(4, 32)),
-    ("opt_350m", "gptq", GPTQ(4, 32)),
+    ("mpt", "gptq", GPTQ.plain(4, 32)),
+    ("bloom", "gptq", GPTQ.plain(4, 32)),
+    ("opt_350m", "gptq", GPTQ.plain(4, 32)),
 ]
 
 
@@ -125,10 +125,10 @@ def test_what_is_written_is_what_was_measured(folder_of, tmp_path, name, form, q
 @pytest.mark.parametrize("qep", [True, QEP(alpha=1.0, percdamp=0.1)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "llama_bfloat16"])
 def test_error_propagation_round_trip(folder_of, tmp_path, name, qep):
-    plain = quantize(folder_of(name), GPTQ(3, 32), qep=qep)
-    quantize(folder_of(name), GPTQ(3, 32), qep=qep, output=tmp_path / "out")
+    plain = quantize(folder_of(name), GPTQ.plain(3, 32), qep=qep)
+    quantize(folder_of(name), GPTQ.plain(3, 32), qep=qep, output=tmp_path / "out")
     check_reload(plain, folder_of(name), tmp_path / "out")
-    without = quantize(folder_of(name), GPTQ(3, 32))
+    without = quantize(folder_of(name), GPTQ.plain(3, 32))
     assert not torch.equal(logits(without.model), logits(plain.model))
     assert plain.record["qep"] == asdict(QEP() if qep is True else qep)
     assert without.record["qep"] is None
@@ -188,12 +188,12 @@ def test_the_programs_of_the_documentation(wide):
     M = wide
     more = {"calib": f"{M}/calib.txt", "nsamples": 4}
     results = [
-        Runner(ModelConfig(model_id=M, device="cpu"), GPTQ(wbits=4), **more).run(),
-        Runner(ModelConfig(model_id=M), GPTQ(wbits=3, actorder=True), **more).run(),
-        Runner(ModelConfig(model_id=M), GPTQ(wbits=4, sym=False), **more).run(),
+        Runner(ModelConfig(model_id=M, device="cpu"), GPTQ.plain(wbits=4), **more).run(),
+        Runner(ModelConfig(model_id=M), GPTQ.plain(wbits=3, actorder=True), **more).run(),
+        Runner(ModelConfig(model_id=M), GPTQ.plain(wbits=4, sym=False), **more).run(),
         Runner(
             model_config=ModelConfig(model_id=M, device="cpu"),
-            quantizer=GPTQ(wbits=3, groupsize=128),
+            quantizer=GPTQ.plain(wbits=3, groupsize=128),
             qep=True,
             **more,
         ).run(),
@@ -207,29 +207,29 @@ def test_the_programs_of_the_documentation(wide):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_here(wide):
     with pytest.raises(SettingError, match="cuda:0 is not here"):
-        Runner(ModelConfig(model_id=wide, device="cuda:0"), GPTQ(wbits=4), calib=CALIB).run()
-    assert Runner(ModelConfig(model_id=wide), GPTQ(wbits=4), calib=CALIB).run().layers
+        Runner(ModelConfig(model_id=wide, device="cuda:0"), GPTQ.plain(wbits=4), calib=CALIB).run()
+    assert Runner(ModelConfig(model_id=wide), GPTQ.plain(wbits=4), calib=CALIB).run().layers
 
 
 @pytest.mark.parametrize("device", ["cudaa", "", "meta"])
 def test_a_device_that_is_none(wide, device):
     with pytest.raises(SettingError):
-        Runner(ModelConfig(model_id=wide, device=device), GPTQ(wbits=4), calib=CALIB).run()
+        Runner(ModelConfig(model_id=wide, device=device), GPTQ.plain(wbits=4), calib=CALIB).run()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu(wide, tmp_path):
     config = ModelConfig(model_id=wide, device="cuda:0")
-    result = Runner(config, GPTQ(4, 128), calib=CALIB, output=tmp_path / "out").run()
+    result = Runner(config, GPTQ.plain(4, 128), calib=CALIB, output=tmp_path / "out").run()
     assert len(decoder.decode(tmp_path / "out")) == len(result.layers) == 14
 
 
 PROMISED = [
-    GPTQ(2, 32),
-    GPTQ(3, -1, sym=False),
-    GPTQ(4, 32, actorder=True),
-    GPTQ(3, 32, actorder=True, static_groups=True),
-    GPTQ(3, 32, mse=True),
+    GPTQ.plain(2, 32),
+    GPTQ.plain(3, -1, sym=False),
+    GPTQ.plain(4, 32, actorder=True),
+    GPTQ.plain(3, 32, actorder=True, static_groups=True),
+    GPTQ.plain(3, 32, mse=True),
     OBQ(3, 32),
     RTN(3, 32),
 ]
@@ -250,7 +250,7 @@ def test_no_layer_is_worse_than_rounding(folder_of, name, quantizer):
 
 
 def test_records_are_complete_and_true(folder_of):
-    quantizer = GPTQ(4, 32)
+    quantizer = GPTQ.plain(4, 32)
     seen = []
     result = quantize(folder_of("llama"), quantizer, progress=seen.append)
     row = BY_NAME["llama"]
@@ -300,7 +300,7 @@ def test_records_are_complete_and_true(folder_of):
 
 
 def test_errors_under_propagation_are_the_original_weights(folder_of):
-    result = quantize(folder_of("llama"), GPTQ(3, 32), qep=True)
+    result = quantize(folder_of("llama"), GPTQ.plain(3, 32), qep=True)
     original, record = BY_NAME["llama"].build(), result.layers[-1]
     reads = []
     result.model.get_submodule(record.name).register_forward_pre_hook(
@@ -393,7 +393,7 @@ def test_text_that_is_too_short_or_missing(folder_of, tmp_path):
 
 
 def test_a_groupsize_that_does_not_divide(folder_of, tmp_path):
-    cause = refusal(SettingError, folder_of("llama"), tmp_path, GPTQ(4, 48))
+    cause = refusal(SettingError, folder_of("llama"), tmp_path, GPTQ.plain(4, 48))
     assert "groupsize 48 does not divide the 64 columns of model.layers.0" in cause
 
 
@@ -412,9 +412,9 @@ def narrow(tmp_path):
 
 
 def test_a_shape_that_cannot_be_packed(tmp_path):
-    cause = refusal(SettingError, narrow(tmp_path), tmp_path, GPTQ(3))
+    cause = refusal(SettingError, narrow(tmp_path), tmp_path, GPTQ.plain(3))
     assert "cannot be packed at 3 bits: 40 columns" in cause
-    result = quantize(narrow(tmp_path), GPTQ(4), output=tmp_path / "out")
+    result = quantize(narrow(tmp_path), GPTQ.plain(4), output=tmp_path / "out")
     assert len(decoder.decode(tmp_path / "out")) == len(result.layers) == 7
 
 
@@ -425,7 +425,7 @@ def test_a_model_that_is_quantized_already(folder_of, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("quantizer", [GPTQ(4, 32), RTN(4, 32)], ids=["gptq", "rtn"])
+@pytest.mark.parametrize("quantizer", [GPTQ.plain(4, 32), RTN(4, 32)], ids=["gptq", "rtn"])
 def test_nan_in_a_weight_names_the_layer(tmp_path, name, value, quantizer):
     source = zoo.save(BY_NAME[name], tmp_path / "source")
     layer = {"llama": "model.layers.1.mlp.up_proj", "gpt2": "transformer.h.1.mlp.c_fc"}[name]
@@ -516,7 +516,7 @@ def test_an_interrupt_leaves_nothing_behind(folder_of, tmp_path, monkeypatch, er
 
 def test_a_text_that_does_not_reach_a_layers_inputs(folder_of):
     """One token in all: far fewer than columns. Damping grows, and the record says so."""
-    result = quantize(folder_of("llama"), GPTQ(4, 32, percdamp=0.0), calib=CALIB[:1, :1])
+    result = quantize(folder_of("llama"), GPTQ.plain(4, 32, percdamp=0.0), calib=CALIB[:1, :1])
     assert any(record.damp_tries > 0 for record in result.layers)
     assert logits(result.model).isfinite().all()
     assert all(record.error <= record.rtn_error * (1 + 1e-6) for record in result.layers)
@@ -573,6 +573,6 @@ def test_a_finished_block_leaves_the_memory(tmp_path, monkeypatch):
 def test_error_propagation_keeps_the_promise_on_the_original_weights(folder_of, options):
     """It aims at other weights, yet no layer ends worse than rounding the ones it was given."""
     settings = {"groupsize": 16, "sym": True} | options
-    result = quantize(folder_of("llama"), GPTQ(2, **settings), qep=True)
+    result = quantize(folder_of("llama"), GPTQ.plain(2, **settings), qep=True)
     assert all(layer.error <= layer.rtn_error * (1 + 1e-6) for layer in result.layers)
     assert sum(layer.error for layer in result.layers) > 0

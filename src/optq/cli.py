@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -43,6 +45,9 @@ def main() -> NoReturn:
     except OptqError as error:
         _say(error.cause, error.remedy)
         code = 2
+    except BrokenPipeError:  # of `optq .. | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except (KeyboardInterrupt, typer.Abort):
         _interrupted()
         code = 130
@@ -85,9 +90,11 @@ def demo(
     with progress.bar("optq demo") as bar:
         rows = [asdict(row) for row in demo_rows(device, bar.update)]
     if as_json:
+        for row in rows:
+            del row["rise"], row["seconds"]
         _print_json({"model": "demo", "rows": rows})
     else:
-        tables.demo(rows)
+        tables.compared(rows)
 
 
 @app.command()
@@ -100,11 +107,19 @@ def quantize(
         int, typer.Option(help="Columns that share a scale; -1: one scale to a row.")
     ] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Zero point fixed, or fitted.")] = True,
-    actorder: Annotated[bool, typer.Option(help="Columns of large activations first.")] = False,
-    static_groups: Annotated[
-        bool, typer.Option(help="Fit all grids beforehand: act-order costs nothing then.")
+    plain: Annotated[
+        bool, typer.Option("--plain", help="The paper's GPTQ; without it the best options known.")
     ] = False,
-    mse: Annotated[bool, typer.Option(help="Search the range of each grid.")] = False,
+    actorder: Annotated[
+        bool | None, typer.Option(help="Columns of large activations first.")
+    ] = None,
+    static_groups: Annotated[
+        bool | None, typer.Option(help="Fit all grids beforehand: act-order costs nothing then.")
+    ] = None,
+    mse: Annotated[bool | None, typer.Option(help="Search the range of each grid.")] = None,
+    polish: Annotated[
+        int | None, typer.Option(help="Rounds that mend codes and scales after the sweep.")
+    ] = None,
     percdamp: Annotated[float, typer.Option(help="Damping, of the mean of diag H.")] = 0.01,
     qep: Annotated[bool, typer.Option("--qep", help="Error propagation.")] = False,
     calib: Annotated[
@@ -127,9 +142,9 @@ def quantize(
     """Quantize MODEL and write the checkpoint OUT."""
     from optq.report import progress, tables
 
-    options = {"sym": sym, "mse": mse, "percdamp": percdamp}
+    options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
     options |= {"actorder": actorder, "static_groups": static_groups}
-    quantizer = _quantizer(method, wbits, groupsize, options)
+    quantizer = _quantizer(method, wbits, groupsize, plain, options)
     from optq.quantize import Progress
     from optq.runner import ModelConfig, Runner
 
@@ -171,7 +186,7 @@ def quantize(
                 "wbits": wbits,
                 "groupsize": groupsize,
                 "sym": sym,
-                "actorder": actorder,
+                "actorder": getattr(quantizer, "actorder", False),
                 "percdamp": percdamp,
                 "bits_per_weight": result.bits_per_weight,
                 "bytes": result.bytes,
@@ -238,6 +253,55 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    model: Model,
+    methods: Annotated[
+        str, typer.Option(help="Of rtn, plain (the paper's GPTQ), gptq, qep.")
+    ] = "rtn,plain,gptq,qep",
+    wbits: Annotated[str, typer.Option(help="Of 2, 3, 4, 8.")] = "4,3,2",
+    groupsize: Annotated[str, typer.Option(help="-1: one scale to a row.")] = "128",
+    calib: Annotated[str | None, typer.Option(help="As of quantize.")] = None,
+    text: Annotated[str | None, typer.Option(help="Held-out text, as --text of eval.")] = None,
+    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seqlen: Seqlen = None,
+    seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
+    device: Device = "auto",
+    results: Annotated[
+        Path, typer.Option(help="Rows that are done: the same command goes on from them.")
+    ] = Path("optq-compare.jsonl"),
+    chart: Annotated[Path | None, typer.Option(help="An SVG to draw.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Many settings on MODEL with one calibration: size, perplexity, rise, seconds."""
+    from dataclasses import asdict
+
+    from optq.compare import Comparison, write_chart
+    from optq.report import progress, tables
+    from optq.runner import ModelConfig
+
+    config = ModelConfig(model, device)
+    comparison = Comparison(
+        config,
+        _words("--methods", methods),
+        [_number("--wbits", word) for word in _words("--wbits", wbits)],
+        [_number("--groupsize", word) for word in _words("--groupsize", groupsize)],
+        calib or ("demo" if config.is_demo else "c4"),
+        text or ("demo" if config.is_demo else "wikitext2"),
+        nsamples,
+        seqlen,
+        seed,
+    )
+    with progress.bar("optq compare") as bar:
+        rows = comparison.run(results, bar.update)
+    if chart is not None:
+        write_chart(chart, model, rows)
+    if as_json:
+        _print_json({"model": model, "rows": [asdict(row) for row in rows]})
+    else:
+        tables.compared([asdict(row) for row in rows])
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
@@ -255,15 +319,16 @@ def generate(
     def complete(name: str, show: Callable[[str], object]) -> tuple[str, Speed]:
         """The whole text and its speed; only one model is in memory at a time."""
         completion = Completion(*ModelConfig(name, device).load(), prompt, max_new_tokens)
-        pieces = []
-        for piece in completion:
-            show(piece)
-            pieces.append(piece)
-        return "".join(pieces), completion.speed
+        text = ""
+        with closing(completion.__iter__()) as pieces:
+            for piece in pieces:
+                show(piece)
+                text += piece
+        return text, completion.speed
 
     if compare is not None:
-        both = {name: complete(name, lambda _: None) for name in (model, compare)}
-        tables.completions(prompt, both)
+        names = (model, compare)
+        tables.completions(prompt, names, [complete(name, lambda _: None) for name in names])
         return
     _, speed = complete(model, lambda piece: print(piece, end="", flush=True))
     print()
@@ -333,23 +398,44 @@ def inspect(
     tables.checkpoint(what)
 
 
-def _quantizer(method: str, wbits: int, groupsize: int, options: dict[str, Any]) -> Quantizer:
+def _quantizer(
+    method: str, wbits: int, groupsize: int, plain: bool, options: dict[str, Any]
+) -> Quantizer:
     """The solver, with those options that it has; one that it lacks must not be asked for."""
     from dataclasses import fields
 
+    from optq.core.gptq import GPTQ
     from optq.runner import METHODS
 
     if method not in METHODS:
         raise SettingError(f"the method {method} is unknown", f"choose {', '.join(METHODS)}")
     solver = METHODS[method]
     known = {field.name for field in fields(solver)}
-    for name, value in options.items():
-        if name not in known and value is True:
-            flag = name.replace("_", "-")
-            raise SettingError(f"{method} has no --{flag}", "leave it out, or use --method gptq")
-    return solver(
-        wbits=wbits, groupsize=groupsize, **{k: v for k, v in options.items() if k in known}
-    )
+    asked = {name for name, value in options.items() if value and name != "percdamp"} - known
+    if plain and solver is not GPTQ:
+        asked.add("plain")
+    if asked:
+        flag = min(asked).replace("_", "-")
+        raise SettingError(f"{method} has no --{flag}", "leave it out, or use --method gptq")
+    chosen = {name: v for name, v in options.items() if name in known and v is not None}
+    build = GPTQ.plain if plain else solver
+    return build(wbits=wbits, groupsize=groupsize, **chosen)
+
+
+def _words(flag: str, text: str) -> list[str]:
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise SettingError(f"{flag} is empty", "give one or more, with commas between")
+    return words
+
+
+def _number(flag: str, word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise SettingError(
+            f"{flag} {word} is no number", "give numbers, with commas between"
+        ) from None
 
 
 def _print_json(value: dict[str, Any]) -> None:

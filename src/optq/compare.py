@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
 
 from optq.core.gptq import GPTQ
 from optq.core.rtn import RTN
+from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
-from optq.errors import NumericsError
+from optq.errors import DataError, NumericsError, OutputError, SettingError
 from optq.evaluate.perplexity import Perplexity, perplexity
+from optq.formats import FORMATS
 from optq.model.blocks import find_blocks
-from optq.quantize import Quantizer
-from optq.runner import METHODS, ModelConfig, Runner, sequence_length
+from optq.quantize import Quantizer, layer_scheme
+from optq.report.chart import bars
+from optq.runner import ModelConfig, Runner, sequence_length
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
 DEMO_SAMPLES = 64
 Progress = Callable[[float, float, str], None]
+
+# What `optq compare --methods` names: the quantizer of (wbits, groupsize), and error propagation.
+COMPARED: dict[str, tuple[Callable[[int, int], Quantizer], bool]] = {
+    "rtn": (RTN, False),
+    "plain": (GPTQ.plain, False),
+    "gptq": (GPTQ, False),
+    "qep": (GPTQ, True),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,129 @@ class Row:
     bits_per_weight: float
     bytes: int  # of the layers that are quantized, or would be
     perplexity: float
+    rise: float = 0.0  # over the model as it is
+    seconds: float = 0.0  # of quantizing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared on what. ``calib`` and ``text`` are SPECs of :mod:`optq.data`."""
+
+    config: ModelConfig
+    methods: Sequence[str]
+    wbits: Sequence[int]
+    groupsizes: Sequence[int]
+    calib: str
+    text: str
+    nsamples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+
+    def run(self, results: Path | None = None, progress: Progress = lambda *_: None) -> list[Row]:
+        """All rows, the full-precision model first.
+
+        Each is added to the JSON lines of ``results`` as soon as it is there, and one that is
+        there already, of the same model, texts and settings, is not measured again. Raises
+        ``SettingError`` before any work for a method, width or group size that cannot be.
+        """
+        settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in self.methods]
+        quantizers = {setting: self._quantizer(*setting) for setting in settings}
+        kept = Kept(results, self._key())
+        model, tokenizer = self.config.load()
+        seqlen = sequence_length(model, self.seqlen)
+        windows = evaluation_tokens(self.text, tokenizer, seqlen)
+        layers = [layer for block in find_blocks(model) for layer in block.layers]
+        for quantizer in quantizers.values():
+            for layer in layers:
+                scheme = layer_scheme(quantizer)
+                FORMATS["gptq"].check(layer.name, *layer.shape, scheme, layer.transposed)
+        steps = len(settings) + 1
+        progress(0, steps, "full precision")
+        size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
+        full = kept.get("none", bits, -1)
+        if full is None:
+            full = Row("none", bits, -1, bits, size, _finite(model, windows).perplexity)
+            kept.add(full)
+        del model, layers
+        rows, tokens = [full], None
+        for step, setting in enumerate(settings, start=1):
+            method, wbits, groupsize = setting
+            progress(step, steps, f"{method} at {wbits} bits, groupsize {groupsize}")
+            row = kept.get(*setting)
+            if row is None:
+                if tokens is None:  # one calibration for all
+                    tokens = calibration_tokens(
+                        self.calib, tokenizer, self.nsamples, seqlen, self.seed
+                    )
+                row = self._measure(setting, quantizers[setting], tokens, windows, full)
+                kept.add(row)
+            rows.append(row)
+        return rows
+
+    def _measure(
+        self,
+        setting: tuple[str, int, int],
+        quantizer: Quantizer,
+        tokens: Tensor,
+        windows: Tensor,
+        full: Row,
+    ) -> Row:
+        start = time.perf_counter()
+        result = Runner(self.config, quantizer, COMPARED[setting[0]][1], calib=tokens).run()
+        seconds = time.perf_counter() - start
+        model = result.model.to(self.config.torch_device())
+        measured = _finite(model, windows).perplexity
+        rise = measured - full.perplexity
+        return Row(*setting, result.bits_per_weight, result.bytes, measured, rise, seconds)
+
+    def _quantizer(self, method: str, wbits: int, groupsize: int) -> Quantizer:
+        if method not in COMPARED:
+            raise SettingError(f"the method {method} is unknown", f"choose {', '.join(COMPARED)}")
+        return COMPARED[method][0](wbits, groupsize)
+
+    def _key(self) -> str:
+        """Of everything but the setting that a row depends on."""
+        folder = self.config.checkpoint().folder
+        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir()]
+        for spec in (self.calib, self.text):
+            if Path(spec).is_file():
+                files.append((spec, Path(spec).stat().st_size, Path(spec).stat().st_mtime_ns))
+        numbers = (self.nsamples, self.seqlen, self.seed, self.calib, self.text)
+        return hashlib.sha256(repr((sorted(files), numbers)).encode()).hexdigest()[:16]
+
+
+class Kept:
+    """The rows in a file of JSON lines that belong to one comparison."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path, self.key = path, key
+        self.rows: dict[tuple[str, int, int], Row] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                if entry.pop("key") == key:
+                    row = Row(**entry)
+                    self.rows[row.method, row.wbits, row.groupsize] = row
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} holds no results of optq compare", "name another file with --results"
+            ) from error
+
+    def get(self, method: str, wbits: int, groupsize: int) -> Row | None:
+        return self.rows.get((method, wbits, groupsize))
+
+    def add(self, row: Row) -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": self.key, **asdict(row)}) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written: {error.strerror}", "name another file"
+            ) from error
 
 
 def measure(
@@ -41,43 +181,41 @@ def measure(
     windows = evaluation_tokens(text, tokenizer, seqlen)
     note = f"{len(windows)} windows of {seqlen} tokens"
     report = None if progress is None else (lambda done, total: progress(done, total, note))
+    return _finite(model, windows, report), seqlen
+
+
+def demo_rows(device: str, progress: Progress) -> list[Row]:
+    """The bundled model as it is, rounded, and with GPTQ, at 4, 3 and 2 bits."""
+    comparison = Comparison(
+        ModelConfig("demo", device),
+        methods=("rtn", "gptq"),
+        wbits=(4, 3, 2),
+        groupsizes=(128,),
+        calib="demo",
+        text="demo",
+        nsamples=DEMO_SAMPLES,
+        seqlen=DEMO_SEQLEN,
+    )
+    return comparison.run(progress=progress)
+
+
+def write_chart(path: Path, title: str, rows: list[Row]) -> None:
+    """The bar chart of a comparison, as SVG."""
+    try:
+        path.write_text(bars(title, [asdict(row) for row in rows]), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}", "name another file with --chart"
+        ) from error
+
+
+def _finite(
+    model: object, windows: Tensor, report: Callable[[int, int], None] | None = None
+) -> Perplexity:
     result = perplexity(model, windows, progress=report)
     if not math.isfinite(result.perplexity):
         raise NumericsError(
             f"the perplexity is beyond floating point: the mean loss is {result.nll:.4g} nats",
             "check that tokenizer and weights belong together",
         )
-    return result, seqlen
-
-
-def demo_rows(device: str, progress: Progress) -> list[Row]:
-    """The bundled model as it is, rounded, and with GPTQ, at 4, 3 and 2 bits."""
-    config = ModelConfig("demo", device)
-    quantizers: list[Quantizer] = []
-    for wbits in (4, 3, 2):
-        quantizers.append(RTN(wbits, groupsize=128))
-        quantizers.append(GPTQ(wbits, 128, actorder=True, static_groups=True, mse=True))
-    steps = len(quantizers) + 1
-    progress(0, steps, "full precision")
-    model, tokenizer = config.load()
-    windows = evaluation_tokens("demo", tokenizer, DEMO_SEQLEN)
-    layers = [layer for block in find_blocks(model) for layer in block.layers]
-    size = sum(layer.weight.nbytes for layer in layers)
-    bits = 8 * layers[0].weight.element_size()
-    rows = [Row("none", bits, -1, bits, size, perplexity(model, windows).perplexity)]
-    names = {solver: name for name, solver in METHODS.items()}
-    for step, quantizer in enumerate(quantizers, start=1):
-        method = names[type(quantizer)]
-        progress(step, steps, f"{method} at {quantizer.wbits} bits")
-        result = Runner(config, quantizer, nsamples=DEMO_SAMPLES, seqlen=DEMO_SEQLEN).run()
-        rows.append(
-            Row(
-                method,
-                quantizer.wbits,
-                quantizer.groupsize,
-                result.bits_per_weight,
-                result.bytes,
-                perplexity(result.model.to(config.torch_device()), windows).perplexity,
-            )
-        )
-    return rows
+    return result

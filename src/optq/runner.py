@@ -25,12 +25,12 @@ from optq.core.obq import OBQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.data.calibration import calibration_tokens
-from optq.errors import DataError, ModelError, SettingError
+from optq.errors import ModelError, SettingError
 from optq.formats import FORMATS, detect, reader
 from optq.formats.writer import Writer, check_target
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
-from optq.model.source import load_model, load_tokenizer, positions
+from optq.model.source import check_vocabulary, load_model, load_tokenizer, positions
 from optq.quantize import LayerRecord, Progress, Quantization, Quantizer
 
 METHODS = {"rtn": RTN, "gptq": GPTQ, "obq": OBQ}
@@ -202,13 +202,7 @@ class Runner:
             tokens = calibration_tokens(
                 self._calib_name(), tokenizer, self.nsamples, seqlen, self.seed, chat=self.chat
             )
-        vocabulary = model.get_input_embeddings().num_embeddings
-        for token in (int(tokens.min()), int(tokens.max())):
-            if not 0 <= token < vocabulary:
-                raise DataError(
-                    f"token id {token} is outside the model's vocabulary of {vocabulary}",
-                    "use the tokenizer that belongs to the model",
-                )
+        check_vocabulary(model, tokens)
         return tokens
 
     def _calib_name(self) -> str:

@@ -103,7 +103,7 @@ def test_the_rounds_are_the_oracle_s(monkeypatch, groupsize, wbits, sym):
     monkeypatch.setattr(descent, "STEP_COLUMNS", 4)
     p = problem(5, 44, seed=3)
     W, H = p.tensors()
-    start = GPTQ(wbits, groupsize, sym, mse=True).solve(W, H, EXACT)
+    start = GPTQ.plain(wbits, groupsize, sym, mse=True).solve(W, H, EXACT)
     size = 44 if groupsize == -1 else groupsize
     for rounds in (1, 2):
         found = polish(W, H, start, EXACT, rounds).weight
@@ -128,7 +128,7 @@ def test_the_rounds_are_the_oracle_s(monkeypatch, groupsize, wbits, sym):
 
 def test_groups_out_of_order_are_those_of_the_ordered_columns():
     W, H = problem(6, 48, seed=5).tensors()
-    start = GPTQ(3, 16, actorder=True).solve(W, H, EXACT)
+    start = GPTQ.plain(3, 16, actorder=True).solve(W, H, EXACT)
     order = torch.argsort(start.g_idx, stable=True)
     assert not start.consecutive
     ordered = replace(start, codes=start.codes[:, order], g_idx=start.g_idx[order])
@@ -200,7 +200,7 @@ def test_a_row_that_did_not_gain_keeps_its_codes_and_scales():
 def test_a_gradient_of_noise_changes_nothing(monkeypatch):
     """The final check is exact, whatever the rounds were misled by."""
     W, H = realistic(16, 64)
-    start = GPTQ(4, 16).solve(W, H)
+    start = GPTQ.plain(4, 16).solve(W, H)
     noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * H.diagonal().max()
     monkeypatch.setattr(descent, "fast_bfloat16", lambda device: True)
     real = torch.Tensor.bfloat16
@@ -221,14 +221,14 @@ def test_duplicated_inputs_do_not_all_make_up_for_the_same_error():
 def test_the_layer_error_falls(monkeypatch, wbits, least, bfloat16):
     monkeypatch.setattr(descent, "fast_bfloat16", lambda device: bfloat16)
     W, H = realistic()
-    plain, polished = (GPTQ(wbits, 128, polish=n).solve(W, H) for n in (0, 2))
+    plain, polished = (GPTQ.plain(wbits, 128, polish=n).solve(W, H) for n in (0, 2))
     assert 1 - polished.error.sum() / plain.error.sum() > least
     assert torch.equal(polished.rtn_error, plain.rtn_error)
 
 
 def test_more_rounds_do_not_lose():
     W, H = (x.double() for x in realistic())
-    start = GPTQ(3, 64).solve(W, H)
+    start = GPTQ.plain(3, 64).solve(W, H)
     gains = [polish(W, H, start, rounds=n).gain for n in (1, 2, 4)]
     assert 0 < gains[0] < gains[1] < gains[2]
 
@@ -237,7 +237,7 @@ def test_any_target_may_be_aimed_at():
     """As error propagation does: the weight was solved for another one."""
     p = problem(5, 40, seed=19)
     W, H = p.tensors()
-    start = GPTQ(4, 8).solve(W + 0.1 * torch.randn_like(W), H)
+    start = GPTQ.plain(4, 8).solve(W + 0.1 * torch.randn_like(W), H)
     polished = polish(W, H, start, rounds=3)
     before, _ = errors(p, start)
     after, _ = errors(p, polished.weight)
@@ -247,7 +247,7 @@ def test_any_target_may_be_aimed_at():
 
 def test_polishing_twice_gives_the_same_bits_and_leaves_its_inputs_alone():
     W, H = realistic()
-    start = GPTQ(3, 64).solve(W, H)
+    start = GPTQ.plain(3, 64).solve(W, H)
     before = W.clone(), H.clone(), start.codes.clone(), start.scales.clone(), start.error.clone()
     first, second = (polish(W, H, start, Storage(), 2, start.error) for _ in range(2))
     for old, now in zip(before, (W, H, start.codes, start.scales, start.error), strict=True):

@@ -61,7 +61,7 @@ def paper(p, options, d, follow):
 
 def compare(p, options):
     W, H = p.tensors()
-    solution = GPTQ(**options).solve(W, H, EXACT)
+    solution = GPTQ.plain(**options).solve(W, H, EXACT)
     follow = solution.codes.numpy().astype(int)
     codes, scales, sure, sweep = paper(p, options, solution.damp, follow)
     assert solution.g_idx.tolist() == sweep.g_idx.tolist()
@@ -115,7 +115,7 @@ def test_the_codes_are_the_paper_s_over_many_blocks(options, groupsize):
 
 def test_the_block_size_does_not_change_a_code():
     W, H = problem(6, 96, seed=17).tensors()
-    one, *others = (GPTQ(4, 24, blocksize=b).solve(W, H, EXACT) for b in (1, 7, 32, 96, 200))
+    one, *others = (GPTQ.plain(4, 24, blocksize=b).solve(W, H, EXACT) for b in (1, 7, 32, 96, 200))
     for other in others:
         assert torch.equal(one.codes, other.codes)
 
@@ -127,7 +127,7 @@ def test_the_block_size_does_not_change_a_code():
 @pytest.mark.parametrize("wbits", [2, 3, 4, 8])
 def test_one_column_is_round_to_nearest(sym, wbits):
     W, H = problem(8, 1, seed=19).tensors()
-    gptq, rtn = (s(wbits, sym=sym).solve(W, H, EXACT) for s in (GPTQ, RTN))
+    gptq, rtn = (s(wbits, sym=sym).solve(W, H, EXACT) for s in (GPTQ.plain, RTN))
     assert torch.equal(gptq.codes, rtn.codes) and torch.equal(gptq.scales, rtn.scales)
 
 
@@ -136,7 +136,7 @@ def test_one_column_is_round_to_nearest(sym, wbits):
 @pytest.mark.parametrize("sym", [True, False])
 def test_a_diagonal_hessian_gives_round_to_nearest(groupsize, options, sym):
     W, H = problem(6, 40, "diagonal", seed=23).tensors()
-    gptq = GPTQ(3, groupsize, sym, **options).solve(W, H, EXACT)
+    gptq = GPTQ.plain(3, groupsize, sym, **options).solve(W, H, EXACT)
     rtn = RTN(3, groupsize, sym).solve(W, H, EXACT)
     assert torch.equal(gptq.codes, rtn.codes) and torch.equal(gptq.scales, rtn.scales)
     torch.testing.assert_close(gptq.error, rtn.error)
@@ -162,8 +162,8 @@ def test_act_order_is_the_permuted_problem_with_its_columns_put_back(groupsize, 
     p = problem(6, 48, "outlier inputs", seed=31)
     W, H = p.tensors()
     order = torch.tensor(oracles.act_order(p.H))
-    ordered = GPTQ(3, groupsize, sym, actorder=True).solve(W, H, EXACT)
-    direct = GPTQ(3, groupsize, sym).solve(W[:, order], H[order][:, order], EXACT)
+    ordered = GPTQ.plain(3, groupsize, sym, actorder=True).solve(W, H, EXACT)
+    direct = GPTQ.plain(3, groupsize, sym).solve(W[:, order], H[order][:, order], EXACT)
     assert torch.equal(ordered.codes[:, order], direct.codes)
     assert torch.equal(ordered.g_idx[order], direct.g_idx)
     assert torch.equal(ordered.scales, direct.scales)
@@ -173,21 +173,21 @@ def test_act_order_is_the_permuted_problem_with_its_columns_put_back(groupsize, 
 def test_act_order_takes_columns_of_equal_weight_in_their_own_order():
     W = problem(3, 8, seed=37).tensors()[0]
     H = torch.diag(torch.tensor([1.0, 2, 1, 2, 1, 3, 1, 2], dtype=torch.float64))
-    g_idx = GPTQ(4, 2, actorder=True).solve(W, H, EXACT).g_idx
+    g_idx = GPTQ.plain(4, 2, actorder=True).solve(W, H, EXACT).g_idx
     assert g_idx.tolist() == [2, 0, 2, 1, 3, 0, 3, 1]
 
 
 @pytest.mark.parametrize("actorder", [False, True])
 def test_static_groups_keep_the_original_columns_and_grids(actorder):
     W, H = problem(4, 40, seed=41).tensors()
-    solution = GPTQ(4, 16, actorder=actorder, static_groups=True).solve(W, H, EXACT)
+    solution = GPTQ.plain(4, 16, actorder=actorder, static_groups=True).solve(W, H, EXACT)
     assert solution.g_idx.tolist() == [k // 16 for k in range(40)]
     assert torch.equal(solution.scales, RTN(4, 16).solve(W, H, EXACT).scales)
 
 
 def test_stacked_layers_are_solved_as_each_alone():
     W, H = problem(9, 40, seed=43).tensors()
-    solver = GPTQ(4, 16, actorder=True)
+    solver = GPTQ.plain(4, 16, actorder=True)
     parts = solver.solve(W, H, EXACT).split([2, 4, 3])
     for part, rows in zip(parts, W.split([2, 4, 3]), strict=True):
         alone = solver.solve(rows, H, EXACT)
@@ -203,8 +203,8 @@ def test_group_order_is_the_permuted_problem_and_keeps_groups_in_place(groupsize
     W, H = p.tensors()
     order = oracles.group_order(p.H, 48 if groupsize == -1 else groupsize)
     options = {"wbits": 3, "groupsize": groupsize, "sym": sym}
-    ordered = GPTQ(actorder="group", **options).solve(W, H, EXACT)
-    direct = GPTQ(**options).solve(W[:, order], H[order][:, order], EXACT)
+    ordered = GPTQ.plain(actorder="group", **options).solve(W, H, EXACT)
+    direct = GPTQ.plain(**options).solve(W[:, order], H[order][:, order], EXACT)
     assert ordered.consecutive
     torch.testing.assert_close(ordered.weight[:, order], direct.weight)
     torch.testing.assert_close(ordered.error, direct.error)
@@ -231,7 +231,7 @@ def test_group_order_takes_loud_groups_first_and_a_shorter_one_last():
     st.sampled_from((0.0, 1e-6, 0.01, 0.1)),
 )
 def test_every_solution_keeps_its_promises(p, options, sweep, polish, storage, dtype, percdamp):
-    solution = GPTQ(percdamp=percdamp, **options, **sweep, **polish).solve(
+    solution = GPTQ.plain(percdamp=percdamp, **options, **sweep, **polish).solve(
         *p.tensors(dtype), storage
     )
     check_solution(solution, p, options, storage, dtype)
@@ -245,7 +245,7 @@ def test_they_are_kept_where_errors_are_first_taken_in_bfloat16(p, grid, sweep, 
     with pytest.MonkeyPatch.context() as patch:
         for module in ("gptq", "hessian", "descent"):
             patch.setattr(f"optq.core.{module}.fast_bfloat16", lambda device: True)
-        solution = GPTQ(percdamp=percdamp, **grid, **sweep, **polish).solve(*p.tensors(dtype))
+        solution = GPTQ.plain(percdamp=percdamp, **grid, **sweep, **polish).solve(*p.tensors(dtype))
     check_solution(solution, p, grid, Storage(), dtype)
 
 
@@ -259,7 +259,7 @@ def test_every_rounded_layer_keeps_them_too(p, options, storage):
 def losing(seed):
     """A problem of 12 columns and two bits, the oracle's sweep, rounding, and which rows lose."""
     p = problem(40, 12, seed=seed)
-    solution = GPTQ(2, sym=False).solve(*p.tensors(), EXACT)
+    solution = GPTQ.plain(2, sym=False).solve(*p.tensors(), EXACT)
     rtn = RTN(2, sym=False).solve(*p.tensors(), EXACT)
     sweep = oracles.gptq(p.W, p.H, solution.damp, 2, sym=False)
     lost = oracles.row_errors(p.W, sweep.weight, p.H) > rtn.error.numpy() * (1 + 1e-9)
@@ -282,14 +282,15 @@ def test_only_rows_where_rounding_was_better_are_counted_as_fallen_back():
 
 @pytest.mark.parametrize("options", [{}, {"actorder": True}, {"groupsize": 16, "sym": False}])
 def test_the_error_is_well_below_round_to_nearest_s(options):
-    solution = GPTQ(3, **options).solve(*problem(16, 64, seed=53).tensors(torch.float32))
+    solution = GPTQ.plain(3, **options).solve(*problem(16, 64, seed=53).tensors(torch.float32))
     assert solution.error.sum() < 0.7 * solution.rtn_error.sum()
 
 
 def test_float32_gives_nearly_the_codes_of_float64():
     p = problem(16, 64, seed=59)
     single, double = (
-        GPTQ(4, 16).solve(*p.tensors(dtype), Storage()) for dtype in (torch.float32, torch.float64)
+        GPTQ.plain(4, 16).solve(*p.tensors(dtype), Storage())
+        for dtype in (torch.float32, torch.float64)
     )
     assert (single.codes == double.codes).double().mean() > 0.98
     torch.testing.assert_close(single.error.sum().double(), double.error.sum(), rtol=0.02, atol=0)
@@ -299,7 +300,7 @@ def test_float32_gives_nearly_the_codes_of_float64():
 def test_weights_of_half_precision_are_solved_as_their_float32_values(dtype):
     W, H = problem(4, 32, seed=61).tensors(torch.float32)
     W = W.to(dtype)
-    half, single = GPTQ(4, 8).solve(W, H), GPTQ(4, 8).solve(W.float(), H)
+    half, single = GPTQ.plain(4, 8).solve(W, H), GPTQ.plain(4, 8).solve(W.float(), H)
     assert torch.equal(half.codes, single.codes) and torch.equal(half.scales, single.scales)
 
 
@@ -311,7 +312,7 @@ def test_a_dead_column_has_weight_zero_and_no_say_in_any_grid(options):
     W, H = p.tensors()
     loud = W.clone()
     loud[:, torch.tensor(dead)] = 1e6
-    for solver in (GPTQ(4, 8, sym=False, **options), RTN(4, 8, sym=False)):
+    for solver in (GPTQ.plain(4, 8, sym=False, **options), RTN(4, 8, sym=False)):
         quiet, solution = solver.solve(W, H), solver.solve(loud, H)
         assert solution.dead == dead.sum()
         assert (solution.weight[:, torch.tensor(dead)] == 0).all()
@@ -319,7 +320,9 @@ def test_a_dead_column_has_weight_zero_and_no_say_in_any_grid(options):
         assert torch.equal(solution.scales, quiet.scales)
 
 
-@pytest.mark.parametrize("solver", [GPTQ(4, 8), GPTQ(4, 8, actorder=True), RTN(4, 8, mse=True)])
+@pytest.mark.parametrize(
+    "solver", [GPTQ.plain(4, 8), GPTQ.plain(4, 8, actorder=True), RTN(4, 8, mse=True)]
+)
 def test_a_hessian_of_zeros_gives_finite_zeros(solver):
     """No input was ever anything but zero: every column is dead."""
     W = problem(3, 20).tensors()[0]
@@ -331,7 +334,7 @@ def test_a_hessian_of_zeros_gives_finite_zeros(solver):
 
 def test_the_damping_that_was_used_is_reported():
     p = problem(2, 16, seed=71)
-    solution = GPTQ(4, percdamp=0.05).solve(*p.tensors())
+    solution = GPTQ.plain(4, percdamp=0.05).solve(*p.tensors())
     assert solution.damp == pytest.approx(0.05 * np.diag(p.H).mean())
 
 
@@ -341,7 +344,7 @@ def test_a_hessian_that_needed_more_damping_says_so():
     values, vectors = torch.linalg.eigh(H)
     values[0] = -0.05 * H.diagonal().mean()
     H = vectors * values @ vectors.T
-    solution = GPTQ(4).solve(W, H)
+    solution = GPTQ.plain(4).solve(W, H)
     assert solution.damp == pytest.approx(0.1 * H.diagonal().mean().item())
     assert torch.isfinite(solution.error).all()
 
@@ -350,14 +353,14 @@ def test_a_hessian_with_a_nan_is_an_error():
     W, H = problem(2, 8).tensors()
     H[1, 1] = float("nan")
     with pytest.raises(NumericsError):
-        GPTQ(4).solve(W, H)
+        GPTQ.plain(4).solve(W, H)
 
 
 @pytest.mark.parametrize("options", [{}, {"actorder": True}])
 def test_solving_twice_gives_the_same_bits_and_leaves_its_inputs_alone(options):
     W, H = problem(8, 64, "dead columns", seed=79).tensors(torch.float32)
     before = W.clone(), H.clone()
-    first, second = (GPTQ(4, 16, **options).solve(W, H) for _ in range(2))
+    first, second = (GPTQ.plain(4, 16, **options).solve(W, H) for _ in range(2))
     assert torch.equal(W, before[0]) and torch.equal(H, before[1])
     for name in ("codes", "scales", "zeros", "g_idx", "error"):
         assert torch.equal(getattr(first, name), getattr(second, name))
@@ -366,7 +369,8 @@ def test_solving_twice_gives_the_same_bits_and_leaves_its_inputs_alone(options):
 def test_a_layout_that_is_not_contiguous_gives_the_same_codes():
     W, H = problem(8, 32, seed=83).tensors()
     assert torch.equal(
-        GPTQ(4, 8).solve(W.T.contiguous().T, H, EXACT).codes, GPTQ(4, 8).solve(W, H, EXACT).codes
+        GPTQ.plain(4, 8).solve(W.T.contiguous().T, H, EXACT).codes,
+        GPTQ.plain(4, 8).solve(W, H, EXACT).codes,
     )
 
 
@@ -384,4 +388,4 @@ def test_a_layout_that_is_not_contiguous_gives_the_same_codes():
 )
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(SettingError):
-        GPTQ(**({"wbits": 4} | options))
+        GPTQ.plain(**({"wbits": 4} | options))

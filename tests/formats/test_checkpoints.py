@@ -533,6 +533,60 @@ def test_groups_out_of_range_are_refused(quantized):
         reader.load(edited(quantized, edit))
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("qweight", lambda t: t.half(), "qweight is torch.float16"),
+        ("qweight", lambda t: t.to(torch.int64), "qweight is torch.int64"),
+        ("qweight", lambda t: t.flatten(), "2 axes belongs"),
+        ("qzeros", lambda t: t.float(), "qzeros is torch.float32"),
+        ("g_idx", lambda t: t.float(), "g_idx is torch.float32"),
+        ("g_idx", lambda t: t - 1, "names groups outside"),
+        ("scales", lambda t: t.to(torch.int32), "scales is torch.int32"),
+        ("scales", lambda t: t * float("nan"), "hold NaN or infinity"),
+    ],
+)
+def test_damaged_parts_are_refused(quantized, part, change, message):
+    def edit(state):
+        state[f"{LAYER}.{part}"] = change(state[f"{LAYER}.{part}"]).contiguous()
+
+    with pytest.raises(ModelError, match=message):
+        reader.load(edited(quantized, edit))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("bits", 4.0, "4.0 bits"),
+        ("bits", "4", "4 bits"),
+        ("group_size", None, "groups of None"),
+        ("dynamic", ["+:up"], "are no rules"),
+        ("dynamic", {"+:up": None}, "are no rules"),
+    ],
+)
+def test_damaged_settings_are_refused(quantized, key, value, message):
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (quantized / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        reader.load(Checkpoint.open(str(quantized)))
+
+
+def test_a_quantized_config_on_a_plain_model_is_refused(source, quantized):
+    settings = json.loads((quantized / "config.json").read_text())["quantization_config"]
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(ModelError, match=r"no layer of .* is packed"):
+        reader.load(Checkpoint.open(str(source)))
+
+
+def test_a_dtype_without_a_kernel_is_refused(quantized):
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
+    with pytest.raises(ModelError, match=r"no kernel for torch\.float64"):
+        reader.load(Checkpoint.open(str(quantized)))
+
+
 def test_layers_of_another_shape_are_refused(quantized):
     config = json.loads((quantized / "config.json").read_text())
     config["intermediate_size"] *= 2

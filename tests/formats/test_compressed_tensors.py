@@ -69,7 +69,7 @@ def decoded_in_numpy(tensors, bits, groupsize):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_round_trip(bits, sym, groupsize, rows, columns, dtype):
-    solution = solved(GPTQ(bits, groupsize, sym), rows, columns, dtype)
+    solution = solved(GPTQ.plain(bits, groupsize, sym), rows, columns, dtype)
     scheme = LayerScheme(bits, groupsize, sym)
     tensors = FORM.encode(solution, dtype, sym)
 
@@ -123,14 +123,14 @@ def test_encode_refuses_what_would_be_another_model():
     fine = RTN(4, 32).solve(torch.randn(8, 64), torch.eye(64), Storage((torch.float16,)))
     with pytest.raises(SettingError, match=r"bfloat16, which cannot hold.*\n.*gptq"):
         FORM.encode(fine, torch.bfloat16, fine.sym)
-    ordered = solved(GPTQ(4, 32, actorder=True))
+    ordered = solved(GPTQ.plain(4, 32, actorder=True))
     assert not ordered.consecutive
     with pytest.raises(SettingError, match="would follow act-order"):
         FORM.encode(ordered, torch.float32, True)
     ragged = RTN(4, 32).solve(torch.randn(8, 80), torch.eye(80), Storage())
     with pytest.raises(SettingError, match="does not divide the 80 columns"):
         FORM.encode(ragged, torch.float32, True)
-    FORM.encode(solved(GPTQ(4, 32, actorder=True, static_groups=True)), torch.float32, True)
+    FORM.encode(solved(GPTQ.plain(4, 32, actorder=True, static_groups=True)), torch.float32, True)
 
 
 def test_layers_that_cannot_be_written_are_refused_before_any_work():
@@ -381,16 +381,16 @@ UNPACKED = pytest.mark.xfail(
 @pytest.mark.parametrize(
     ("row", "quantizer", "skip", "on_load"),
     [
-        (LLAMA, GPTQ(2, 32), None, False),
-        (LLAMA, GPTQ(3, 128, sym=False), "v_proj", True),
-        pytest.param(LLAMA, GPTQ(3, 128, sym=False), "v_proj", False, marks=UNPACKED),
-        (LLAMA, GPTQ(4, 128), "layers.0", True),
-        (LLAMA, GPTQ(8, -1, sym=False), None, True),
-        (BIASES, GPTQ(2, -1, sym=False), None, True),
-        (BIASES, GPTQ(3, 32), r"1\.mlp\.down_proj", False),
-        (BIASES, GPTQ(4, 32, sym=False, actorder=True, static_groups=True), None, True),
-        (BIASES, GPTQ(8, 128), None, False),
-        (BY_NAME["llama_tied"], GPTQ(4, -1), None, False),
+        (LLAMA, GPTQ.plain(2, 32), None, False),
+        (LLAMA, GPTQ.plain(3, 128, sym=False), "v_proj", True),
+        pytest.param(LLAMA, GPTQ.plain(3, 128, sym=False), "v_proj", False, marks=UNPACKED),
+        (LLAMA, GPTQ.plain(4, 128), "layers.0", True),
+        (LLAMA, GPTQ.plain(8, -1, sym=False), None, True),
+        (BIASES, GPTQ.plain(2, -1, sym=False), None, True),
+        (BIASES, GPTQ.plain(3, 32), r"1\.mlp\.down_proj", False),
+        (BIASES, GPTQ.plain(4, 32, sym=False, actorder=True, static_groups=True), None, True),
+        (BIASES, GPTQ.plain(8, 128), None, False),
+        (BY_NAME["llama_tied"], GPTQ.plain(4, -1), None, False),
     ],
     ids=lambda value: value.name if isinstance(value, zoo.Row) else str(value),
 )

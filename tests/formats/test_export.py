@@ -1,6 +1,7 @@
 """The same codes in another format, or a reason why not."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from optq.model.checkpoint import Checkpoint
 
 BY_NAME = {row.name: row for row in zoo.ROWS}
 CALIB = zoo.token_ids(4, 24)
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_a_zero_point_of_0_is_refused_by_version_1(made, tmp_path, monkeypatch):
 
 
 def test_act_order_groups_are_refused_where_there_is_no_g_idx(made, tmp_path):
-    checkpoint = made("llama", GPTQ(4, 32, actorder=True))
+    checkpoint = made("llama", GPTQ.plain(4, 32, actorder=True))
     with pytest.raises(SettingError, match="would follow act-order"):
         export(checkpoint, tmp_path / "there", FORMATS["compressed-tensors"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized", "source"]
@@ -131,3 +133,50 @@ def test_linears_outside_the_blocks_are_ignored_by_name(made, tmp_path):
     checkpoint = made("opt_350m", RTN(4, 32), "compressed-tensors")
     config = checkpoint.config()["quantization_config"]
     assert {"model.decoder.project_in", "model.decoder.project_out"} <= set(config["ignore"])
+
+
+def test_scales_that_the_model_s_dtype_cannot_hold_are_refused(tmp_path):
+    """As another tool wrote them: float16 scales of a bfloat16 model, which readers would round."""
+    checkpoint = Checkpoint.open(str(FIXTURES / "gptqmodel" / "gptq_4bit"))
+    weights = layers(checkpoint.folder).values()
+    assert any(not torch.equal(w.scales.bfloat16().float(), w.scales) for w in weights)
+    with pytest.raises(SettingError, match=r"keeps scales in torch\.bfloat16"):
+        export(checkpoint, tmp_path / "there", FORMATS["compressed-tensors"])
+    assert not (tmp_path / "there").exists()
+    export(checkpoint, tmp_path / "there", FORMATS["gptq_v2"])
+    same(layers(checkpoint.folder), layers(tmp_path / "there"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_scales_are_in_the_model_s_dtype_or_float16(made, tmp_path, form):
+    checkpoint = made("llama_bfloat16", RTN(4, 32))
+    export(checkpoint, tmp_path / "there", FORMATS[form])
+    there = Checkpoint.open(str(tmp_path / "there"))
+    dtypes = {t.dtype for name, t in there.tensors() if name.endswith(("scales", "weight_scale"))}
+    wanted = torch.bfloat16 if form == "compressed-tensors" else torch.float16
+    assert dtypes == {wanted}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_packed_head(made, tmp_path, form):
+    """As GPTQModel can make one: the config must not deny it."""
+    folder = made("llama", RTN(4, 32)).folder
+    state = load_file(folder / "model.safetensors")
+    head = state.pop("lm_head.weight").float()
+    solution = RTN(4, 32).solve(head, torch.eye(head.shape[1]), FORMATS["gptq"].storage(head.dtype))
+    parts = FORMATS["gptq"].encode(solution, head.dtype, True)
+    state |= {f"lm_head.{suffix}": tensor for suffix, tensor in parts.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(str(folder))
+    export(checkpoint, tmp_path / "there", FORMATS[form])
+    same(layers(folder), layers(tmp_path / "there"))
+    assert torch.equal(reader.load(checkpoint).lm_head.weight, solution.weight)
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    if form == "compressed-tensors":
+        assert "lm_head" not in config["quantization_config"]["ignore"]
+    else:
+        assert config["quantization_config"]["lm_head"] is True
+    config["tie_word_embeddings"] = True
+    (tmp_path / "there" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="ties it to the embedding"):
+        reader.load(Checkpoint.open(str(tmp_path / "there")))

@@ -266,12 +266,12 @@ def check_tensors(made: Exported) -> None:
 CASES = [
     ("llama", RTN(4, 32), "Q4_0"),
     ("llama", RTN(8, 128), "Q8_0"),
-    ("llama_wide", GPTQ(4, 128), "Q4_0"),
+    ("llama_wide", GPTQ.plain(4, 128), "Q4_0"),
     ("llama_wide", RTN(2, 32), "Q4_0"),
     ("llama_wide", RTN(4, 32, sym=False), "Q4_1"),
     ("llama3", RTN(3, -1, sym=False), "Q4_0"),
     ("mistral", RTN(8, -1), "Q8_0"),
-    ("mistral", GPTQ(3, 64, actorder=True, static_groups=True), "Q4_0"),
+    ("mistral", GPTQ.plain(3, 64, actorder=True, static_groups=True), "Q4_0"),
     ("qwen2", RTN(4, -1), "Q4_0"),
     ("qwen2", RTN(2, 128, sym=False), "Q4_0"),
     ("qwen3", RTN(3, 128), "Q4_0"),
@@ -593,7 +593,7 @@ def test_a_plain_model(tmp_path):
     ("quantizer", "cause"),
     [
         (RTN(8, 32, sym=False), "asymmetric at 8 bits"),
-        (GPTQ(4, 32, actorder=True), "follow the order of quantization"),
+        (GPTQ.plain(4, 32, actorder=True), "follow the order of quantization"),
         (RTN(4, 16), "groups of 16 columns"),
     ],
     ids=str,

@@ -45,7 +45,7 @@ def arrays(tensors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_round_trip(form, version, bits, sym, order, groupsize, dtype):
     weight, H = problem()
-    quantizer = GPTQ(bits, groupsize, sym, order != "plain", static_groups=order == "static")
+    quantizer = GPTQ.plain(bits, groupsize, sym, order != "plain", static_groups=order == "static")
     solution = quantizer.solve(weight, H, form.storage(dtype))
     tensors = form.encode(solution, dtype, sym)
 
@@ -191,11 +191,11 @@ def test_rules_are_read_as_gptqmodel_reads_them():
     ("quantizer", "desc_act"),
     [
         (RTN(4, 32), False),
-        (GPTQ(4, 32), False),
-        (GPTQ(4, 32, actorder=True), True),
-        (GPTQ(4, 32, actorder=True, static_groups=True), False),
-        (GPTQ(4, -1, actorder=True), False),
-        (GPTQ(4, 32, static_groups=True), False),
+        (GPTQ.plain(4, 32), False),
+        (GPTQ.plain(4, 32, actorder=True), True),
+        (GPTQ.plain(4, 32, actorder=True, static_groups=True), False),
+        (GPTQ.plain(4, -1, actorder=True), False),
+        (GPTQ.plain(4, 32, static_groups=True), False),
     ],
     ids=str,
 )

@@ -27,7 +27,8 @@ Departures from the paper:
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -54,8 +55,28 @@ from optq.errors import SettingError
 
 
 @dataclass(frozen=True)
+class Best:
+    """The options that leave the file format alone, see :class:`GPTQ`."""
+
+    actorder: ActOrder
+    static_groups: bool
+    mse: bool
+    polish: int
+
+
+# The best known for each width, and the paper's. docs/defaults.md has the measurements.
+BEST = {
+    2: Best(actorder=True, static_groups=True, mse=True, polish=1),
+    3: Best(actorder=True, static_groups=True, mse=True, polish=1),
+    4: Best(actorder=True, static_groups=True, mse=True, polish=1),
+    8: Best(actorder=True, static_groups=True, mse=True, polish=1),
+}
+PLAIN = Best(actorder=False, static_groups=False, mse=False, polish=0)
+
+
+@dataclass(frozen=True)
 class GPTQ:
-    """The options of GPTQ.
+    """The options of GPTQ. Those left at None become the best known for ``wbits``: ``BEST``.
 
     ``wbits``: 2, 3, 4 or 8. ``groupsize``: columns that share a scale; -1: one scale to a row.
     ``sym``: zero point in the middle. ``actorder``: sweep the columns by falling ``diag H``;
@@ -70,14 +91,30 @@ class GPTQ:
     wbits: int
     groupsize: int = -1
     sym: bool = True
-    actorder: ActOrder = False
+    actorder: ActOrder = None  # type: ignore[assignment]
     percdamp: float = 0.01
-    mse: bool = False
-    static_groups: bool = False
+    mse: bool = None  # type: ignore[assignment]
+    static_groups: bool = None  # type: ignore[assignment]
     blocksize: int = 64
-    polish: int = 0
+    polish: int = None  # type: ignore[assignment]
+
+    @classmethod
+    def plain(
+        cls,
+        wbits: int,
+        groupsize: int = -1,
+        sym: bool = True,
+        actorder: ActOrder = False,
+        **options: Any,
+    ) -> GPTQ:
+        """The paper's algorithm, and nothing but what is added to it here."""
+        return cls(wbits, groupsize, sym, **(asdict(PLAIN) | {"actorder": actorder} | options))
 
     def __post_init__(self) -> None:
+        best = BEST.get(self.wbits, PLAIN)  # other widths are refused by the grid
+        for option in fields(best):
+            if getattr(self, option.name) is None:
+                object.__setattr__(self, option.name, getattr(best, option.name))
         self.grid  # noqa: B018  refuses bad options here, not an hour later
         check_percdamp(self.percdamp)
         check_actorder(self.actorder)

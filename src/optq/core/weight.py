@@ -39,6 +39,8 @@ class QuantizedWeight:
     @property
     def consecutive(self) -> bool:
         """Whether each group is ``width`` consecutive columns."""
+        if self.width == 0:  # nothing in group 0
+            return False
         return torch.equal(self.g_idx, group_index(self.cols, self.width, self.g_idx.device))
 
     @property

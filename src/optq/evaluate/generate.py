@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from optq.errors import SettingError
 from optq.evaluate.graph import GraphDecoder, capturable
-from optq.model.source import positions
+from optq.model.source import check_vocabulary, positions
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Completion:
         length, longest = self.ids["input_ids"].shape[1], positions(self.model)
         if length == 0:
             raise SettingError("the prompt is empty", "give at least one character")
+        check_vocabulary(self.model, self.ids["input_ids"])
         if self.max_new_tokens < 1:
             raise SettingError(f"max-new-tokens is {self.max_new_tokens}", "choose 1 or more")
         if longest is not None and length >= longest:
@@ -66,19 +67,20 @@ class Completion:
         rate = (new - 1) / (last - first) if last > first else 0.0
         return Speed(self.ids["input_ids"].shape[1], new, first - start, rate)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         from transformers import TextIteratorStreamer
 
-        arrivals = self.arrivals
-        arrivals.clear()
+        self.arrivals.clear()
+        arrivals, stopped, failure = self.arrivals, Event(), list[BaseException]()
 
         class Streamer(TextIteratorStreamer):
             def put(self, value: Any) -> None:
+                if stopped.is_set():
+                    raise _StoppedError
                 arrivals.append(time.perf_counter())
                 super().put(value)
 
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failure: list[BaseException] = []
 
         def work() -> None:
             try:
@@ -89,10 +91,17 @@ class Completion:
 
         thread = Thread(target=work, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:  # a reader that leaves early: a thread inside torch must not outlive the process
+            stopped.set()
+            thread.join()
         if failure:
             raise failure[0]
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the rest of a text."""
 
 
 def decode(
@@ -101,14 +110,26 @@ def decode(
     """Give ``streamer`` the prompt's ids and then each greedy token; ``ends``: the last may come
     early. transformers' own loop, except on a GPU where the model allows a graph to a token.
     """
+    from transformers import GenerationConfig
+
+    own = model.generation_config  # whose penalties, beams and samples are not greedy
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    plain = GenerationConfig(
+        max_new_tokens=new_tokens,
+        min_new_tokens=None if ends else new_tokens,
+        **{name: getattr(own, name) for name in names},
+    )
     if model.device.type != "cuda" or not capturable(model):
-        least = {} if ends else {"min_new_tokens": new_tokens}
-        options = {"max_new_tokens": new_tokens, "do_sample": False, **least}
-        model.generate(**inputs, **options, streamer=streamer)
+        try:
+            model.generation_config = plain
+            model.generate(**inputs, streamer=streamer)
+        finally:
+            model.generation_config = own
         return
-    ids, last = inputs["input_ids"], model.generation_config.eos_token_id
+    ids, last = inputs["input_ids"], plain.eos_token_id
     last = {last} if isinstance(last, int) else {*(last or ())}
     decoder = GraphDecoder(model, ids.shape[1] + new_tokens)
+    decoder.prefill(ids[:, :1])  # captures the step, which is no part of reading the prompt
     streamer.put(ids.cpu())
     logits = decoder.prefill(ids)
     for remaining in reversed(range(new_tokens)):

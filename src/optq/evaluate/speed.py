@@ -101,8 +101,8 @@ def measure_speed(model: Any, progress: Callable[[float, float, str], None]) -> 
 
 def _model_speed(model: Any, size: int) -> ModelSpeed:
     longest = positions(model) or PROMPT + NEW_TOKENS
-    new = min(NEW_TOKENS, longest // 2)
-    prompt = min(PROMPT, longest - new)
+    new = max(2, min(NEW_TOKENS, longest // 2))
+    prompt = max(1, min(PROMPT, longest - new))
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, prompt), generator=generator).to(model.device)
@@ -154,16 +154,30 @@ def _bandwidth(device: torch.device) -> float:
 
 
 def _time(function: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of one call; on a GPU, of one among many that are launched together."""
+    """Median seconds of one call; on a GPU, of one among many in a graph, without the launches."""
     function()
+    many, run = 1, function
+    if device.type == "cuda":
+        many, run = 20, _graph(function, 20)
     times: list[float] = []
     stop = time.perf_counter() + SECONDS
     while time.perf_counter() < stop or len(times) < 3:
-        many = 1 if device.type == "cpu" else 100
         start = time.perf_counter()
-        for _ in range(many):
-            function()
-        if device.type != "cpu":
+        run()
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - start) / many)
     return statistics.median(times)
+
+
+def _graph(function: Callable[[], object], many: int) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(many):
+            function()
+    return graph.replay

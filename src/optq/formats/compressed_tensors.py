@@ -154,7 +154,9 @@ class CompressedTensorsFormat:
             "format": PACKED,
             "quantization_status": "compressed",
             "version": RELEASE,
-            "ignore": list(dict.fromkeys([*dense, *outside, "lm_head"])),
+            "ignore": [
+                name for name in dict.fromkeys([*dense, *outside, "lm_head"]) if name not in layers
+            ],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "config_groups": {
@@ -275,7 +277,7 @@ def _layer_scheme(title: str, group: Any) -> LayerScheme:
         ("symmetric", (True, False)),
         ("actorder", (None, False, "static", "weight", "group", "dynamic")),
     ):
-        if weights.get(key) not in wanted:
+        if weights.get(key) not in wanted or isinstance(weights.get(key), float):
             raise ModelError(f"{title} has weights of {key} {weights.get(key)}", OTHER_KIND)
     groupsize, grouped = weights.get("group_size"), weights["strategy"] == "group"
     if not grouped and groupsize is None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from optq.core.weight import QuantizedWeight
 from optq.formats import detect
 from optq.formats.reader import quantized_layers, read_layer
@@ -36,6 +38,7 @@ def export(checkpoint: Checkpoint, target: Path, form: Format, force: bool = Fal
     inside = as_on_disk(name for block in blocks for name in block.linears)
     outside = as_on_disk(linears_outside(skeleton, blocks))
     packed, turned = set(names), set(as_on_disk(conv1d))
+    dtype = skeleton.config.dtype or torch.float32  # a skeleton's own is torch's default
     settings = checkpoint.config()["quantization_config"]
     parts = [f"{n}.{s}" for n in names for s in scheme.form.suffixes + scheme.form.optional]
     with Writer(target, checkpoint, form, force) as writer:
@@ -43,7 +46,7 @@ def export(checkpoint: Checkpoint, target: Path, form: Format, force: bool = Fal
             weight = read_layer(checkpoint, name, scheme)
             layer = _as_it_is(scheme.layer(name), weight)
             form.check(name, weight.rows, weight.cols, layer, name in turned)
-            writer.add(name, form.encode(weight, skeleton.dtype, layer.sym), layer)
+            writer.add(name, form.encode(weight, dtype, layer.sym), layer)
         writer.finish(
             [name for name in inside if name not in packed],
             settings.get("damp_percent", 0.0),

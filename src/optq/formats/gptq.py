@@ -87,6 +87,18 @@ class GPTQFormat:
     def decode(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
         """The inverse of :meth:`encode`. Raises ``ModelError`` for tensors that do not fit."""
         bits = layer.wbits
+        kinds: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
+            ("qweight", "qzeros", "g_idx"), (torch.int32,)
+        )
+        kinds["scales"] = (torch.float16, torch.bfloat16, torch.float32)
+        for suffix, dtypes in kinds.items():
+            tensor, axes = tensors[suffix], 1 if suffix == "g_idx" else 2
+            if tensor.dtype not in dtypes or tensor.ndim != axes:
+                raise ModelError(
+                    f"{name}.{suffix} is {tensor.dtype} {list(tensor.shape)} where {dtypes[0]} with"
+                    f" {axes} axes belongs",
+                    REMEDY,
+                )
         words, rows = tensors["qweight"].shape
         columns = words * 32 // bits
         groups = 1 if layer.groupsize == -1 else -(-columns // layer.groupsize)
@@ -130,7 +142,7 @@ class GPTQFormat:
         base = Counter(layers.values()).most_common(1)[0][0]
         config: dict[str, Any] = {
             **_settings(base),
-            "lm_head": False,
+            "lm_head": "lm_head" in layers,
             "quant_method": "gptq",
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
@@ -162,11 +174,15 @@ class GPTQFormat:
             raise ModelError(
                 f"the codes are packed in {settings['pack_dtype']}", "pack them in int32 words"
             )
-        base = _scheme(settings)
+        base, changes_of = _scheme(settings), settings.get("dynamic") or {}
+        if not isinstance(changes_of, dict) or not all(
+            isinstance(changes, dict) for changes in changes_of.values()
+        ):
+            raise ModelError("the dynamic rules are no rules", "copy config.json again")
         try:
             rules = [
                 (rule[:2], re.compile(rule.removeprefix("-:").removeprefix("+:")), changes)
-                for rule, changes in (settings.get("dynamic") or {}).items()
+                for rule, changes in changes_of.items()
             ]
         except re.error as error:
             raise ModelError(f"a dynamic rule is no regular expression: {error}", REMEDY) from error
@@ -192,7 +208,7 @@ def _settings(layer: LayerScheme) -> dict[str, Any]:
 
 def _scheme(settings: dict[str, Any]) -> LayerScheme:
     bits, groupsize = settings.get("bits"), settings.get("group_size", -1)
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise ModelError(f"the checkpoint says it has {bits} bits", "give one of 2, 3, 4 or 8 bits")
     if not isinstance(groupsize, int) or (groupsize < 1 and groupsize != -1):
         raise ModelError(f"the checkpoint says it has groups of {groupsize}", REMEDY)

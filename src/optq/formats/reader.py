@@ -49,6 +49,11 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
         name, _, suffix = part.rpartition(".")
         if suffix in form.suffixes + form.optional:
             names[name] = None
+    if not names:
+        raise ModelError(
+            f"config.json says {form.name}, and no layer of {checkpoint.folder} is packed",
+            "check that config.json and the weights belong together",
+        )
     for name in names:
         for suffix in form.suffixes:
             if f"{name}.{suffix}" not in checkpoint.files:
@@ -73,7 +78,10 @@ def read_layer(checkpoint: Checkpoint, name: str, scheme: Scheme | None = None) 
         )
     wanted = _parts(checkpoint, name, scheme.form)
     tensors = {key.rpartition(".")[2]: value for key, value in checkpoint.tensors(wanted)}
-    return scheme.form.decode(name, tensors, layer)
+    weight = scheme.form.decode(name, tensors, layer)
+    if not torch.isfinite(weight.scales).all():
+        raise ModelError(f"the scales of {name} hold NaN or infinity", "copy the model again")
+    return weight
 
 
 def _scheme(checkpoint: Checkpoint) -> Scheme:

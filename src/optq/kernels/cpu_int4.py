@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from optq.core.weight import QuantizedWeight
 from optq.kernels.product import Product, compact
 
-FEW = 192  # rows of activations; bench/kernels.py shows the crossover
+FEW = 96  # rows of activations: where the two take equally long (bench/kernels.py)
 GROUPS = (256, 128, 64, 32)  # that the operator takes
 TILE = 64  # rows; a multiple of each processor's
 CHUNK = 512  # rows that are dequantized at a time: they stay in the cache
@@ -89,8 +89,10 @@ class Int4Product(Product):
             x = x[:, self.order]
         if len(x) > FEW:
             y = x.new_empty(len(x), self.rows)
+            # float16 products of this layout are slower on a CPU than all else by far.
+            wide = x.float() if x.dtype == torch.float16 else x
             for start in range(0, self.rows, CHUNK):
-                y[:, start : start + CHUNK] = x @ self._columns(start, x.dtype)
+                y[:, start : start + CHUNK] = wide @ self._columns(start, wide.dtype)
             return y
         short = x.to(torch.bfloat16)
         filler = 2 * self.codes0.shape[1] - self.cols
@@ -116,7 +118,9 @@ class Int4Product(Product):
             codes += 16 * _unpacked(self.codes1[rows], dtype)
         codes = codes[: self.cols, : self.rows - start]
         grouped = codes.unflatten(0, (self.scales.shape[1], -1))
-        zeros, scales = (self.zeros[rows] + self.lift).T.to(dtype), self.scales[rows].T.to(dtype)
+        # Contiguous rows: broadcast along strided ones, these two steps take ten times as long.
+        zeros = (self.zeros[rows] + self.lift).T.to(dtype).contiguous()
+        scales = self.scales[rows].T.to(dtype).contiguous()
         return grouped.sub_(zeros[:, None]).mul_(scales[:, None]).flatten(0, 1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from optq.core.weight import QuantizedWeight
 from optq.kernels.product import Product, compact
 
-FEW = 128  # rows of activations; beyond, a dense product is faster
+FEW = 24  # rows of activations; beyond, a dense product is faster (bench/kernels.py)
 
 
 def takes(weight: QuantizedWeight) -> bool:

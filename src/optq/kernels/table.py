@@ -14,6 +14,7 @@ import torch
 
 from optq.core.grid import BITS
 from optq.core.weight import QuantizedWeight
+from optq.errors import ModelError
 from optq.kernels import cpu_int4, cpu_int8, reference, triton_product
 from optq.kernels.product import Product
 
@@ -86,5 +87,14 @@ KERNELS = (
 
 
 def pick(weight: QuantizedWeight, dtype: torch.dtype) -> Kernel:
-    """The kernel for activations of ``dtype`` on the weight's device."""
-    return next(kernel for kernel in KERNELS if kernel.serves(weight, dtype))
+    """The kernel for activations of ``dtype`` on the weight's device.
+
+    Raises :class:`ModelError` where there is none.
+    """
+    for kernel in KERNELS:
+        if kernel.serves(weight, dtype):
+            return kernel
+    raise ModelError(
+        f"there is no kernel for {dtype} on {weight.codes.device.type}",
+        "set dtype in config.json to bfloat16, float16 or float32",
+    )

@@ -81,7 +81,15 @@ def make_room(model: Any, names_on_disk: list[str]) -> dict[str, str]:
         place = in_model.get(f"{name}.weight", "").removesuffix(".weight")
         old = model.get_submodule(place) if place else None
         if not isinstance(old, nn.Linear | Conv1D):
-            raise ModelError(f"{name} is no linear layer of {type(model).__name__}", REMEDY)
+            raise ModelError(
+                f"{name} is no linear layer of {type(model).__name__}",
+                f"{REMEDY}; sparse experts cannot be loaded yet",
+            )
+        if old is model.get_output_embeddings() and model.config.tie_word_embeddings:
+            raise ModelError(
+                f"{name} is packed, and config.json ties it to the embedding",
+                "set tie_word_embeddings to false, or quantize the model again",
+            )
         rows, columns = old.weight.T.shape if isinstance(old, Conv1D) else old.weight.shape
         parent, _, attribute = place.rpartition(".")
         new = QuantizedLinear(columns, rows, old.bias is not None)

@@ -14,8 +14,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from optq.errors import ModelError
+from optq.errors import DataError, ModelError
 from optq.model.checkpoint import Checkpoint, first_line
 
 
@@ -113,6 +114,17 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
         if converted is None and in_model in state:
             names[in_model] = on_disk
     return names
+
+
+def check_vocabulary(model: Any, tokens: Tensor) -> None:
+    """Raises :class:`DataError` for a token id that the model has no embedding for."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < vocabulary:
+            raise DataError(
+                f"token id {token} is outside the model's vocabulary of {vocabulary}",
+                "use the tokenizer that belongs to the model",
+            )
 
 
 def positions(model: Any) -> int | None:

@@ -14,6 +14,14 @@ stdout = Console(highlight=False, markup=False, emoji=False)
 if not stdout.is_terminal:  # a file or a pipe has no width: nothing is folded
     stdout = Console(highlight=False, markup=False, emoji=False, width=1000)
 
+TITLES = {
+    "none": "full precision",
+    "rtn": "round to nearest",
+    "plain": "GPTQ, plain",
+    "gptq": "GPTQ",
+    "qep": "GPTQ with QEP",
+}
+
 
 def size(count: float) -> str:
     """Bytes for people."""
@@ -50,28 +58,37 @@ def checkpoint(what: Mapping[str, Any]) -> None:
         layers(what["layers"])
 
 
-def demo(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Perplexities of the bundled model; bars compare the rises at the same bits."""
-    full = rows[0]["perplexity"]
+def compared(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Methods side by side; bars compare the rises at the same bits and groups."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("bits", "method", "bits/weight", "layers", "perplexity", "rise"):
+    groups = len({row["groupsize"] for row in rows[1:]}) > 1
+    headings = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
+    for name in (*headings, "perplexity", "rise", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right")
     table.add_column("")
-    for row in rows:
-        rise = row["perplexity"] - full
-        most = max(each["perplexity"] - full for each in rows if each["wbits"] == row["wbits"])
+    full = rows[0]["perplexity"]
+    rows = [{**row, "rise": row["perplexity"] - full} for row in rows]
+    for index, row in enumerate(rows):
+        same = [r for r in rows if (r["wbits"], r["groupsize"]) == (row["wbits"], row["groupsize"])]
         plain = row["method"] == "none"
+        groupsize = "row" if row["groupsize"] == -1 else str(row["groupsize"])
         table.add_row(
             "16" if plain else str(row["wbits"]),
-            {"none": "full precision", "rtn": "round to nearest", "gptq": "GPTQ"}[row["method"]],
+            *((("" if plain else groupsize),) if groups else ()),
+            TITLES[row["method"]],
             f"{row['bits_per_weight']:.2f}",
             size(row["bytes"]),
             f"{row['perplexity']:.2f}",
-            "" if plain else f"+{rise:.2f}",
+            "" if plain else f"{row['rise']:+.2f}",
+            "" if plain else f"{row['seconds']:.1f}",
             Bar(
-                most, 0, max(rise, 0), width=30, color="cyan" if row["method"] == "gptq" else "red"
+                max(r["rise"] for r in same) or 1.0,
+                0,
+                max(row["rise"], 0),
+                width=30,
+                color="red" if row["method"] == "rtn" else "cyan",
             ),
-            end_section=row["method"] != "rtn",
+            end_section=plain or row is same[-1] or index == len(rows) - 1,
         )
     stdout.print(table)
 
@@ -117,13 +134,13 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
     stdout.print(table)
 
 
-def completions(prompt: str, both: Mapping[str, tuple[str, object]]) -> None:
+def completions(prompt: str, names: Sequence[str], made: Sequence[tuple[str, object]]) -> None:
     """What models made of the same prompt, and how fast."""
     table = Table(padding=(0, 1))
-    for name in both:
+    for name in names:
         table.add_column(name, overflow="fold", ratio=1)
-    table.add_row(*(prompt + text for text, _ in both.values()), end_section=True)
-    table.add_row(*(str(speed) for _, speed in both.values()))
+    table.add_row(*(prompt + text for text, _ in made), end_section=True)
+    table.add_row(*(str(speed) for _, speed in made))
     stdout.print(table)
 
 

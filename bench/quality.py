@@ -1,0 +1,126 @@
+"""Held-out perplexity, paired over calibration seeds: ``python bench/quality.py MODEL...``.
+
+A model is ``demo`` or a folder of ``bench/english.py`` (with ``calibration.txt`` and
+``evaluation.txt``). For each model, number of bits and seed every variant is quantized on the same
+tokens (64 windows of 512, as the demo) and measured on the same held-out text. What counts is the
+rise over full precision, as a share of plain GPTQ's with the same seed: one number, its mean and
+its spread over seeds.
+
+Appends one record a run to bench/results/quality.jsonl, skips what is there already, and prints
+the table.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from optq import GPTQ, QEP, RTN, ModelConfig, Runner
+from optq.data.evaluation import evaluation_tokens
+from optq.evaluate.perplexity import perplexity
+
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+SEQLEN, SAMPLES, GROUPSIZE = 512, 64, 128
+WINDOWS = 64  # of the held-out text
+
+
+def gptq(**options):
+    return lambda wbits, sym: GPTQ.plain(wbits, GROUPSIZE, sym, **options)
+
+
+STATIC = {"actorder": True, "static_groups": True}
+# name -> (quantizer of (wbits, sym), error propagation)
+VARIANTS = {
+    "rtn": (lambda wbits, sym: RTN(wbits, GROUPSIZE, sym), False),
+    "plain": (gptq(), False),
+    "static": (gptq(static_groups=True), False),
+    "actorder": (gptq(**STATIC), False),
+    "group-order": (gptq(actorder="group"), False),
+    "mse": (gptq(mse=True), False),
+    "polish": (gptq(polish=1), False),
+    "mse+static": (gptq(mse=True, **STATIC), False),
+    "mse+group": (gptq(mse=True, actorder="group"), False),
+    "mse+group+polish": (gptq(mse=True, actorder="group", polish=1), False),
+    "mse+static+polish": (gptq(mse=True, polish=1, **STATIC), False),
+    "mse+static+polish2": (gptq(mse=True, polish=2, **STATIC), False),
+    "qep": (gptq(), True),
+    "mse+static+qep": (gptq(mse=True, **STATIC), True),
+    "mse+static+polish+qep": (gptq(mse=True, polish=1, **STATIC), True),
+    "mse+static+polish+qep.01": (gptq(mse=True, polish=1, **STATIC), QEP(0.5, 0.01)),
+}
+
+
+def texts(model: str) -> tuple[str, str]:
+    if model == "demo":
+        return "demo", "demo"
+    return str(Path(model) / "calibration.txt"), str(Path(model) / "evaluation.txt")
+
+
+def label(model: str) -> str:
+    return Path(model).name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--wbits", default="4,3,2")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    names = arguments.variants.split(",")
+    done = {}
+    if arguments.results.exists():
+        for line in arguments.results.read_text().splitlines():
+            row = json.loads(line)
+            done[row["model"], row["variant"], row["wbits"], row["seed"]] = row
+    for model in arguments.models:
+        config, (calib, text) = ModelConfig(model, "cpu"), texts(model)
+        loaded, tokenizer = config.load()
+        windows = evaluation_tokens(text, tokenizer, SEQLEN)[:WINDOWS]
+        runs = [("none", 16, 0)]
+        for wbits in map(int, arguments.wbits.split(",")):
+            for seed in range(arguments.seeds):
+                runs += [(variant, wbits, seed) for variant in dict.fromkeys(["plain", *names])]
+        for variant, wbits, seed in runs:
+            key = (label(model), variant, wbits, seed)
+            if key in done:
+                continue
+            start = time.perf_counter()
+            quantized = loaded
+            if variant != "none":
+                build, qep = VARIANTS[variant]
+                options = {"calib": calib, "nsamples": SAMPLES, "seqlen": SEQLEN, "seed": seed}
+                quantized = Runner(config, build(wbits, True), qep, **options).run().model
+            row = dict(zip(("model", "variant", "wbits", "seed"), key, strict=True))
+            row["perplexity"] = round(perplexity(quantized, windows).perplexity, 5)
+            row["seconds"] = round(time.perf_counter() - start, 1)
+            done[key] = row
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        for wbits in map(int, arguments.wbits.split(",")):
+            print_table(done, label(model), wbits, names, arguments.seeds)
+
+
+def print_table(done, model: str, wbits: int, names: list[str], seeds: int) -> None:
+    """Mean rise in perplexity, and the mean and spread of its share of plain GPTQ's."""
+    full = done[model, "none", 16, 0]["perplexity"]
+    rises = defaultdict(list)
+    for variant in dict.fromkeys(["plain", *names]):
+        for seed in range(seeds):
+            rises[variant].append(done[model, variant, wbits, seed]["perplexity"] - full)
+    print(f"{model}, {wbits} bits, full precision {full:.3f}, {seeds} seeds")
+    for variant, found in rises.items():
+        shares = [rise / plain for rise, plain in zip(found, rises["plain"], strict=True)]
+        spread = statistics.stdev(shares) if seeds > 1 else 0.0
+        print(
+            f"  {variant:26} +{statistics.mean(found):9.3f}   "
+            f"{statistics.mean(shares):6.3f} +- {spread:.3f} of plain",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
