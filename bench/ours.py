@@ -1,7 +1,8 @@
 """Quantize the benchmark's model with OPTQ; the counterpart of the scripts in ``bench/peers``.
 
 OPTQ imports transformers when a run needs it. Here that happens first, because the peers import
-it before their clocks start, too.
+it before their clocks start, too. The paper's algorithm, or with ``--best default`` OPTQ's own
+settings, with ``--best qep`` those and error propagation.
 """
 
 from pathlib import Path
@@ -14,11 +15,12 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 from optq import GPTQ, ModelConfig, Runner, __version__
 
 
-def quantize(model: Path, tokens: Tensor, out: Path) -> dict[str, float]:
+def quantize(model: Path, tokens: Tensor, out: Path, best: str | None) -> dict[str, float]:
     """Run OPTQ; seconds by phase: total, load, forward, hessian, factor, solve, write."""
     result = Runner(
         ModelConfig(model_id=str(model), device="cpu"),
-        GPTQ.plain(wbits=4, groupsize=128),
+        GPTQ(wbits=4, groupsize=128) if best else GPTQ.plain(wbits=4, groupsize=128),
+        qep=best == "qep",
         calib=tokens,
         nsamples=tokens.shape[0],
         seqlen=tokens.shape[1],
@@ -32,7 +34,7 @@ def main() -> None:
     tokens = torch.load(args.tokens)
     measurement = Measurement(args.model)
     with measurement.seconds("whole"):
-        seconds = quantize(args.model, tokens, args.out)
+        seconds = quantize(args.model, tokens, args.out, args.best)
     measurement.peak()
     # The run loads and writes block by block as it goes; its own clocks tell those two apart.
     whole = measurement.numbers.pop("whole_seconds")

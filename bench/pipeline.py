@@ -35,12 +35,17 @@ COMPARED = ("quantize_seconds", "total_seconds")
 REPORTED = (*COMPARED, "load_seconds", "save_seconds", "peak_memory_over_model_gb")
 
 
-def run_once(python: str, script: Path, checkpoint: Path, tokens: Path) -> dict[str, object]:
+def run_once(
+    python: str, script: Path, checkpoint: Path, tokens: Path, best: str | None = None
+) -> dict[str, object]:
     """One run in a process of its own; its record is the last line it prints."""
     inputs = ("--model", checkpoint, "--tokens", tokens)
     with tempfile.TemporaryDirectory() as scratch:
         process = subprocess.run(
-            [python, script, *inputs, "--out", Path(scratch) / "out"],
+            [
+                *(python, script, *inputs, "--out", Path(scratch) / "out"),
+                *(("--best", best) if best else ()),
+            ],
             capture_output=True,
             text=True,
             cwd=scratch,  # GPTQModel leaves logs where it runs
@@ -56,23 +61,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llmcompressor", metavar="PYTHON", help="Python that has llm-compressor")
     parser.add_argument("--gptqmodel", metavar="PYTHON", help="Python that has GPTQModel")
+    parser.add_argument("--defaults", action="store_true", help="OPTQ's own settings as well")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path(".bench"), help="keeps the model")
     args = parser.parse_args()
 
     checkpoint, tokens = build(args.cache.resolve())
-    tools = {"optq": (sys.executable, BENCH / "ours.py")}
+    tools = {"optq": (sys.executable, BENCH / "ours.py", None)}
+    if args.defaults:
+        for best in ("default", "qep"):
+            tools[f"optq {best}"] = (sys.executable, BENCH / "ours.py", best)
     for name in ("llmcompressor", "gptqmodel"):
         if python := getattr(args, name):
             # Absolute, but with its symbolic links, by which a Python knows its environment.
             python = os.path.abspath(shutil.which(python) or python)
-            tools[name] = (python, BENCH / "peers" / f"{name}_run.py")
+            tools[name] = (python, BENCH / "peers" / f"{name}_run.py", None)
 
     before = machine()
     runs: dict[str, list[dict]] = {name: [] for name in tools}
     for turn in range(args.runs):
-        for name, (python, script) in tools.items():
-            record = run_once(python, script, checkpoint, tokens)
+        for name, (python, script, best) in tools.items():
+            record = run_once(python, script, checkpoint, tokens, best)
             runs[name].append(record)
             print(f"run {turn + 1}: {name} {record['quantize_seconds']:.1f} s", file=sys.stderr)
 
@@ -100,7 +109,7 @@ def print_table(runs: dict, medians: dict, ratios: dict) -> None:
             numbers.append(f"{each[key]:.2f}")
             if key in COMPARED:
                 numbers.append(f"{ratios[key][name]:.2f}")
-        rows.append((first["tool"], first["version"], first["torch"], *numbers))
+        rows.append((name, first["version"], first["torch"], *numbers))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))

@@ -49,6 +49,15 @@ VARIANTS = {
     "mse+static+qep": (gptq(mse=True, **STATIC), True),
     "mse+static+polish+qep": (gptq(mse=True, polish=1, **STATIC), True),
     "mse+static+polish+qep.01": (gptq(mse=True, polish=1, **STATIC), QEP(0.5, 0.01)),
+    "mse+group+polish2": (gptq(mse=True, actorder="group", polish=2), False),
+    "mse+group+polish+qep": (gptq(mse=True, actorder="group", polish=1), True),
+    "mse+group+polish+qep.01": (gptq(mse=True, actorder="group", polish=1), QEP(0.5, 0.01)),
+    "mse+group+polish+qep-last": (
+        gptq(mse=True, actorder="group", polish=1),
+        QEP(0.5, 1.0, r"down_proj|fc2"),
+    ),
+    "default": (lambda wbits, sym: GPTQ(wbits, GROUPSIZE, sym), False),
+    "default+qep": (lambda wbits, sym: GPTQ(wbits, GROUPSIZE, sym), True),
 }
 
 

@@ -584,6 +584,24 @@ def test_running_on_no_device(optq_says, folder_of, command):
     assert "device cuda:99 is not here" in optq_says(*words)[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--methods", "best"], "method best is unknown"),
+        (["--methods", " ,"], "--methods is empty"),
+        (["--wbits", "four"], "--wbits four is no number"),
+        (["--groupsize", "48"], "groupsize 48 does not divide"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+    ids=str,
+)
+def test_a_bad_comparison(optq_says, folder_of, tmp_path, words, expected):
+    results = tmp_path / "rows.jsonl"
+    common = ["--text", "demo", "--calib", "demo", "--groupsize", "32", "--results", results]
+    assert expected in optq_says("compare", folder_of("llama"), *common, *words)[0]
+    assert not results.exists()
+
+
 def test_bench_of_a_plain_model(optq_says, folder_of):
     assert "no quantized layers" in optq_says("bench", folder_of("llama"))[0]
 

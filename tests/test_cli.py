@@ -364,6 +364,39 @@ def test_bench(optq, words, tmp_path, monkeypatch):
     assert "decode, tokens/s" in person and "memory bandwidth" in person
 
 
+def test_compare(optq, folder, text, tmp_path):
+    words = [
+        "compare",
+        folder,
+        "--calib",
+        text,
+        "--text",
+        text,
+        "--nsamples",
+        "4",
+        "--seqlen",
+        "32",
+    ]
+    words += [
+        "--methods",
+        "rtn,plain,gptq",
+        "--wbits",
+        "3, 2",
+        "--groupsize",
+        "32",
+        "--device",
+        "cpu",
+    ]
+    words += ["--results", tmp_path / "rows.jsonl", "--chart", tmp_path / "chart.svg"]
+    rows = optq(*words, "--json").json["rows"]
+    assert [(row["method"], row["wbits"]) for row in rows] == [
+        ("none", 32), *((method, wbits) for wbits in (3, 2) for method in ("rtn", "plain", "gptq")),
+    ]  # fmt: skip
+    assert (tmp_path / "chart.svg").read_text().count("<rect") == 7
+    person = optq(*words).out  # from the rows that are there
+    assert "round to nearest" in person and f"{rows[3]['perplexity']:.2f}" in person
+
+
 def test_export(optq, words, tmp_path):
     optq(*words)
     out, there, back = (tmp_path / name for name in ("out", "there", "back"))

@@ -1,10 +1,16 @@
 """Measuring as a program does it; the demo's rows are tested with the command."""
 
+from dataclasses import replace
+from xml.etree import ElementTree
+
 import pytest
 import zoo
 
-from optq import ModelConfig, compare
-from optq.errors import SettingError
+from optq import GPTQ, ModelConfig, Runner, compare
+from optq.data.calibration import calibration_tokens
+from optq.data.evaluation import evaluation_tokens
+from optq.errors import DataError, OutputError, SettingError
+from optq.evaluate.perplexity import perplexity
 
 TEXT = "the other end of the theorem is not as near as it seems, and the rest is read then. " * 40
 
@@ -32,3 +38,110 @@ def test_measure_reports_progress_to_the_end(config, tmp_path):
 def test_measure_refuses_more_than_the_positions(config):
     with pytest.raises(SettingError, match="64 positions"):
         compare.measure(config, "demo", 65)
+
+
+# Comparisons
+
+
+@pytest.fixture
+def comparison(config, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    return compare.Comparison(
+        config,
+        methods=("rtn", "plain", "gptq", "qep"),
+        wbits=(3,),
+        groupsizes=(32, -1),
+        calib=str(text),
+        text=str(text),
+        nsamples=4,
+        seqlen=32,
+    )
+
+
+def test_a_comparison(comparison):
+    seen = []
+    rows = comparison.run(progress=lambda *step: seen.append(step))
+    assert [row.method for row in rows] == ["none", *comparison.methods * 2]
+    assert [row.groupsize for row in rows] == [-1, *[32] * 4, *[-1] * 4]
+    full, rest = rows[0], rows[1:]
+    assert full.rise == 0 and full.bits_per_weight == 32
+    assert all(row.rise == row.perplexity - full.perplexity for row in rest)
+    assert all(row.seconds > 0 and 3 < row.bits_per_weight < 5 for row in rest)
+    assert len({row.perplexity for row in rows}) == len(rows)
+    # The same run by hand, with the same tokens.
+    tokenizer = comparison.config.load()[1]
+    tokens = calibration_tokens(comparison.calib, tokenizer, 4, 32, 0)
+    model = Runner(comparison.config, GPTQ.plain(3, 32), calib=tokens).run().model
+    windows = evaluation_tokens(comparison.text, tokenizer, 32)
+    assert perplexity(model, windows).perplexity == rows[2].perplexity
+    assert seen[-1][:2] == (8, 9) and "qep at 3 bits" in seen[-1][2]
+
+
+def test_an_interrupted_comparison_goes_on(comparison, tmp_path, monkeypatch):
+    results = tmp_path / "rows.jsonl"
+    whole = comparison.run(results)
+    lines = results.read_text().splitlines()
+    assert len(lines) == len(whole)
+    results.write_text("\n".join(lines[:4]) + "\n")
+    made, run = [], Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self: made.append(self) or run(self))
+    again = comparison.run(results)
+    assert len(made) == len(whole) - 4
+    assert [(r.method, r.perplexity) for r in again] == [(r.method, r.perplexity) for r in whole]
+    assert comparison.run(results) == again and len(made) == len(whole) - 4
+    # Another seed is another comparison: nothing of the file counts, and nothing is lost.
+    replace(comparison, seed=1, methods=("rtn",), groupsizes=(32,)).run(results)
+    assert len(made) == len(whole) - 4 + 1
+    assert comparison.run(results) == again
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("rtn", "awq")}, "the method awq is unknown"),
+        ({"wbits": (4, 5)}, "wbits is 5"),
+        ({"groupsizes": (32, 48)}, "groupsize 48 does not divide"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_any_work(comparison, tmp_path, change, message):
+    with pytest.raises(SettingError, match=message):
+        replace(comparison, **change).run(tmp_path / "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", ["not JSON", "[1]", '{"key": "x"}\n{"other": 1}'])
+def test_a_file_of_something_else_is_refused(comparison, tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match="holds no results"):
+        comparison.run(path)
+    assert path.read_text() == content
+
+
+def test_a_place_that_cannot_be_written(comparison, tmp_path):
+    for write in (
+        lambda path: replace(comparison, methods=("rtn",)).run(path),
+        lambda path: compare.write_chart(path, "model", ROWS),
+    ):
+        with pytest.raises(OutputError, match="cannot be written"):
+            write(tmp_path / "nowhere" / "file")
+
+
+ROWS = [
+    compare.Row("none", 16, -1, 16.0, 1000, 10.0),
+    compare.Row("rtn", 3, 128, 3.2, 200, 14.0, 4.0, 1.0),
+    compare.Row("gptq", 3, 128, 3.2, 200, 11.0, 1.0, 2.0),
+    compare.Row("gptq", 4, 128, 4.2, 250, 9.9, -0.1, 2.0),
+]
+
+
+def test_the_chart_is_to_scale(tmp_path):
+    compare.write_chart(tmp_path / "chart.svg", "a <model> & more", ROWS)
+    root = ElementTree.parse(tmp_path / "chart.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    _, rtn, gptq, better = (float(r.get("width")) for r in root.iter(f"{space}rect"))
+    assert rtn == 4 * gptq > 0 and better == 0
+    words = " ".join(text.text for text in root.iter(f"{space}text"))
+    assert "a <model> & more" in words and "+4.000" in words and "-0.100" in words

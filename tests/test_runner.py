@@ -134,6 +134,17 @@ def test_error_propagation_round_trip(folder_of, tmp_path, name, qep):
     assert without.record["qep"] is None
 
 
+def test_layers_excluded_from_error_propagation_aim_at_their_own_weights(folder_of):
+    plain = weights(quantize(folder_of("llama"), GPTQ.plain(3, 32)).model)
+    none = weights(quantize(folder_of("llama"), GPTQ.plain(3, 32), qep=QEP(exclude=".")).model)
+    assert all(torch.equal(none[name], plain[name]) for name in plain)
+    some = QEP(alpha=1.0, exclude=r"layers\.1\.|layers\.0\.(?!mlp\.up_proj)")
+    one = weights(quantize(folder_of("llama"), GPTQ.plain(3, 32), qep=some).model)
+    first = {name for name in plain if "layers.0." in name}
+    changed = {name for name in first if not torch.equal(one[name], plain[name])}
+    assert changed == {"model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"}
+
+
 def test_the_same_seed_gives_the_same_bytes(folder_of, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

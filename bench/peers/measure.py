@@ -58,6 +58,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--tokens", type=Path, required=True, help="int64 [sequences, length] .pt")
     parser.add_argument("--out", type=Path, required=True, help="where the quantized model goes")
+    parser.add_argument("--wbits", type=int, default=4)
+    parser.add_argument("--best", help="the tool's settings for quality instead of speed, by name")
     return parser.parse_args()
 
 

@@ -113,15 +113,20 @@ class Quantization:
                     f"the weight of {layer.name} (block {site.block.index}) holds NaN or infinity",
                     "copy the model again, or train it again",
                 )
+        rows = [layer.shape[0] for layer in site.layers]
         weight = torch.cat([layer.weight for layer in site.layers])
         target = weight
         if self.qep is not None and inputs.cross is not None:
             weight = weight.float()
             target = self.qep.correct(weight, inputs.H, inputs.cross)
+            for layer, kept, moved in zip(
+                site.layers, weight.split(rows), target.split(rows), strict=True
+            ):
+                if not self.qep.applies(layer.name):
+                    moved.copy_(kept)
         solution = self.quantizer.solve(target, inputs.H, self.storage)
         if target is not weight:  # errors are the original weight's
             solution = _measured_on(weight, inputs.H, solution, self.quantizer, self.storage)
-        rows = [layer.shape[0] for layer in site.layers]
         energies = output_energy(weight, inputs.H).split(rows)
         records = []
         for layer, part, energy in zip(site.layers, solution.split(rows), energies, strict=True):

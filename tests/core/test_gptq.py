@@ -1,5 +1,7 @@
 """GPTQ: the paper's form code for code, and what is promised of its result."""
 
+from dataclasses import asdict
+
 import numpy as np
 import oracles
 import pytest
@@ -9,7 +11,7 @@ from core.problems import grid_options, problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optq.core.gptq import GPTQ
+from optq.core.gptq import BEST, GPTQ, PLAIN
 from optq.core.grid import Storage
 from optq.core.order import sweep_order
 from optq.core.rtn import RTN
@@ -389,3 +391,28 @@ def test_a_layout_that_is_not_contiguous_gives_the_same_codes():
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(SettingError):
         GPTQ.plain(**({"wbits": 4} | options))
+
+
+# ------------------------------------------------------------------------------------ defaults
+
+
+@pytest.mark.parametrize("wbits", [2, 3, 4, 8])
+def test_what_is_left_out_is_the_best_known(wbits):
+    options = ("actorder", "static_groups", "mse", "polish")
+    chosen = {name: getattr(GPTQ(wbits), name) for name in options}
+    assert chosen == asdict(BEST[wbits])
+    assert {name: getattr(GPTQ.plain(wbits), name) for name in options} == asdict(PLAIN)
+    for name, value in (
+        ("actorder", "group"),
+        ("static_groups", False),
+        ("mse", False),
+        ("polish", 0),
+    ):
+        assert {n: getattr(GPTQ(wbits, **{name: value}), n) for n in options} == {
+            **chosen,
+            name: value,
+        }
+    W, H = problem(8, 64, seed=3).tensors()
+    best, plain = GPTQ(wbits, 32).solve(W, H, EXACT), GPTQ.plain(wbits, 32).solve(W, H, EXACT)
+    assert best.error.sum() < plain.error.sum()
+    assert torch.equal(best.g_idx, torch.arange(64, dtype=torch.int32) // 32)  # nothing to pay

@@ -49,3 +49,11 @@ def test_full_correction_without_damping_is_least_squares():
 def test_a_damping_that_is_no_fraction_is_refused():
     with pytest.raises(SettingError):
         QEP(percdamp=2.0)
+
+
+def test_excluded_layers_are_named_by_a_regular_expression():
+    qep = QEP(exclude=r"down_proj|fc2$")
+    assert not qep.applies("model.layers.3.mlp.down_proj") and not qep.applies("layers.0.fc2")
+    assert qep.applies("model.layers.3.mlp.up_proj") and QEP().applies("down_proj")
+    with pytest.raises(SettingError, match="is not a regular expression"):
+        QEP(exclude="(")

@@ -11,6 +11,7 @@ express it; ``W'`` is quantized against ``H^`` in the place of ``W``. ``D = 0`` 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +19,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optq.core.hessian import check_percdamp, factor
+from optq.errors import SettingError
 
 
 @dataclass(frozen=True)
 class QEP:
-    """``alpha``: the part of the error to make up for; ``percdamp``: the ``lambda`` above."""
+    """``alpha``: the part of the error to make up for; ``percdamp``: the ``lambda`` above.
+
+    ``exclude``: a regular expression; layers whose name it matches somewhere aim at their own
+    weights.
+    """
 
     alpha: float = 0.5
     percdamp: float = 1.0
+    exclude: str | None = None
 
     def __post_init__(self) -> None:
         check_percdamp(self.percdamp)
+        try:
+            re.compile(self.exclude or "")
+        except re.error as error:
+            raise SettingError(
+                f"exclude {self.exclude} is not a regular expression: {error}", "escape it"
+            ) from error
+
+    def applies(self, name: str) -> bool:
+        """Whether the layer called ``name`` is not excluded."""
+        return self.exclude is None or re.search(self.exclude, name) is None
 
     def correct(
         self,

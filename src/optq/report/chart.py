@@ -36,7 +36,7 @@ def bars(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
                 f'<rect x="{LABEL}" y="{y - BAR + 5}" width="{length:.1f}" height="{BAR}"'
                 f' fill="{color}"/>'
             )
-            number = f"+{row['rise']:.3f} ({row['bits_per_weight']:.2f} bits a weight)"
+            number = f"{row['rise']:+.3f} ({row['bits_per_weight']:.2f} bits a weight)"
             parts.append(_text(LABEL + length + 6, y, number))
     width, height = LABEL + LENGTH + NUMBER, y + 20
     return (

@@ -1,0 +1,86 @@
+"""Other tools at their best settings, on the models and tokens of ``bench/quality.py``.
+
+    python bench/quality_peers.py MODEL.. --llmcompressor PYTHON --gptqmodel PYTHON
+
+Each tool gets the same checkpoint, bits, group size and calibration tokens, and writes what it
+writes; OPTQ loads that and measures it as it measures its own. Where a tool has several good
+settings each is run. Appends to the same results file, with the tool as the variant.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from quality import RESULTS, SAMPLES, SEQLEN, WINDOWS, label, texts
+
+import optq
+from optq import ModelConfig
+from optq.data.calibration import calibration_tokens
+from optq.data.evaluation import evaluation_tokens
+from optq.evaluate.perplexity import perplexity
+from optq.model.linear import make_dense
+
+PEERS = Path(__file__).parent / "peers"
+VARIANTS = {
+    "llm-compressor": ("llmcompressor", "mse"),
+    "gptqmodel group": ("gptqmodel", "group"),
+    "gptqmodel act": ("gptqmodel", "act"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--llmcompressor", help="its Python")
+    parser.add_argument("--gptqmodel", help="its Python")
+    parser.add_argument("--wbits", default="4,3,2")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    done = set()
+    if arguments.results.exists():
+        for line in arguments.results.read_text().splitlines():
+            row = json.loads(line)
+            done.add((row["model"], row["variant"], row["wbits"], row["seed"]))
+    for model in arguments.models:
+        config, (calib, text) = ModelConfig(model, "cpu"), texts(model)
+        checkpoint, (_, tokenizer) = config.checkpoint(), config.load()
+        windows = evaluation_tokens(text, tokenizer, SEQLEN)[:WINDOWS]
+        for wbits in map(int, arguments.wbits.split(",")):
+            for seed in range(arguments.seeds):
+                for variant, (tool, best) in VARIANTS.items():
+                    python = getattr(arguments, tool)
+                    key = (label(model), variant, wbits, seed)
+                    if python is None or key in done:
+                        continue
+                    start = time.perf_counter()
+                    with TemporaryDirectory() as scratch:
+                        tokens, out = Path(scratch) / "tokens.pt", Path(scratch) / "out"
+                        torch.save(
+                            calibration_tokens(calib, tokenizer, SAMPLES, SEQLEN, seed), tokens
+                        )
+                        command = [python, PEERS / f"{tool}_run.py", "--model", checkpoint.folder]
+                        command += ["--tokens", tokens, "--out", out]
+                        command += ["--wbits", wbits, "--best", best]
+                        ran = subprocess.run(
+                            list(map(str, command)), capture_output=True, text=True, check=False
+                        )
+                        if ran.returncode:
+                            print(key, "failed:", ran.stderr[-600:], flush=True)
+                            continue
+                        quantized = optq.load(out, "cpu")
+                    make_dense(quantized)
+                    row = dict(zip(("model", "variant", "wbits", "seed"), key, strict=True))
+                    row["perplexity"] = round(perplexity(quantized, windows).perplexity, 5)
+                    row["seconds"] = round(time.perf_counter() - start, 1)
+                    print(row, flush=True)
+                    with arguments.results.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
