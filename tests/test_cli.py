@@ -107,7 +107,7 @@ def test_quantize_json(optq, words, folder, tmp_path):
     assert done.keys() >= QUANTIZE_KEYS
     wanted = {
         "model": str(folder), "out": str(tmp_path / "out"), "method": "gptq", "wbits": 4,
-        "groupsize": 32, "sym": True, "actorder": True, "percdamp": 0.02,
+        "groupsize": 32, "sym": True, "actorder": "group", "percdamp": 0.02,
     }  # fmt: skip
     assert {name: done[name] for name in wanted} == wanted
     assert done["seconds"].keys() >= STAGES
@@ -152,7 +152,7 @@ def test_inspect_agrees_with_quantize(optq, words, tmp_path, method, wbits, grou
     assert seen["quantized_bytes"] == made["bytes"] < seen["bytes"]
     assert seen["bits_per_weight"] == pytest.approx(made["bits_per_weight"], abs=1e-3)
     without_times = [
-        {name: value for name, value in layer.items() if name != "seconds"}
+        {name: value for name, value in layer.items() if "seconds" not in name}
         for layer in made["layers"]
     ]
     assert seen["layers"] == without_times
@@ -194,8 +194,16 @@ def test_error_propagation(optq, words, tmp_path):
     optq(*words, "--json")
     assert "qep" in (seen := optq("inspect", tmp_path / "out", "--json").json)
     assert seen["qep"] is None
-    optq(*words, "--qep", "--json", "--force")
-    assert optq("inspect", tmp_path / "out", "--json").json["qep"]["alpha"] > 0
+    for flags, propagated in (
+        (["--qep"], True),
+        (["--wbits", "3"], True),  # where it is among the best known options
+        (["--wbits", "3", "--no-qep"], False),
+        (["--wbits", "3", "--plain"], False),
+        (["--wbits", "3", "--method", "rtn"], False),
+    ):
+        optq(*words, *flags, "--json", "--force")
+        seen = optq("inspect", tmp_path / "out", "--json").json
+        assert (seen["qep"] == {"alpha": 0.5, "percdamp": 0.01, "exclude": None}) is propagated
 
 
 def test_skipped_layers(optq, words, tmp_path):
@@ -430,7 +438,7 @@ def test_generate_prints_pieces_as_they_come(folder, monkeypatch):
     monkeypatch.setattr(generate, "Completion", Completion)
     printed = []
     monkeypatch.setattr("builtins.print", lambda *args, **more: printed.append((args, more)))
-    cli.generate(str(folder), "the", device="cpu")
+    cli.use.generate(str(folder), "the", device="cpu")
     assert printed == [
         (("one",), {"end": "", "flush": True}), (("two",), {"end": "", "flush": True}), ((), {}),
         (("optq: 1 tokens read in 0.50 s, then 20.0 tokens/s",), {"file": sys.stderr}),

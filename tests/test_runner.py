@@ -587,3 +587,18 @@ def test_error_propagation_keeps_the_promise_on_the_original_weights(folder_of, 
     result = quantize(folder_of("llama"), GPTQ.plain(2, **settings), qep=True)
     assert all(layer.error <= layer.rtn_error * (1 + 1e-6) for layer in result.layers)
     assert sum(layer.error for layer in result.layers) > 0
+
+
+def test_the_record_says_what_polish_gained(folder_of):
+    swept = quantize(folder_of("llama"), GPTQ.plain(3, 32))
+    polished = quantize(folder_of("llama"), GPTQ.plain(3, 32, polish=2))
+    assert all(layer.polish_gain == layer.polish_seconds == 0 for layer in swept.layers)
+    assert all(layer.polish_gain > 0.05 for layer in polished.layers)
+    assert all(0 < layer.polish_seconds < layer.seconds for layer in polished.layers)
+    assert polished.seconds["polish"] == pytest.approx(
+        sum(layer.polish_seconds for layer in polished.layers)
+    )
+    first = {layer.name for layer in swept.layers if "layers.0.self_attn.q" in layer.name}
+    for before, after in zip(swept.layers, polished.layers, strict=True):
+        if before.name in first:  # whose inputs are the same
+            assert after.error < 0.95 * before.error

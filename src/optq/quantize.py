@@ -49,6 +49,8 @@ class LayerRecord:
     damp_tries: int = 0
     dead_columns: int = 0
     fallback_rows: int = 0
+    polish_gain: float = 0.0  # the part of the site's error that polish took
+    polish_seconds: float = 0.0
     calls: int = 1  # of the layer in one forward; it is calibrated on the first
 
 
@@ -134,8 +136,8 @@ class Quantization:
             self._keep(layer, part)
             records.append(_record(layer, part, energy.sum().item(), len(weight)))
         self.records += records
-        for stage in ("factor", "solve"):
-            self.seconds[stage] += solution.seconds[stage]
+        for stage, seconds in solution.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self.progress(Progress(site.block.index, len(self.blocks), site.layers[0].name, records))
 
     def done(self, block: Block) -> None:
@@ -180,7 +182,7 @@ class Quantization:
             "bytes": self.bytes,
             "dense": self.dense(),
             "layers": [
-                {key: value for key, value in asdict(record).items() if key != "seconds"}
+                {key: value for key, value in asdict(record).items() if "seconds" not in key}
                 for record in self.records
             ],
         }
@@ -249,5 +251,7 @@ def _record(layer: Layer, part: Solution, energy: float, site_rows: int) -> Laye
         damp_tries=part.damp_tries,
         dead_columns=part.dead,
         fallback_rows=part.fallback_rows,
+        polish_gain=part.polish_gain,
+        polish_seconds=part.seconds.get("polish", 0.0) * rows / site_rows,
         calls=max(layer.calls, 1),
     )

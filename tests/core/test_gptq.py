@@ -1,7 +1,5 @@
 """GPTQ: the paper's form code for code, and what is promised of its result."""
 
-from dataclasses import asdict
-
 import numpy as np
 import oracles
 import pytest
@@ -11,7 +9,7 @@ from core.problems import grid_options, problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optq.core.gptq import BEST, GPTQ, PLAIN
+from optq.core.gptq import BEST, GPTQ, OPTIONS
 from optq.core.grid import Storage
 from optq.core.order import sweep_order
 from optq.core.rtn import RTN
@@ -398,20 +396,13 @@ def test_options_that_make_no_sense_are_refused(options):
 
 @pytest.mark.parametrize("wbits", [2, 3, 4, 8])
 def test_what_is_left_out_is_the_best_known(wbits):
-    options = ("actorder", "static_groups", "mse", "polish")
-    chosen = {name: getattr(GPTQ(wbits), name) for name in options}
-    assert chosen == asdict(BEST[wbits])
-    assert {name: getattr(GPTQ.plain(wbits), name) for name in options} == asdict(PLAIN)
-    for name, value in (
-        ("actorder", "group"),
-        ("static_groups", False),
-        ("mse", False),
-        ("polish", 0),
-    ):
-        assert {n: getattr(GPTQ(wbits, **{name: value}), n) for n in options} == {
-            **chosen,
-            name: value,
-        }
+    chosen = {name: getattr(GPTQ(wbits), name) for name in OPTIONS}
+    assert chosen == {name: getattr(BEST[wbits], name) for name in OPTIONS}
+    paper = {name: getattr(GPTQ.plain(wbits), name) for name in OPTIONS}
+    assert paper == {"actorder": False, "static_groups": False, "mse": False, "polish": 0}
+    for name, value in (("actorder", True), ("static_groups", True), ("mse", False), ("polish", 1)):
+        changed = {other: getattr(GPTQ(wbits, **{name: value}), other) for other in OPTIONS}
+        assert changed == {**chosen, name: value}
     W, H = problem(8, 64, seed=3).tensors()
     best, plain = GPTQ(wbits, 32).solve(W, H, EXACT), GPTQ.plain(wbits, 32).solve(W, H, EXACT)
     assert best.error.sum() < plain.error.sum()

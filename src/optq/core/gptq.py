@@ -27,7 +27,7 @@ Departures from the paper:
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,22 +56,24 @@ from optq.errors import SettingError
 
 @dataclass(frozen=True)
 class Best:
-    """The options that leave the file format alone, see :class:`GPTQ`."""
+    """The options that leave the file format alone, see :class:`GPTQ`; and error propagation."""
 
     actorder: ActOrder
     static_groups: bool
     mse: bool
     polish: int
+    qep: bool
 
 
 # The best known for each width, and the paper's. docs/defaults.md has the measurements.
 BEST = {
-    2: Best(actorder=True, static_groups=True, mse=True, polish=1),
-    3: Best(actorder=True, static_groups=True, mse=True, polish=1),
-    4: Best(actorder=True, static_groups=True, mse=True, polish=1),
-    8: Best(actorder=True, static_groups=True, mse=True, polish=1),
+    2: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
+    3: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
+    4: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=False),
+    8: Best(actorder="group", static_groups=False, mse=True, polish=0, qep=False),
 }
-PLAIN = Best(actorder=False, static_groups=False, mse=False, polish=0)
+PLAIN = Best(actorder=False, static_groups=False, mse=False, polish=0, qep=False)
+OPTIONS = ("actorder", "static_groups", "mse", "polish")  # of those, GPTQ's own
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,14 @@ class GPTQ:
         **options: Any,
     ) -> GPTQ:
         """The paper's algorithm, and nothing but what is added to it here."""
-        return cls(wbits, groupsize, sym, **(asdict(PLAIN) | {"actorder": actorder} | options))
+        paper = {name: getattr(PLAIN, name) for name in OPTIONS}
+        return cls(wbits, groupsize, sym, **(paper | {"actorder": actorder} | options))
 
     def __post_init__(self) -> None:
         best = BEST.get(self.wbits, PLAIN)  # other widths are refused by the grid
-        for option in fields(best):
-            if getattr(self, option.name) is None:
-                object.__setattr__(self, option.name, getattr(best, option.name))
+        for name in OPTIONS:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(best, name))
         self.grid  # noqa: B018  refuses bad options here, not an hour later
         check_percdamp(self.percdamp)
         check_actorder(self.actorder)
@@ -184,13 +187,18 @@ class GPTQ:
             dead=int(factored.dead.sum()),
             fallback_rows=fallen_back,
         )
-        if self.polish:
-            polished = polish(target, H, solution, storage, self.polish, error)
-            found = polished.weight
-            solution = replace(
-                solution, codes=found.codes, scales=found.scales, error=polished.error
-            )
-        return replace(solution, seconds={"factor": factor_seconds, "solve": elapsed(start, H)})
+        seconds = {"factor": factor_seconds, "solve": elapsed(start, H)}
+        if not self.polish:
+            return replace(solution, seconds=seconds)
+        polished = polish(target, H, solution, storage, self.polish, error)
+        return replace(
+            solution,
+            codes=polished.weight.codes,
+            scales=polished.weight.scales,
+            error=polished.error,
+            polish_gain=polished.gain,
+            seconds=seconds | {"polish": polished.seconds},
+        )
 
 
 def _rounding_error(

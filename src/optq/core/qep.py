@@ -31,7 +31,7 @@ class QEP:
     """
 
     alpha: float = 0.5
-    percdamp: float = 1.0
+    percdamp: float = 0.01
     exclude: str | None = None
 
     def __post_init__(self) -> None:

@@ -24,7 +24,8 @@ class Solution(QuantizedWeight):
     damp_tries: int = 0  # factorizations that failed before it
     dead: int = 0  # input columns that are always zero
     fallback_rows: int = 0  # rows where rounding was better than the sweep
-    seconds: dict[str, float] = field(default_factory=dict)  # factor, solve
+    polish_gain: float = 0.0  # the part of the error, on what was solved for, that polish took
+    seconds: dict[str, float] = field(default_factory=dict)  # factor, solve, polish
 
     def split(self, rows: list[int]) -> list[Solution]:
         """The solutions of the stacked layers, which have so many rows each."""
