@@ -49,7 +49,7 @@ def comparison(config, tmp_path):
     text.write_text(TEXT)
     return compare.Comparison(
         config,
-        methods=("rtn", "plain", "gptq", "qep"),
+        methods=("rtn", "plain", "no-qep", "gptq"),
         wbits=(3,),
         groupsizes=(32, -1),
         calib=str(text),
@@ -75,7 +75,7 @@ def test_a_comparison(comparison):
     model = Runner(comparison.config, GPTQ.plain(3, 32), calib=tokens).run().model
     windows = evaluation_tokens(comparison.text, tokenizer, 32)
     assert perplexity(model, windows).perplexity == rows[2].perplexity
-    assert seen[-1][:2] == (8, 9) and "qep at 3 bits" in seen[-1][2]
+    assert seen[-1][:2] == (8, 9) and "gptq at 3 bits" in seen[-1][2]
 
 
 def test_an_interrupted_comparison_goes_on(comparison, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from optq.core.gptq import GPTQ
+from optq.core.gptq import BEST, GPTQ
 from optq.core.rtn import RTN
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
@@ -28,12 +28,12 @@ DEMO_SEQLEN = 512  # what the bundled model was trained on
 DEMO_SAMPLES = 64
 Progress = Callable[[float, float, str], None]
 
-# What `optq compare --methods` names: the quantizer of (wbits, groupsize), and error propagation.
-COMPARED: dict[str, tuple[Callable[[int, int], Quantizer], bool]] = {
-    "rtn": (RTN, False),
-    "plain": (GPTQ.plain, False),
-    "gptq": (GPTQ, False),
-    "qep": (GPTQ, True),
+# What `optq compare --methods` names; "gptq" propagates errors where that is the default.
+COMPARED: dict[str, Callable[[int, int], Quantizer]] = {
+    "rtn": RTN,
+    "plain": GPTQ.plain,
+    "no-qep": GPTQ,
+    "gptq": GPTQ,
 }
 
 
@@ -115,7 +115,9 @@ class Comparison:
         full: Row,
     ) -> Row:
         start = time.perf_counter()
-        result = Runner(self.config, quantizer, COMPARED[setting[0]][1], calib=tokens).run()
+        method, wbits, _ = setting
+        propagate = method == "gptq" and BEST[wbits].qep
+        result = Runner(self.config, quantizer, propagate, calib=tokens).run()
         seconds = time.perf_counter() - start
         model = result.model.to(self.config.torch_device())
         measured = _finite(model, windows).perplexity
@@ -125,7 +127,7 @@ class Comparison:
     def _quantizer(self, method: str, wbits: int, groupsize: int) -> Quantizer:
         if method not in COMPARED:
             raise SettingError(f"the method {method} is unknown", f"choose {', '.join(COMPARED)}")
-        return COMPARED[method][0](wbits, groupsize)
+        return COMPARED[method](wbits, groupsize)
 
     def _key(self) -> str:
         """Of everything but the setting that a row depends on."""

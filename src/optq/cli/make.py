@@ -61,7 +61,7 @@ def quantize(
     percdamp: Annotated[float, typer.Option(help="Damping, of the mean of diag H.")] = 0.01,
     qep: Annotated[
         bool | None,
-        typer.Option(help="Error propagation, twice the forward time. Default: at 2 and 3 bits."),
+        typer.Option(help="Error propagation, twice the forward time. Default: below 8 bits."),
     ] = None,
     calib: Annotated[
         str | None,
@@ -162,8 +162,8 @@ def quantize(
 def compare(
     model: Model,
     methods: Annotated[
-        str, typer.Option(help="Of rtn, plain (the paper's GPTQ), gptq, qep.")
-    ] = "rtn,plain,gptq,qep",
+        str, typer.Option(help="Of rtn, plain (the paper's GPTQ), no-qep, gptq.")
+    ] = "rtn,plain,no-qep,gptq",
     wbits: Annotated[str, typer.Option(help="Of 2, 3, 4, 8.")] = "4,3,2",
     groupsize: Annotated[str, typer.Option(help="-1: one scale to a row.")] = "128",
     calib: Annotated[str | None, typer.Option(help="As of quantize.")] = None,

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 BAR, GAP, LABEL, LENGTH, NUMBER = 18, 6, 170, 360, 200  # pixels
-COLORS = {"rtn": "#c0392b", "plain": "#7f8c8d", "gptq": "#16a085", "qep": "#2471a3"}
+COLORS = {"rtn": "#c0392b", "plain": "#7f8c8d", "no-qep": "#2471a3", "gptq": "#16a085"}
 
 
 def bars(title: str, rows: Sequence[Mapping[str, Any]]) -> str:

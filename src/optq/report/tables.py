@@ -18,8 +18,8 @@ TITLES = {
     "none": "full precision",
     "rtn": "round to nearest",
     "plain": "GPTQ, plain",
+    "no-qep": "GPTQ, no QEP",
     "gptq": "GPTQ",
-    "qep": "GPTQ with QEP",
 }
 
 
