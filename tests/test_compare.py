@@ -7,6 +7,7 @@ import pytest
 import zoo
 
 from optq import GPTQ, ModelConfig, Runner, compare
+from optq.core.best import BEST, PLAIN
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, OutputError, SettingError
@@ -83,16 +84,23 @@ def test_an_interrupted_comparison_goes_on(comparison, tmp_path, monkeypatch):
     whole = comparison.run(results)
     lines = results.read_text().splitlines()
     assert len(lines) == len(whole)
-    results.write_text("\n".join(lines[:4]) + "\n")
+    results.write_text("\n".join(lines[:4]) + "\n" + lines[4][:-20])  # cut by a crash
     made, run = [], Runner.run
     monkeypatch.setattr(Runner, "run", lambda self: made.append(self) or run(self))
     again = comparison.run(results)
     assert len(made) == len(whole) - 4
     assert [(r.method, r.perplexity) for r in again] == [(r.method, r.perplexity) for r in whole]
     assert comparison.run(results) == again and len(made) == len(whole) - 4
+    # Other defaults are other rows.
+    monkeypatch.setitem(BEST, 3, PLAIN)
+    other = comparison.run(results)
+    assert other[3].perplexity == other[4].perplexity == other[2].perplexity != whole[3].perplexity
+    monkeypatch.undo()
+    monkeypatch.setattr(Runner, "run", lambda self: made.append(self) or run(self))
+    made.clear()
     # Another seed is another comparison: nothing of the file counts, and nothing is lost.
     replace(comparison, seed=1, methods=("rtn",), groupsizes=(32,)).run(results)
-    assert len(made) == len(whole) - 4 + 1
+    assert len(made) == 1
     assert comparison.run(results) == again
 
 
@@ -108,10 +116,11 @@ def test_an_interrupted_comparison_goes_on(comparison, tmp_path, monkeypatch):
 def test_what_cannot_be_is_refused_before_any_work(comparison, tmp_path, change, message):
     with pytest.raises(SettingError, match=message):
         replace(comparison, **change).run(tmp_path / "rows.jsonl")
-    assert not (tmp_path / "rows.jsonl").exists()
+    kept = tmp_path / "rows.jsonl"
+    assert not kept.exists() or not kept.read_text()
 
 
-@pytest.mark.parametrize("content", ["not JSON", "[1]", '{"key": "x"}\n{"other": 1}'])
+@pytest.mark.parametrize("content", ["not JSON\n", "[1]\n", '{"key": "x"}\n{"other": 1}\n'])
 def test_a_file_of_something_else_is_refused(comparison, tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_text(content)

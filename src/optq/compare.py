@@ -12,13 +12,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from optq.core.gptq import BEST, GPTQ
+from optq import __version__
+from optq.core.best import BEST
+from optq.core.gptq import GPTQ
+from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
-from optq.errors import DataError, NumericsError, OutputError, SettingError
+from optq.errors import DataError, ModelError, NumericsError, OutputError, SettingError
 from optq.evaluate.perplexity import Perplexity, perplexity
-from optq.formats import FORMATS
+from optq.formats import FORMATS, detect
 from optq.model.blocks import find_blocks
 from optq.quantize import Quantizer, layer_scheme
 from optq.report.chart import bars
@@ -74,7 +77,15 @@ class Comparison:
         """
         settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in self.methods]
         quantizers = {setting: self._quantizer(*setting) for setting in settings}
-        kept = Kept(results, self._key())
+        checkpoint = self.config.checkpoint()
+        if detect(checkpoint.config()):
+            raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
+        common = self._key(checkpoint.folder)
+        kept = Kept(results)
+        keys = {
+            s: f"{common} {s} {q!r} {self._propagates(s) and QEP()!r}"
+            for s, q in quantizers.items()
+        }
         model, tokenizer = self.config.load()
         seqlen = sequence_length(model, self.seqlen)
         windows = evaluation_tokens(self.text, tokenizer, seqlen)
@@ -86,23 +97,23 @@ class Comparison:
         steps = len(settings) + 1
         progress(0, steps, "full precision")
         size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
-        full = kept.get("none", bits, -1)
+        full = kept.get(common)
         if full is None:
             full = Row("none", bits, -1, bits, size, _finite(model, windows).perplexity)
-            kept.add(full)
+            kept.add(common, full)
         del model, layers
         rows, tokens = [full], None
         for step, setting in enumerate(settings, start=1):
             method, wbits, groupsize = setting
             progress(step, steps, f"{method} at {wbits} bits, groupsize {groupsize}")
-            row = kept.get(*setting)
+            row = kept.get(keys[setting])
             if row is None:
                 if tokens is None:  # one calibration for all
                     tokens = calibration_tokens(
                         self.calib, tokenizer, self.nsamples, seqlen, self.seed
                     )
                 row = self._measure(setting, quantizers[setting], tokens, windows, full)
-                kept.add(row)
+                kept.add(keys[setting], row)
             rows.append(row)
         return rows
 
@@ -115,9 +126,8 @@ class Comparison:
         full: Row,
     ) -> Row:
         start = time.perf_counter()
-        method, wbits, _ = setting
-        propagate = method == "gptq" and BEST[wbits].qep
-        result = Runner(self.config, quantizer, propagate, calib=tokens).run()
+        propagates = self._propagates(setting)
+        result = Runner(self.config, quantizer, propagates, calib=tokens).run()
         seconds = time.perf_counter() - start
         model = result.model.to(self.config.torch_device())
         measured = _finite(model, windows).perplexity
@@ -129,45 +139,57 @@ class Comparison:
             raise SettingError(f"the method {method} is unknown", f"choose {', '.join(COMPARED)}")
         return COMPARED[method](wbits, groupsize)
 
-    def _key(self) -> str:
+    def _propagates(self, setting: tuple[str, int, int]) -> bool:
+        return setting[0] == "gptq" and BEST[setting[1]].qep
+
+    def _key(self, folder: Path) -> str:
         """Of everything but the setting that a row depends on."""
-        folder = self.config.checkpoint().folder
         files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir()]
         for spec in (self.calib, self.text):
             if Path(spec).is_file():
                 files.append((spec, Path(spec).stat().st_size, Path(spec).stat().st_mtime_ns))
         numbers = (self.nsamples, self.seqlen, self.seed, self.calib, self.text)
-        return hashlib.sha256(repr((sorted(files), numbers)).encode()).hexdigest()[:16]
+        where = (__version__, self.config.torch_device().type)
+        return hashlib.sha256(repr((sorted(files), numbers, where)).encode()).hexdigest()[:16]
 
 
 class Kept:
-    """The rows in a file of JSON lines that belong to one comparison."""
+    """The rows in a file of JSON lines, by all that they depend on."""
 
-    def __init__(self, path: Path | None, key: str) -> None:
-        self.path, self.key = path, key
-        self.rows: dict[tuple[str, int, int], Row] = {}
-        if path is None or not path.exists():
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        if path is None:
             return
+        whole = ""
         try:
-            for line in path.read_text().splitlines():
-                entry = json.loads(line)
-                if entry.pop("key") == key:
-                    row = Row(**entry)
-                    self.rows[row.method, row.wbits, row.groupsize] = row
+            if path.exists():
+                text = path.read_text()
+                whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line short
+                for line in whole.splitlines():
+                    entry = json.loads(line)
+                    key = entry.pop("key")
+                    self.rows[key] = Row(**entry)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} holds no results of optq compare", "name another file with --results"
             ) from error
+        self._write("r+" if path.exists() else "a", whole)
 
-    def get(self, method: str, wbits: int, groupsize: int) -> Row | None:
-        return self.rows.get((method, wbits, groupsize))
+    def get(self, key: str) -> Row | None:
+        return self.rows.get(key)
 
-    def add(self, row: Row) -> None:
+    def add(self, key: str, row: Row) -> None:
+        self._write("a", json.dumps({"key": key, **asdict(row)}) + "\n")
+
+    def _write(self, mode: str, text: str) -> None:
         if self.path is None:
             return
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"key": self.key, **asdict(row)}) + "\n")
+            with self.path.open(mode) as file:
+                file.write(text)
+                if mode == "r+":
+                    file.truncate()
         except OSError as error:
             raise OutputError(
                 f"{self.path} cannot be written: {error.strerror}", "name another file"

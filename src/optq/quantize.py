@@ -118,8 +118,9 @@ class Quantization:
         rows = [layer.shape[0] for layer in site.layers]
         weight = torch.cat([layer.weight for layer in site.layers])
         target = weight
-        if self.qep is not None and inputs.cross is not None:
-            weight = weight.float()
+        aimed = self.qep is not None and any(self.qep.applies(each.name) for each in site.layers)
+        if self.qep is not None and aimed and inputs.cross is not None:
+            weight = weight.to(inputs.H.dtype)
             target = self.qep.correct(weight, inputs.H, inputs.cross)
             for layer, kept, moved in zip(
                 site.layers, weight.split(rows), target.split(rows), strict=True
@@ -203,7 +204,7 @@ class Quantization:
 def layer_scheme(quantizer: Quantizer) -> LayerScheme:
     """What the config of a checkpoint says of each layer that this quantizer solves."""
     static = getattr(quantizer, "static_groups", False) or quantizer.groupsize == -1
-    actorder = getattr(quantizer, "actorder", False) is True and not static
+    actorder = getattr(quantizer, "actorder", False) not in (False, "group") and not static
     return LayerScheme(quantizer.wbits, quantizer.groupsize, quantizer.sym, actorder)
 
 
@@ -232,7 +233,7 @@ def _measured_on(
         zeros=torch.where(worse[:, None], rounding.zeros, solution.zeros),
         error=torch.minimum(error, rounding.error),
         rtn_error=rounding.error,
-        fallback_rows=solution.fallback_rows + int(worse.sum()),
+        fallback_rows=max(solution.fallback_rows, int(worse.sum())),
     )
 
 

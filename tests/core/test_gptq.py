@@ -9,7 +9,8 @@ from core.problems import grid_options, problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optq.core.gptq import BEST, GPTQ, OPTIONS
+from optq.core.best import BEST, OPTIONS
+from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
 from optq.core.order import sweep_order
 from optq.core.rtn import RTN

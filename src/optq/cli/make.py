@@ -49,7 +49,11 @@ def quantize(
         bool, typer.Option("--plain", help="The paper's GPTQ; without it the best options known.")
     ] = False,
     actorder: Annotated[
-        bool | None, typer.Option(help="Columns of large activations first.")
+        bool | None,
+        typer.Option(
+            help="Columns of large activations first, across groups: the file then needs g_idx."
+            " (The default order stays inside the groups.)"
+        ),
     ] = None,
     static_groups: Annotated[
         bool | None, typer.Option(help="Fit all grids beforehand: act-order costs nothing then.")
@@ -86,7 +90,7 @@ def quantize(
     options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
     options |= {"actorder": actorder, "static_groups": static_groups}
     quantizer = _quantizer(method, wbits, groupsize, plain, options)
-    from optq.core.gptq import BEST
+    from optq.core.best import BEST
 
     if qep is None:
         qep = method == "gptq" and not plain and BEST[wbits].qep
@@ -131,6 +135,7 @@ def quantize(
                 "wbits": wbits,
                 "groupsize": groupsize,
                 "sym": sym,
+                "qep": bool(qep),
                 "actorder": getattr(quantizer, "actorder", False),
                 "percdamp": percdamp,
                 "bits_per_weight": result.bits_per_weight,

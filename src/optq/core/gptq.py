@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from optq.core.best import BEST, OPTIONS, PLAIN
 from optq.core.clock import elapsed
 from optq.core.descent import polish
 from optq.core.grid import GridSpec, Storage
@@ -52,28 +53,6 @@ from optq.core.rtn import Rounded, round_groups, working_copy
 from optq.core.solution import Solution
 from optq.core.weight import dequantize, group_index
 from optq.errors import SettingError
-
-
-@dataclass(frozen=True)
-class Best:
-    """The options that leave the file format alone, see :class:`GPTQ`; and error propagation."""
-
-    actorder: ActOrder
-    static_groups: bool
-    mse: bool
-    polish: int
-    qep: bool
-
-
-# The best known for each width, and the paper's. docs/defaults.md has the measurements.
-BEST = {
-    2: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
-    3: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
-    4: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
-    8: Best(actorder="group", static_groups=False, mse=True, polish=0, qep=False),
-}
-PLAIN = Best(actorder=False, static_groups=False, mse=False, polish=0, qep=False)
-OPTIONS = ("actorder", "static_groups", "mse", "polish")  # of those, GPTQ's own
 
 
 @dataclass(frozen=True)
@@ -121,7 +100,7 @@ class GPTQ:
         self.grid  # noqa: B018  refuses bad options here, not an hour later
         check_percdamp(self.percdamp)
         check_actorder(self.actorder)
-        if self.polish < 0:
+        if not isinstance(self.polish, int) or self.polish < 0:
             raise SettingError(f"polish is {self.polish}", "choose 0 (none) or a few rounds")
         if self.blocksize < 1:
             raise SettingError(f"blocksize is {self.blocksize}", "choose 1 or more")
@@ -138,7 +117,7 @@ class GPTQ:
     ) -> Solution:
         """Codes for ``weight`` (one layer, or all layers of a site stacked) under ``H``, undamped.
 
-        Works in float32, or float64 for float64 weights. Raises ``NumericsError`` if ``H`` is
+        Works in float32, or float64 where both are float64. Raises ``NumericsError`` if ``H`` is
         not finite.
         """
         start = time.perf_counter()

@@ -25,7 +25,7 @@ ActOrder = bool | str  # True, False or "group"
 
 def check_actorder(actorder: ActOrder) -> None:
     """Refuse an order that does not exist."""
-    if actorder not in (False, True, "group"):
+    if not isinstance(actorder, bool) and actorder != "group":
         raise SettingError(f"actorder is {actorder!r}", 'choose True, False or "group"')
 
 

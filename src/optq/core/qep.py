@@ -11,6 +11,7 @@ express it; ``W'`` is quantized against ``H^`` in the place of ``W``. ``D = 0`` 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ class QEP:
 
     def __post_init__(self) -> None:
         check_percdamp(self.percdamp)
+        if not math.isfinite(self.alpha):
+            raise SettingError(f"alpha is {self.alpha}", "choose a number, such as 0.5")
         try:
             re.compile(self.exclude or "")
         except re.error as error:

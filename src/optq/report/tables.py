@@ -73,7 +73,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
         plain = row["method"] == "none"
         groupsize = "row" if row["groupsize"] == -1 else str(row["groupsize"])
         table.add_row(
-            "16" if plain else str(row["wbits"]),
+            str(row["wbits"]),
             *((("" if plain else groupsize),) if groups else ()),
             TITLES[row["method"]],
             f"{row['bits_per_weight']:.2f}",
