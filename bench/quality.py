@@ -58,6 +58,9 @@ VARIANTS = {
     "default+qep1.0": (gptq(), QEP(0.5, 1.0)),
     "default+qep-last": (gptq(), QEP(0.5, 0.01, r"down_proj|fc2")),
     "default+qep-alpha1": (gptq(), QEP(1.0, 0.01)),
+    "default-mse+qep": (gptq(actorder="group", polish=2), True),
+    "default-polish+qep": (gptq(actorder="group", mse=True), True),
+    "default-both+qep": (gptq(actorder="group"), True),
     "default": (gptq(), False),
     "default+qep": (gptq(), True),
 }
