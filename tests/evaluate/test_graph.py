@@ -8,12 +8,21 @@ import zoo
 import zoo_configs as configs
 from transformers import Qwen3Config
 
-from optq.evaluate.graph import GraphDecoder, capturable, decode
+from optq.evaluate.graph import GraphDecoder, capturable
 
 ROWS = {row.name: row for row in zoo.ROWS}
 FULL = {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST, NEW = 40, 12
+
+
+def decode(decoder, ids, new_tokens):
+    """The greedy continuation ``[new_tokens]`` of ``ids [1, n]``; no token stops it."""
+    logits = decoder.prefill(ids)
+    tokens = [logits.argmax().view(1)]
+    for _ in range(new_tokens - 1):
+        tokens.append(decoder.step(tokens[-1]).argmax().view(1))
+    return torch.cat(tokens)
 
 
 def build(name):

@@ -165,12 +165,3 @@ class GraphDecoder:
     def _restore(self, counts: list[Tensor], before: list[Tensor]) -> None:
         for count, value in zip([*counts, self.position], before, strict=True):
             count.copy_(value)
-
-
-def decode(decoder: GraphDecoder, ids: Tensor, new_tokens: int) -> Tensor:
-    """The greedy continuation ``[new_tokens]`` of ``ids [1, n]``; no token stops it."""
-    logits = decoder.prefill(ids)
-    tokens = [logits.argmax().view(1)]
-    for _ in range(new_tokens - 1):
-        tokens.append(decoder.step(tokens[-1]).argmax().view(1))
-    return torch.cat(tokens)
