@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -71,12 +70,7 @@ def generate(
     def complete(name: str, show: Callable[[str], object]) -> tuple[str, Speed]:
         """The whole text and its speed; only one model is in memory at a time."""
         completion = Completion(*ModelConfig(name, device).load(), prompt, max_new_tokens)
-        text = ""
-        with closing(completion.__iter__()) as pieces:
-            for piece in pieces:
-                show(piece)
-                text += piece
-        return text, completion.speed
+        return completion.run(show), completion.speed
 
     if compare is not None:
         names = (model, compare)

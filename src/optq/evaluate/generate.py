@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from threading import Event, Thread
 from typing import Any
 
 from optq.errors import SettingError
@@ -67,41 +66,25 @@ class Completion:
         rate = (new - 1) / (last - first) if last > first else 0.0
         return Speed(self.ids["input_ids"].shape[1], new, first - start, rate)
 
-    def __iter__(self) -> Generator[str, None, None]:
-        from transformers import TextIteratorStreamer
+    def run(self, show: Callable[[str], object]) -> str:
+        """The whole text; ``show`` gets each piece as it comes, and may end it by an exception."""
+        from transformers import TextStreamer
 
         self.arrivals.clear()
-        arrivals, stopped, failure = self.arrivals, Event(), list[BaseException]()
+        arrivals, pieces = self.arrivals, list[str]()
 
-        class Streamer(TextIteratorStreamer):
+        class Streamer(TextStreamer):
             def put(self, value: Any) -> None:
-                if stopped.is_set():
-                    raise _StoppedError
                 arrivals.append(time.perf_counter())
                 super().put(value)
 
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                pieces.append(text)
+                show(text)
+
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-        def work() -> None:
-            try:
-                decode(self.model, self.ids, self.max_new_tokens, streamer)
-            except BaseException as error:
-                failure.append(error)
-                streamer.end()
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:  # a reader that leaves early: a thread inside torch must not outlive the process
-            stopped.set()
-            thread.join()
-        if failure:
-            raise failure[0]
-
-
-class _StoppedError(Exception):
-    """Nobody waits for the rest of a text."""
+        decode(self.model, self.ids, self.max_new_tokens, streamer)
+        return "".join(pieces)
 
 
 def decode(
