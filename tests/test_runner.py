@@ -102,6 +102,8 @@ ROUND_TRIPS = [
     ("mpt", "gptq", GPTQ.plain(4, 32)),
     ("bloom", "gptq", GPTQ.plain(4, 32)),
     ("opt_350m", "gptq", GPTQ.plain(4, 32)),
+    ("llama_bfloat16", "gptq", GPTQ(3, 32)),  # scales of either sign, polished
+    ("qwen2", "gptq_v2", GPTQ(2, 32, sym=False)),
 ]
 
 
@@ -145,12 +147,14 @@ def test_layers_excluded_from_error_propagation_aim_at_their_own_weights(folder_
     assert changed == {"model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"}
 
 
-def test_the_same_seed_gives_the_same_bytes(folder_of, tmp_path):
+@pytest.mark.parametrize("qep", [False, True])
+@pytest.mark.parametrize("quantizer", [FOUR_BITS, GPTQ(3, 32)], ids=["plain", "default"])
+def test_the_same_seed_gives_the_same_bytes(folder_of, tmp_path, quantizer, qep):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    options = {"calib": text, "nsamples": 4, "seqlen": 16}
+    options = {"calib": text, "nsamples": 4, "seqlen": 16, "qep": qep}
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
-        quantize(folder_of("llama"), output=tmp_path / name, seed=seed, **options)
+        quantize(folder_of("llama"), quantizer, output=tmp_path / name, seed=seed, **options)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert contents(tmp_path / "one") != contents(tmp_path / "other")
     record = json.loads((tmp_path / "one" / "optq.json").read_text())
@@ -584,9 +588,10 @@ def test_a_finished_block_leaves_the_memory(tmp_path, monkeypatch):
 def test_error_propagation_keeps_the_promise_on_the_original_weights(folder_of, options):
     """It aims at other weights, yet no layer ends worse than rounding the ones it was given."""
     settings = {"groupsize": 16, "sym": True} | options
-    result = quantize(folder_of("llama"), GPTQ.plain(2, **settings), qep=True)
-    assert all(layer.error <= layer.rtn_error * (1 + 1e-6) for layer in result.layers)
-    assert sum(layer.error for layer in result.layers) > 0
+    for quantizer in (GPTQ.plain(2, **settings), GPTQ(2, **settings)):
+        result = quantize(folder_of("llama"), quantizer, qep=True)
+        assert all(layer.error <= layer.rtn_error * (1 + 1e-6) for layer in result.layers)
+        assert sum(layer.error for layer in result.layers) > 0
 
 
 def test_the_record_says_what_polish_gained(folder_of):

@@ -233,7 +233,7 @@ def _measured_on(
         zeros=torch.where(worse[:, None], rounding.zeros, solution.zeros),
         error=torch.minimum(error, rounding.error),
         rtn_error=rounding.error,
-        fallback_rows=max(solution.fallback_rows, int(worse.sum())),
+        fallback_rows=int(worse.sum()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from optq.errors import ModelError
 
 
-class Product(nn.Module):
+class Product(nn.Module, ABC):
     """``x @ W.T`` for a packed ``W [rows, cols]``; its buffers are all that it keeps of ``W``."""
 
     name: str  # the kernel's
@@ -23,13 +24,13 @@ class Product(nn.Module):
         """A buffer that is not in the module's state dict."""
         self.register_buffer(name, tensor, persistent=False)
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """``W [rows, cols]``, columns in the layer's own order, in the activations' dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """``[tokens, cols]`` to ``[tokens, rows]``, in the dtype of ``x``."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Product:
         """``.to``, ``.half``, ..: the activations' dtype may change, what is packed may not."""
