@@ -65,11 +65,12 @@ def fit_loss(values, scale, zero, bits, importance=None):
     )
 
 
-def fit_search(values, bits, sym, min_zero=0, importance=None):
+def fit_search(values, bits, sym, min_zero=0, importance=None, near=None):
     """The range search: ``(scale, zero, clear)``, ``clear`` where no two losses were too close.
 
-    Factors 1, 0.84, .. 0.2 of the min-max range, symmetric ones of either sign, earlier ones
-    first unless a later one is better by 1e-5; then each end of the best moves by 0.08 and 0.04.
+    Factors 1, 0.78, 0.56, 0.34 of the min-max range, or 1 and those of the grid ``near``; symmetric
+    ones of either sign, earlier ones first unless a later one is better by 1e-5; then each end of
+    the best moves by 0.08 and 0.04.
     """
     clear, best = True, None
     noise = 1e-25 * fit_loss(values, 1e300, 0, bits, importance)  # of nothing but zeros
@@ -87,10 +88,20 @@ def fit_search(values, bits, sym, min_zero=0, importance=None):
         if loss < limit:
             best = (loss, scale, zero, below, above)
 
-    for percent in range(100, 19, -16):
-        consider(percent / 100, percent / 100)
+    factors = [(1.0, 1.0), (0.78, 0.78), (0.56, 0.56), (0.34, 0.34)]
+    if near is not None:
+        top, low, high = 2**bits - 1, min(0.0, *values), max(0.0, *values)
         if sym:
-            consider(-percent / 100, percent / 100)
+            largest = max(-low, high)
+            factor = abs(near[0]) * top / (2 * largest) if largest else 1.0
+            factors[1:] = [(factor, factor)]
+        else:
+            below = -near[1] * near[0] / low if low else 1.0
+            factors[1:] = [(below, (top - near[1]) * near[0] / high if high else 1.0)]
+    for below, above in factors:
+        consider(below, above)
+        if sym:
+            consider(-below, above)
     for step in (0.08, 0.04):
         for end in ("below",) if sym else ("below", "above"):
             _, _, _, below, above = best
@@ -272,7 +283,8 @@ def gptq(
 
     ``d`` is the damping that is added. Dynamic groups follow the order of quantization and fit
     their grid on the weights as updated so far; static groups are the original columns' groups,
-    fitted on the original weights. ``search``: by range search, with ``diag H`` as importance.
+    fitted on the original weights. ``search``: by range search, with ``diag H`` as importance; for
+    dynamic groups from the original weights' grids.
     """
     rows, cols = W.shape
     size = cols if groupsize == -1 else groupsize
@@ -293,6 +305,8 @@ def gptq(
             g_idx[column] = (column if actorder == "group" else rank) // size
         scales = np.full((rows, max(g_idx) + 1), np.nan)
         zeros = np.zeros((rows, max(g_idx) + 1), dtype=int)
+        if search:
+            *near, clear = fit_all(W, bits, g_idx, sym, importance, min_zero)
 
     work = np.array(W[:, order], dtype=float)
     codes, reached = np.empty(W.shape, dtype=int), np.empty(W.shape)
@@ -304,7 +318,10 @@ def gptq(
                 values = work[n, rank : rank + size]
                 if search:
                     h = importance[order[rank : rank + size]]
-                    found = fit_search(values, bits, sym, min_zero, h)
+                    start = (near[0][n, g], near[1][n, g])
+                    # One group to a row: no weight is updated before its grid is fitted.
+                    start = start if size < cols else None
+                    found = fit_search(values, bits, sym, min_zero, h, start)
                     scales[n, g], zeros[n, g] = found[:2]
                     clear[n] &= found[2]
                 else:

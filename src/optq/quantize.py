@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from optq import __version__
 from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
-from optq.core.hessian import output_energy
+from optq.core.hessian import Factor, output_energy
 from optq.core.obq import OBQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
@@ -117,19 +118,11 @@ class Quantization:
                 )
         rows = [layer.shape[0] for layer in site.layers]
         weight = torch.cat([layer.weight for layer in site.layers])
-        target = weight
-        aimed = self.qep is not None and any(self.qep.applies(each.name) for each in site.layers)
-        if self.qep is not None and aimed and inputs.cross is not None:
+        aim, qep = None, self.qep
+        if qep is not None and any(qep.applies(layer.name) for layer in site.layers):
             weight = weight.to(inputs.H.dtype)
-            target = self.qep.correct(weight, inputs.H, inputs.cross)
-            for layer, kept, moved in zip(
-                site.layers, weight.split(rows), target.split(rows), strict=True
-            ):
-                if not self.qep.applies(layer.name):
-                    moved.copy_(kept)
-        solution = self.quantizer.solve(target, inputs.H, self.storage)
-        if target is not weight:  # errors are the original weight's
-            solution = _measured_on(weight, inputs.H, solution, self.quantizer, self.storage)
+            aim = partial(_target, qep, site, inputs, weight)
+        solution = self.quantizer.solve(weight, inputs.H, self.storage, aim)
         energies = output_energy(weight, inputs.H).split(rows)
         records = []
         for layer, part, energy in zip(site.layers, solution.split(rows), energies, strict=True):
@@ -208,33 +201,22 @@ def layer_scheme(quantizer: Quantizer) -> LayerScheme:
     return LayerScheme(quantizer.wbits, quantizer.groupsize, quantizer.sym, actorder)
 
 
-def _measured_on(
-    weight: Tensor, H: Tensor, solution: Solution, quantizer: Quantizer, storage: Storage
-) -> Solution:
-    """``solution`` held against ``weight``, not against the target that it was solved for.
-
-    Its errors become those on ``weight``, and so does the promise: a row that rounding ``weight``
-    serves better takes the rounded codes.
-    """
-    grid = quantizer.grid
-    # Rounding on the same groups, also where those follow the order of an act-order sweep.
-    order = torch.argsort(solution.g_idx, stable=True)
-    rounding = RTN(grid.wbits, grid.groupsize, grid.sym, grid.mse).solve(
-        weight[:, order], H[order][:, order], storage
-    )
-    miss = weight - solution.weight
-    error = ((miss @ H) * miss).sum(1).clamp(min=0)
-    worse = error > rounding.error
-    rounded = rounding.codes[:, torch.argsort(order)]
-    return replace(
-        solution,
-        codes=torch.where(worse[:, None], rounded, solution.codes),
-        scales=torch.where(worse[:, None], rounding.scales, solution.scales),
-        zeros=torch.where(worse[:, None], rounding.zeros, solution.zeros),
-        error=torch.minimum(error, rounding.error),
-        rtn_error=rounding.error,
-        fallback_rows=int(worse.sum()),
-    )
+def _target(
+    qep: QEP,
+    site: Site,
+    inputs: Inputs,
+    weight: Tensor,
+    factored: Factor | None,
+    order: Tensor | None,
+) -> Tensor:
+    """What the stacked rows of a site aim at under error propagation."""
+    assert inputs.drift is not None  # the full-precision stream runs
+    target = qep.correct(weight, inputs.H, inputs.drift, factored, order)
+    rows = [layer.shape[0] for layer in site.layers]
+    for layer, kept, moved in zip(site.layers, weight.split(rows), target.split(rows), strict=True):
+        if not qep.applies(layer.name):
+            moved.copy_(kept)
+    return target
 
 
 def _record(layer: Layer, part: Solution, energy: float, site_rows: int) -> LayerRecord:

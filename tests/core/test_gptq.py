@@ -4,7 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from core.checks import EXACT, STORAGES, check_solution, same_codes
+from core.checks import EXACT, STORAGES, array, check_solution, rounding_bound, same_codes
 from core.problems import grid_options, problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from optq.core.best import BEST, OPTIONS
 from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
+from optq.core.obq import OBQ
 from optq.core.order import sweep_order
 from optq.core.rtn import RTN
 from optq.errors import NumericsError, SettingError
@@ -255,6 +256,65 @@ def test_they_are_kept_where_errors_are_first_taken_in_bfloat16(p, grid, sweep, 
 def test_every_rounded_layer_keeps_them_too(p, options, storage):
     solution = RTN(**options).solve(*p.tensors(torch.float32), storage)
     check_solution(solution, p, options, storage, torch.float32)
+
+
+@quick
+@given(
+    problems(), grid_options(), SWEEPS, POLISHED, st.booleans(), st.sampled_from((0.0, 0.01, 1.0))
+)
+def test_they_are_kept_of_the_weight_where_another_target_is_aimed_at(
+    p, options, sweep, polish, bfloat16, drift
+):
+    """As under error propagation, with targets near and far; then errors may be estimates."""
+    W, H = p.tensors(torch.float32)
+    shift = torch.randn(W.shape, generator=torch.Generator().manual_seed(1)) * W.abs().mean()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("gptq", "hessian", "descent"):
+            patch.setattr(f"optq.core.{module}.fast_bfloat16", lambda device: bfloat16)
+        solver = GPTQ.plain(**options, **sweep, **polish)
+        solution = solver.solve(W, H, Storage(), lambda factored, order: W + drift * shift)
+    if not bfloat16:
+        check_solution(solution, p, options, Storage(), torch.float32)
+    ours, Q = oracles.without_dead(p.W, p.H), array(solution.weight)
+    off = rounding_bound(ours, Q, p.H, solution.damp, torch.float32)
+    if bfloat16:
+        off += 2**-7 * ((ours - Q) ** 2 * np.diag(p.H)).sum(1)
+    assert (np.abs(array(solution.error) - oracles.row_errors(ours, Q, p.H)) <= off).all()
+    assert (solution.error <= solution.rtn_error).all()
+
+
+@pytest.mark.parametrize(
+    "solver", [RTN(3, 16), OBQ(3, 16), GPTQ.plain(3, 16), GPTQ.plain(3, 16, static_groups=True)]
+)
+def test_the_codes_are_those_of_the_target(solver):
+    """Where rounding the weight itself is no better; on grids that are the same for both."""
+    p = problem(12, 48, seed=71)
+    W, H = p.tensors()
+    target = W + 0.02 * torch.randn(W.shape, generator=torch.Generator().manual_seed(2))
+    W, target = W.clamp(-3, 3), target.clamp(-3, 3)
+    target[:, ::16] = W[:, ::16] = 4.0  # the largest of each group, which make its grid
+    asked = []
+
+    def aim(factored, order):
+        asked.append((factored, order))
+        return target
+
+    solution, direct = solver.solve(W, H, EXACT, aim), solver.solve(target, H, EXACT)
+    assert len(asked) == 1
+    kept = (solution.codes == direct.codes).all(1)
+    rounded = (solution.codes == RTN(3, 16).solve(W, H, EXACT).codes).all(1)
+    assert kept.sum() > 2 and rounded.sum() == solution.fallback_rows
+    # `direct` has promises of its own to keep.
+    lost = (direct.codes == RTN(3, 16).solve(target, H, EXACT).codes).all(1)
+    assert (kept | rounded | lost).all()
+
+
+@pytest.mark.parametrize("solver", [RTN(3, 16), OBQ(3, 16), GPTQ(3, 16), GPTQ(4, sym=False)])
+def test_a_target_that_is_the_weight_changes_nothing(solver):
+    W, H = problem(8, 48, seed=73).tensors()
+    aimed, plain = solver.solve(W, H, EXACT, lambda factored, order: W), solver.solve(W, H, EXACT)
+    assert torch.equal(aimed.codes, plain.codes) and torch.equal(aimed.scales, plain.scales)
+    torch.testing.assert_close(aimed.error, plain.error)
 
 
 def losing(seed):

@@ -6,13 +6,13 @@ import torch
 from optq.core.qep import QEP
 from optq.errors import SettingError
 
-COLUMNS, TOKENS, ROWS = 24, 200, 7
+COLUMNS, TOKENS = 24, 200
 
 
-def streams(shift: float):
+def streams(shift: float, rows: int = 7):
     """Weights, inputs of the full-precision model, and inputs of the quantized one."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    weight = torch.randn(rows, COLUMNS, generator=generator, dtype=torch.float64)
     mix = torch.randn(COLUMNS, COLUMNS, generator=generator, dtype=torch.float64)
     full = torch.randn(TOKENS, COLUMNS, generator=generator, dtype=torch.float64) @ mix
     noise = torch.randn(TOKENS, COLUMNS, generator=generator, dtype=torch.float64)
@@ -21,27 +21,28 @@ def streams(shift: float):
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 @pytest.mark.parametrize("percdamp", [0.01, 1.0])
-def test_the_corrected_weights_are_those_of_the_formula(alpha, percdamp):
-    weight, full, quantized = streams(0.3)
+@pytest.mark.parametrize("rows", [7, 40])  # fewer and more than columns
+def test_the_corrected_weights_are_those_of_the_formula(alpha, percdamp, rows):
+    weight, full, quantized = streams(0.3, rows)
     H = quantized.T @ quantized / TOKENS
     damped = H + percdamp * H.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
     difference = (full - quantized).T @ quantized / TOKENS
     expected = weight + alpha * weight @ difference @ torch.linalg.inv(damped)
-    corrected = QEP(alpha, percdamp).correct(weight, H, full.T @ quantized / TOKENS)
+    corrected = QEP(alpha, percdamp).correct(weight, H, difference)
     torch.testing.assert_close(corrected, expected)
 
 
 def test_equal_streams_change_nothing():
     weight, full, _ = streams(0.0)
     H = full.T @ full / TOKENS
-    assert torch.equal(QEP().correct(weight, H, H), weight)
+    assert torch.equal(QEP().correct(weight, H, torch.zeros_like(H)), weight)
 
 
 def test_full_correction_without_damping_is_least_squares():
     """alpha = 1 and no damping: the best weights on the quantized inputs for the true output."""
     weight, full, quantized = streams(0.3)
-    H, cross = quantized.T @ quantized / TOKENS, full.T @ quantized / TOKENS
-    corrected = QEP(1.0, 0.0).correct(weight, H, cross)
+    H, drift = quantized.T @ quantized / TOKENS, (full - quantized).T @ quantized / TOKENS
+    corrected = QEP(1.0, 0.0).correct(weight, H, drift)
     best = torch.linalg.lstsq(quantized, full @ weight.T).solution.T
     torch.testing.assert_close(corrected, best)
 

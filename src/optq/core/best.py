@@ -22,7 +22,7 @@ class Best:
 BEST = {
     2: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
     3: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
-    4: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
+    4: Best(actorder="group", static_groups=False, mse=True, polish=1, qep=True),
     8: Best(actorder="group", static_groups=False, mse=True, polish=0, qep=False),
 }
 PLAIN = Best(actorder=False, static_groups=False, mse=False, polish=0, qep=False)

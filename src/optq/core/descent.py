@@ -42,7 +42,7 @@ from torch import Tensor
 
 from optq.core.clock import elapsed
 from optq.core.grid import Storage
-from optq.core.hessian import fast_bfloat16
+from optq.core.hessian import exact_error, fast_bfloat16, quick_error
 from optq.core.weight import QuantizedWeight
 
 STEP_COLUMNS = 16  # of them the best one moves
@@ -69,18 +69,20 @@ def polish(
     storage: Storage = Storage(),
     rounds: int = 1,
     error: Float[Tensor, " rows"] | None = None,
+    exact: bool = True,
 ) -> Polished:
     """Lower ``(target - Q) H (target - Q)^T`` row by row, from ``Q = weight``; none ever rises.
 
     ``H`` is not damped. Zero points and ``g_idx`` stay. ``error`` is what ``weight`` has now,
-    where the caller knows it: it costs ``rows * cols^2 / 2`` to compute.
+    where the caller knows it: it costs ``rows * cols^2 / 2`` to compute. Unless ``exact``, errors
+    may be estimates, see :func:`optq.core.hessian.quick_error`; that none rises is sure.
     """
     start = time.perf_counter()
     ordered, order = weight.sorted()
     if order is not None:
         target, H = target[:, order], H[order][:, order]
     at_once = weight.rows if H.device.type == "cuda" else ROWS_AT_ONCE
-    descent = _Descent(H, ordered, storage, min(at_once, weight.rows))
+    descent = _Descent(H, ordered, storage, min(at_once, weight.rows), exact)
     codes, scales = ordered.codes.clone(), ordered.scales.clone()
     before, after = [], []
     for first in range(0, weight.rows, at_once):
@@ -99,28 +101,16 @@ def polish(
     return Polished(replace(weight, codes=codes, scales=scales), new, gain, elapsed(start, H))
 
 
-def exact_error(
-    miss: Float[Tensor, "cols rows"], H: Float[Tensor, "cols cols"]
-) -> Float[Tensor, " rows"]:
-    """``miss^T H miss`` row by row, in full precision; tiles above the diagonal count twice."""
-    total = miss.new_zeros(miss.shape[1])
-    tile = max(256, len(H) // 8)
-    for start in range(0, len(H), tile):
-        columns = slice(start, min(start + tile, len(H)))
-        product = H[columns, columns] @ miss[columns]
-        product.addmm_(H[columns, :start], miss[:start], alpha=2)
-        total += product.mul_(miss[columns]).sum(0)
-    return total.clamp_(min=0)
-
-
 class _Descent:
     """The rounds over some rows at a time; its tensors are ``[cols, rows]``, and used again.
 
     Groups are consecutive columns. ``steps`` are ``c - z``, ``gradient`` is ``H (w - q)``.
     """
 
-    def __init__(self, H: Tensor, weight: QuantizedWeight, storage: Storage, rows: int) -> None:
-        self.H, self.storage, self.levels = H, storage, 2**weight.wbits - 1
+    def __init__(
+        self, H: Tensor, weight: QuantizedWeight, storage: Storage, rows: int, exact: bool
+    ) -> None:
+        self.H, self.storage, self.levels, self.exact = H, storage, 2**weight.wbits - 1, exact
         self.columns = weight.cols
         self.width = int((weight.g_idx == 0).sum())  # only the last group may have fewer
         self.narrow = self.width <= BLOCK
@@ -160,7 +150,13 @@ class _Descent:
         self.gradient.copy_(self.H_quick @ self.changes)
         for left in reversed(range(rounds)):
             self._run(0, self.columns, last=left == 0)
-        after = exact_error(self._miss(target), self.H)
+        miss = self._miss(target)
+        if self.exact:
+            after = exact_error(miss, self.H)
+        else:
+            after, slack = quick_error(miss, self.H, self.H_quick)
+            unsure = (after + slack >= before).nonzero().flatten()
+            after[unsure] = exact_error(miss[:, unsure], self.H)
 
         better = after < before
         found = self.steps.add_(self.zero[self.group]).to(torch.uint8).T
@@ -170,10 +166,11 @@ class _Descent:
 
     def _miss(self, target: Tensor) -> Tensor:
         """``w - q``, in the memory of the gradient."""
+        self.gradient.copy_(target.T)
         for group, columns in enumerate(range(0, self.columns, self.width)):
             part = slice(columns, columns + self.width)
-            torch.mul(self.steps[part], -self.scale[group], out=self.gradient[part])
-        return self.gradient.add_(target.T)
+            self.gradient[part].addcmul_(self.steps[part], self.scale[group], value=-1)
+        return self.gradient
 
     def _run(self, start: int, stop: int, last: bool) -> None:
         """Visit the columns ``start .. stop``, whose gradient is complete, and is again after.
@@ -204,30 +201,30 @@ class _Descent:
 
     def _visit(self, block: slice) -> None:
         """Move scale and codes of a block, ``PASSES`` times; the change of ``w - q`` is kept."""
-        group = block.start // self.width
+        group, gradient = block.start // self.width, self.gradient[block]
         delta = self.delta[: block.stop - block.start].zero_()
         inside = self.H[block, block].contiguous()
         lowest, highest = -self.zero[group], self.levels - self.zero[group]
+        tensors = (gradient, self.steps[block], self.twice_inverse[block], self.worth[block], delta)
+        parts = [*(each.split(STEP_COLUMNS) for each in tensors), inside.split(STEP_COLUMNS, dim=1)]
         for _ in range(PASSES):
             if self.narrow:
                 change = self._move_scale(block, block)
                 delta.addcmul_(self.steps[block], change, value=-1)
             scale = self.scale[group]
             inverse = 1 / scale
-            for start in range(block.start, block.stop, STEP_COLUMNS):
-                some = slice(start, min(start + STEP_COLUMNS, block.stop))
+            for own, codes, twice_inverse, worth, moved, spread in zip(*parts, strict=True):
                 # The change of each code, and (2 G - H_jj n s) n s / s^2, what it gains.
-                wish = (self.gradient[some] * self.twice_inverse[some]).mul_(inverse)
-                steps = torch.add(self.steps[some], wish, alpha=0.5).round_()
-                steps = torch.clamp(steps, lowest, highest, out=steps).sub_(self.steps[some])
-                gain = wish.sub_(steps).mul_(steps).mul_(self.worth[some])
+                wish = (own * twice_inverse).mul_(inverse)
+                steps = torch.add(codes, wish, alpha=0.5).round_()
+                steps = torch.clamp(steps, lowest, highest, out=steps).sub_(codes)
+                gain = wish.sub_(steps).mul_(steps).mul_(worth)
                 best = gain.amax(0).clamp_(min=torch.finfo(gain.dtype).tiny)
-                steps.masked_fill_(gain < best, 0)
-                self.steps[some].add_(steps)
+                steps.mul_(gain.sub_(best).sign_().add_(1))  # all but the best stay
+                codes.add_(steps)
                 steps.mul_(scale)
-                near = slice(start - block.start, some.stop - block.start)
-                delta[near].sub_(steps)
-                self.gradient[block].addmm_(inside[:, near], steps, alpha=-1)
+                moved.sub_(steps)
+                gradient.addmm_(spread, steps, alpha=-1)
         self.changes[block] = delta
 
     def _move_scale(self, group: slice, reach: slice) -> Float[Tensor, " rows"]:

@@ -41,15 +41,17 @@ from optq.core.grid import GridSpec, Storage
 from optq.core.hessian import (
     Factor,
     check_percdamp,
+    exact_error,
     factor,
     fast_bfloat16,
+    quick_error,
     row_error,
     surely_less,
     undamped_error,
     weighted_squares,
 )
 from optq.core.order import ActOrder, check_actorder, sweep_order
-from optq.core.rtn import Rounded, round_groups, working_copy
+from optq.core.rtn import Aim, Rounded, no_worse, round_groups, working_copy
 from optq.core.solution import Solution
 from optq.core.weight import dequantize, group_index
 from optq.errors import SettingError
@@ -114,14 +116,18 @@ class GPTQ:
         weight: Float[Tensor, "rows cols"],
         H: Float[Tensor, "cols cols"],
         storage: Storage = Storage(),
+        aim: Aim | None = None,
     ) -> Solution:
         """Codes for ``weight`` (one layer, or all layers of a site stacked) under ``H``, undamped.
 
+        ``aim`` gives what the codes aim at in its place: see :mod:`optq.core.qep`. Errors, and the
+        promise about rounding, stay those of ``weight``; then they are as good as
+        :func:`quick_error`.
         Works in float32, or float64 where both are float64. Raises ``NumericsError`` if ``H`` is
         not finite.
         """
         start = time.perf_counter()
-        columns, grid, target, importance = H.shape[0], self.grid, weight, H.diagonal()[:, None]
+        columns, grid, importance = H.shape[0], self.grid, H.diagonal()[:, None]
         order = sweep_order(H.diagonal(), grid.width(columns), self.actorder)
         factored = factor(H if order is None else H[order][:, order], self.percdamp)
         factor_seconds = elapsed(start, H)
@@ -129,59 +135,67 @@ class GPTQ:
         start = time.perf_counter()
         group = group_index(columns, grid.width(columns), H.device)
         if order is not None:
-            weight, importance = weight[:, order], importance[order]
+            importance = importance[order]
             follows = self.actorder != "group" and not self.static_groups
             group = group if follows else group[order]
-        W = working_copy(weight, factored.dead)
+        W = working_copy(weight, factored.dead, order)
         quick = torch.bfloat16 if W.dtype == torch.float32 and fast_bfloat16(W.device) else W.dtype
         rounded = round_groups(W, group, grid, storage, importance, quick)
         damped = row_error(rounded.miss, factored, exact=False)
 
-        sweep = _Sweep(W, factored, grid, storage, group, importance, self.blocksize)
+        target = weight if aim is None else aim(factored, order)
+        if aim is not None:
+            W = working_copy(target, factored.dead, order)
+        sweep = _Sweep(W, factored, grid, storage, rounded, group, importance, self.blocksize)
         if self.static_groups or grid.width(columns) == columns:
             sweep.use_grids(rounded.scale, rounded.zero)
         sweep.run(0, columns)
-
-        error = sweep.error()
-        better, rtn_error = surely_less(error, damped, rounded.miss, factored)
-        unsure = (~better).nonzero().flatten()
-        rtn_error[unsure] = _rounding_error(weight[unsure], rounded, unsure, group, factored)
-        worse = (error > rtn_error).nonzero().flatten()
-        error[worse] = rtn_error[worse]
-        fallen_back = sweep.take_rows(worse, rounded)
-        codes = sweep.codes
-        if order is not None:
-            inverse = torch.argsort(order)
-            codes, group = codes[inverse], group[inverse]
+        places = None if order is None else torch.argsort(order)
         solution = Solution(
             wbits=self.wbits,
-            codes=codes.T.contiguous(),
+            codes=(sweep.codes if places is None else sweep.codes[places]).T.contiguous(),
             scales=sweep.scale.T.contiguous(),
             zeros=sweep.zero.to(torch.uint8).T.contiguous(),
-            g_idx=group,
-            error=error,
-            rtn_error=rtn_error,
+            g_idx=group if places is None else group[places],
+            error=sweep.error(),
+            rtn_error=damped,  # until it is known without damping, below
             damp=factored.damp,
             damp_tries=factored.tries,
             dead=int(factored.dead.sum()),
-            fallback_rows=fallen_back,
         )
         seconds = {"factor": factor_seconds, "solve": elapsed(start, H)}
-        if not self.polish:
-            return replace(solution, seconds=seconds)
-        polished = polish(target, H, solution, storage, self.polish, error)
-        return replace(
-            solution,
-            codes=polished.weight.codes,
-            scales=polished.weight.scales,
-            error=polished.error,
-            polish_gain=polished.gain,
-            seconds=seconds | {"polish": polished.seconds},
-        )
+        if self.polish:
+            polished = polish(
+                target, H, solution, storage, self.polish, solution.error, exact=aim is None
+            )
+            solution = replace(
+                solution,
+                codes=polished.weight.codes,
+                scales=polished.weight.scales,
+                error=polished.error,
+                polish_gain=polished.gain,
+            )
+            seconds["polish"] = polished.seconds
+
+        start = time.perf_counter()
+        error = most = solution.error
+        if aim is not None:
+            miss = (weight - solution.weight).T.to(H.dtype).contiguous()
+            error, slack = quick_error(miss, H, H.to(quick) if H.dtype == W.dtype else H)
+            most = error + slack
+        better, rtn_error = surely_less(most, damped, rounded.miss, factored)
+        unsure = (~better).nonzero().flatten()
+        W = working_copy(weight[unsure], factored.dead, order)
+        rtn_error[unsure] = _rounding_error(W, rounded, unsure, group, factored)
+        if aim is not None:
+            error[unsure] = exact_error(miss[:, unsure], H)
+        solution = no_worse(solution, rounded, places, error, rtn_error)
+        seconds["solve"] += elapsed(start, H)
+        return replace(solution, seconds=seconds)
 
 
 def _rounding_error(
-    weight: Float[Tensor, "some cols"],
+    W: Float[Tensor, "cols some"],
     rounded: Rounded,
     rows: Int[Tensor, " some"],
     group: Int[Tensor, " cols"],
@@ -190,8 +204,7 @@ def _rounding_error(
     """The error of the rounded ``rows``, whose weights these are, in full precision."""
     grids = (rounded.codes, rounded.scale, rounded.zero)
     codes, scale, zero = (each[:, rows].T for each in grids)
-    miss = working_copy(weight, factored.dead) - dequantize(codes, scale, zero, group).T
-    return undamped_error(miss, factored)
+    return undamped_error(W - dequantize(codes, scale, zero, group).T, factored)
 
 
 class _Sweep:
@@ -206,12 +219,14 @@ class _Sweep:
         factored: Factor,
         grid: GridSpec,
         storage: Storage,
+        near: Rounded,
         group: Tensor,
         importance: Tensor,
         blocksize: int,
     ) -> None:
         self.W, self.W_hat, self.grid, self.storage = W, W.clone(), grid, storage
         self.factored, self.importance, self.blocksize = factored, importance, blocksize
+        self.near = near  # the original weights' grids, where the search for another one starts
         self.codes = torch.empty_like(W, dtype=torch.uint8)
         self.scale = W.new_empty(int(group.max()) + 1, W.shape[1])
         self.zero, self.lowest, self.highest = (torch.empty_like(self.scale) for _ in range(3))
@@ -236,7 +251,7 @@ class _Sweep:
         if self.dynamic and start % width == 0 and stop == min(start + width, len(self.group)):
             self._fit_group(start, stop)
         if count <= (min(self.blocksize, width) if self.dynamic else self.blocksize):
-            self._columns(start, stop)
+            self._one_by_one(start, stop)
             return
         unit = width if self.dynamic and count > width else self.blocksize
         middle = start + unit * max(1, count // unit // 2)
@@ -251,19 +266,6 @@ class _Sweep:
         norm = weighted_squares(ones, self.W)[0]
         return (self.residual - self.factored.damp * norm).clamp_(min=0)
 
-    def take_rows(self, rows: Int[Tensor, " some"], rounded: Rounded) -> int:
-        """Give these rows the rounded codes; the number of rows that this changes."""
-        # Where the two agree, their errors differ in the last bits only.
-        agree = (self.codes[:, rows] == rounded.codes[:, rows]).all(0)
-        agree &= (self.scale[:, rows] == rounded.scale[:, rows]).all(0)
-        for ours, theirs in (
-            (self.codes, rounded.codes),
-            (self.scale, rounded.scale),
-            (self.zero, rounded.zero),
-        ):
-            ours[:, rows] = theirs[:, rows]
-        return int((~agree).sum())
-
     def _set_zero(self, group: int | slice, zero: Tensor) -> None:
         self.zero[group] = zero
         self.lowest[group] = -zero
@@ -277,11 +279,13 @@ class _Sweep:
             N[columns, columns], one, upper=True, unitriangular=True
         )
         updated = torch.addmm(self.W[columns], inverse.T, sums)
-        scale, zero = self.grid.fit(updated, self.storage, self.importance[columns])
-        self.scale[self.group[start]] = scale
+        group = self.group[start]
+        near = (self.near.scale[group], self.near.zero[group])
+        scale, zero = self.grid.fit(updated, self.storage, self.importance[columns], near)
+        self.scale[group] = scale
         self._set_zero(self.group[start], zero)
 
-    def _columns(self, start: int, stop: int) -> None:
+    def _one_by_one(self, start: int, stop: int) -> None:
         columns = slice(start, stop)
         block, N = self.W_hat[columns], self.factored.N[columns, columns]
         steps = self.steps[: stop - start]

@@ -38,7 +38,7 @@ from torch import Tensor
 from optq.errors import SettingError
 
 BITS = (2, 3, 4, 8)
-COARSE = (1.0, 0.84, 0.68, 0.52, 0.36, 0.2)  # of the min-max range, which comes first
+COARSE = (1.0, 0.78, 0.56, 0.34)  # of the min-max range, which comes first
 FINE = (0.08, 0.04)  # moves of the best range's ends, in the same measure
 MARGIN = 1e-5  # of the loss: what two grids differ by is more than the last bits of a sum
 WEIGHTS_AT_ONCE = 2**19  # searched on a CPU: 2 MB; fewer cost more calls than the cache saves
@@ -100,10 +100,12 @@ class GridSpec:
         group: Float[Tensor, "width rows"],
         storage: Storage,
         importance: Float[Tensor, "width 1"] | None = None,
+        near: tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]] | None = None,
     ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
         """Scale and zero point of each row of a group, in the dtype of the weights.
 
-        ``importance`` is the Hessian's diagonal at the group's columns, for the range search.
+        ``importance`` is the Hessian's diagonal at the group's columns, for the range search; it
+        starts from the grids ``near``, where they are given, instead of trying the factors COARSE.
         """
         if not self.mse:
             low, high = _ends(group)
@@ -116,42 +118,74 @@ class GridSpec:
         rows = group.shape[1]
         if group.device.type == "cpu":
             rows = max(1, WEIGHTS_AT_ONCE // len(group))
-        found = [self._search(part, importance, storage) for part in group.split(rows, dim=1)]
+        parts = group.split(rows, dim=1)
+        starts = (
+            zip(*(each.split(rows) for each in near), strict=True) if near else [None] * len(parts)
+        )
+        found = [
+            self._search(part, importance, storage, start)
+            for part, start in zip(parts, starts, strict=True)
+        ]
         scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
         return scale, zero
 
-    def _search(self, group: Tensor, importance: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
+    def _search(
+        self,
+        group: Tensor,
+        importance: Tensor,
+        storage: Storage,
+        near: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
         low, high = _ends(group)
+        exact = Storage((), storage.min_zero)  # a stored scale is nearer than the next trial
         miss = torch.empty_like(group, memory_format=torch.contiguous_format)
 
         def trial(below: Tensor, above: Tensor) -> Tensor:
-            """Loss, both factors, scale and zero point ``[5, rows]`` of one grid for each row."""
-            scale, zero = self._grid(low, high, below, above, storage)
+            """The loss and both factors ``[3, rows]`` of one grid for each row."""
+            scale, zero = self._grid(low, high, below, above, exact)
             torch.mul(group, 1 / scale, out=miss).round_()  # dividing costs more
             if self.sym:
                 half = 2 ** (self.wbits - 1)
                 miss.clamp_(-half, half - 1)
             else:
                 torch.clamp(miss, -zero, self.levels - zero, out=miss)
-            loss = (importance.T @ miss.mul_(scale).sub_(group).square_())[0]
-            return torch.stack([loss, below, above, scale, zero])
+            torch.addcmul(group, miss, scale, value=-1, out=miss)
+            return torch.stack([(importance.T @ miss.square_())[0], below, above])
 
         def better(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(new[0] < old[0] * (1 - MARGIN), new, old)
 
         whole = torch.ones_like(low)
         best = trial(whole, whole)
-        for factor in COARSE:
-            if factor != 1:
-                best = better(trial(factor * whole, factor * whole), best)
-            if self.sym:
-                best = better(trial(-factor * whole, factor * whole), best)
+        for below, above in self._starts(low, high, near):
+            best = better(trial(below, above), best)
         for step in FINE:
             for lower, upper in ((1, 0),) if self.sym else ((1, 0), (0, 1)):
-                _, below, above, _, _ = best
+                _, below, above = best
                 for move in (step, -step):
                     best = better(trial(below + move * lower, above + move * upper), best)
-        return best[3], best[4]
+        return self._grid(low, high, best[1], best[2], storage)
+
+    def _starts(
+        self, low: Tensor, high: Tensor, near: tuple[Tensor, Tensor] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Factors of the ends to try after 1, those of the grids ``near`` or else of COARSE."""
+        whole = torch.ones_like(low)
+        if near is None:
+            starts = [(factor * whole, factor * whole) for factor in COARSE[1:]]
+        else:
+            scale, zero = near
+            if self.sym:
+                below = above = scale.abs() * self.levels / (2 * torch.maximum(high, -low))
+            else:
+                below, above = -zero * scale / low, (self.levels - zero) * scale / high
+            # An end at 0 has no factor.
+            below, above = (torch.where(end.isfinite(), end, 1) for end in (below, above))
+            starts = [(below, above)]
+        if not self.sym:
+            return starts
+        starts = [(whole, whole), *starts]
+        return [(sign * below, above) for below, above in starts for sign in (1, -1)][1:]
 
     def _grid(
         self,

@@ -24,10 +24,7 @@ CHOLESKY_BLOCK = 256  # columns that LAPACK factors at a time
 
 
 class Hessian:
-    """Accumulates ``X X^T`` over the calibration batches of one site.
-
-    With ``partner`` inputs ``Y`` it accumulates ``Y X^T`` instead, which is not symmetric.
-    """
+    """Accumulates ``X X^T`` over the calibration batches of one site."""
 
     def __init__(
         self,
@@ -36,25 +33,18 @@ class Hessian:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.tokens = 0
-        self._symmetric, self._finished = True, False
+        self._finished = False
         self._sum = torch.zeros(columns, columns, device=device, dtype=dtype)
-        # Copies in the dtype of the sum, in memory that is touched once and then reused.
-        self._copies: list[Tensor] = []
+        # A copy in the dtype of the sum, in memory that is touched once and then reused.
+        self._copy: Tensor | None = None
 
-    def add(
-        self,
-        inputs: Float[Tensor, "*batch columns"],
-        partner: Float[Tensor, "*batch columns"] | None = None,
-    ) -> None:
+    def add(self, inputs: Float[Tensor, "*batch columns"]) -> None:
         """Add one batch of inputs; each leading index is one token."""
-        columns = len(self._sum)
-        x = inputs.reshape(-1, columns)
-        self._symmetric = partner is None
-        factors = [x] if partner is None else [x, partner.reshape(-1, columns)]
-        exact_in_bfloat16 = all(factor.dtype == torch.bfloat16 for factor in factors)
-        with reduced_precision(exact_in_bfloat16 and self._sum.dtype == torch.float32):
-            for chunk in zip(*(factor.split(TOKENS) for factor in factors), strict=True):
-                self._add(*self._convert(chunk))
+        x = inputs.reshape(-1, len(self._sum))
+        exact_in_bfloat16 = x.dtype == torch.bfloat16 and self._sum.dtype == torch.float32
+        with reduced_precision(exact_in_bfloat16):
+            for chunk in x.split(TOKENS):
+                self._add(self._convert(chunk))
         self.tokens += x.shape[0]
 
     def matrix(self) -> Float[Tensor, "columns columns"]:
@@ -64,33 +54,55 @@ class Hessian:
             return H
         self._finished = True
         H.div_(max(self.tokens, 1))
-        for start in range(0, len(H) if self._symmetric else 0, TILE):
+        for start in range(0, len(H), TILE):
             stop = start + TILE
             corner = H[start:stop, start:stop]
             corner.copy_(corner.triu() + corner.triu(1).T)
             H[stop:, start:stop] = H[start:stop, stop:].T
         return H
 
-    def _convert(self, chunk: tuple[Tensor, ...]) -> list[Tensor]:
-        if chunk[0].device.type != "cpu":
-            return list(chunk)  # a GPU multiplies in their own dtype and returns float32 sums
-        if not self._copies or len(self._copies[0]) < len(chunk[0]):
-            size = (len(chunk[0]), len(self._sum))
-            self._copies = [torch.empty(size, dtype=self._sum.dtype) for _ in chunk]
-        copies = zip(self._copies, chunk, strict=False)
-        return [copy[: len(part)].copy_(part) for copy, part in copies]
+    def _convert(self, chunk: Tensor) -> Tensor:
+        if chunk.device.type != "cpu":
+            return chunk  # a GPU multiplies in their own dtype and returns float32 sums
+        if self._copy is None or len(self._copy) < len(chunk):
+            self._copy = torch.empty(len(chunk), len(self._sum), dtype=self._sum.dtype)
+        return self._copy[: len(chunk)].copy_(chunk)
 
-    def _add(self, x: Tensor, partner: Tensor | None = None) -> None:
-        left = x if partner is None else partner
+    def _add(self, x: Tensor) -> None:
         for start in range(0, len(self._sum), TILE):
-            rows = slice(start, start + TILE)
-            columns = slice(start if partner is None else 0, None)
-            if x.dtype == self._sum.dtype:
-                self._sum[rows, columns].addmm_(left.T[rows], x[:, columns])
-            else:
-                self._sum[rows, columns] += torch.mm(
-                    left.T[rows], x[:, columns], out_dtype=self._sum.dtype
-                )
+            _add_product(
+                self._sum[start : start + TILE, start:], x[:, start : start + TILE], x[:, start:]
+            )
+
+
+def add_drift(
+    total: Float[Tensor, "columns columns"],
+    inputs: Float[Tensor, "*batch columns"],
+    full: Float[Tensor, "*batch columns"],
+) -> None:
+    """Add ``D X^T``, ``D = Y - X``, to ``total``: the full-precision model's inputs are ``Y``.
+
+    Formed from the difference: ``Y X^T - X X^T`` would take the small from the large. Where the
+    activations are bfloat16 the products, sums of ``TOKENS`` each, are rounded to it as well, at
+    twice the speed: 2^-9 of a correction.
+    """
+    x, y = (each.reshape(-1, len(total)) for each in (inputs, full))
+    for chunk, other in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
+        if chunk.device.type != "cpu":
+            _add_product(total, other - chunk, chunk)
+        elif chunk.dtype == torch.bfloat16 and fast_bfloat16(chunk.device):
+            total += (other - chunk).T @ chunk
+        else:
+            chunk = chunk.to(total.dtype)
+            total.addmm_((other.to(total.dtype) - chunk).T, chunk)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left^T right``, in the dtype of ``total``."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += torch.mm(left.T, right, out_dtype=total.dtype)
 
 
 @contextmanager
@@ -214,6 +226,41 @@ def row_error(
 def undamped_error(miss: Float[Tensor, "cols rows"], factored: Factor) -> Float[Tensor, " rows"]:
     """``miss^T H miss`` row by row, in full precision."""
     return (row_error(miss, factored) - factored.damp * miss.square().sum(0)).clamp_(min=0)
+
+
+def exact_error(
+    miss: Float[Tensor, "cols rows"], H: Float[Tensor, "cols cols"]
+) -> Float[Tensor, " rows"]:
+    """``miss^T H miss`` row by row; in full precision, if ``H`` is.
+
+    Tiles above the diagonal count twice.
+    """
+    total, factor = miss.new_zeros(miss.shape[1]), miss.to(H.dtype)
+    tile = max(256, len(H) // 8)
+    for start in range(0, len(H), tile):
+        columns = slice(start, min(start + tile, len(H)))
+        product = H[columns, columns] @ factor[columns]
+        product.addmm_(H[columns, :start], factor[:start], alpha=2)
+        total += product.to(miss.dtype).mul_(miss[columns]).sum(0)
+    return total.clamp_(min=0)
+
+
+def quick_error(
+    miss: Float[Tensor, "cols rows"],
+    H: Float[Tensor, "cols cols"],
+    H_quick: Float[Tensor, "cols cols"],
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """``miss^T H miss`` row by row, and by how much each may be off, with ``H_quick``, a copy of
+    ``H`` in bfloat16.
+
+    Rounding ``H`` to 8 bits moves the sum by about ``2^-9 sqrt(sum_ij (miss_i H_ij miss_j)^2)``,
+    which is less than ``2^-9 sum_j miss_j^2 H_jj``; rounding ``miss`` and the product moves it by
+    less. Four times that is taken.
+    """
+    error = exact_error(miss, H_quick)
+    if H.dtype == H_quick.dtype:
+        return error, torch.zeros_like(error)
+    return error, 2**-7 * weighted_squares(H.diagonal()[None], miss)[0]
 
 
 def output_energy(

@@ -13,7 +13,7 @@ which a group "starts".
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from optq.core.clock import elapsed
 from optq.core.grid import GridSpec, Storage
 from optq.core.hessian import check_percdamp, factor, undamped_error
 from optq.core.obs import eliminate
-from optq.core.rtn import nearest, round_groups, working_copy
+from optq.core.rtn import Aim, nearest, no_worse, round_groups, working_copy
 from optq.core.solution import Solution
 from optq.core.weight import group_index
 
@@ -53,8 +53,9 @@ class OBQ:
         weight: Float[Tensor, "rows cols"],
         H: Float[Tensor, "cols cols"],
         storage: Storage = Storage(),
+        aim: Aim | None = None,
     ) -> Solution:
-        """Codes for ``weight`` under ``H``, not damped. Raises as :meth:`GPTQ.solve` does."""
+        """Codes for ``weight`` or ``aim``, under ``H``, not damped: as :meth:`GPTQ.solve`."""
         start = time.perf_counter()
         columns, grid = H.shape[0], self.grid
         factored = factor(H, self.percdamp)
@@ -66,23 +67,21 @@ class OBQ:
         group = group_index(columns, grid.width(columns), H.device)
         rounded = round_groups(W, group, grid, storage, H.diagonal()[:, None])
         scale, zero = rounded.scale[group], rounded.zero[group]  # of each weight
+        target = W if aim is None else working_copy(aim(factored, None), factored.dead)
         at_once = max(1, ENTRIES_AT_ONCE // columns**2)
         steps = torch.cat(
             [
                 _greedy(w, s, z, inverse, grid.levels)
-                for w, s, z in zip(*(x.T.split(at_once) for x in (W, scale, zero)), strict=True)
+                for w, s, z in zip(
+                    *(x.T.split(at_once) for x in (target, scale, zero)), strict=True
+                )
             ]
         ).T
-        miss = W - steps * scale
-        error = undamped_error(miss, factored)
+        error = undamped_error(W - steps * scale, factored)
         rtn_error = undamped_error(rounded.miss, factored)
-        codes = (steps + zero).to(torch.uint8)
-        worse = (error > rtn_error).nonzero().flatten()
-        codes[:, worse] = rounded.codes[:, worse]
-        error[worse] = rtn_error[worse]
-        return Solution(
+        solution = Solution(
             wbits=self.wbits,
-            codes=codes.T.contiguous(),
+            codes=(steps + zero).to(torch.uint8).T.contiguous(),
             scales=rounded.scale.T.contiguous(),
             zeros=rounded.zero.to(torch.uint8).T.contiguous(),
             g_idx=group,
@@ -91,9 +90,9 @@ class OBQ:
             damp=factored.damp,
             damp_tries=factored.tries,
             dead=int(factored.dead.sum()),
-            fallback_rows=worse.numel(),
-            seconds={"factor": factor_seconds, "solve": elapsed(start, H)},
         )
+        solution = no_worse(solution, rounded, None, error, rtn_error)
+        return replace(solution, seconds={"factor": factor_seconds, "solve": elapsed(start, H)})
 
 
 def _greedy(

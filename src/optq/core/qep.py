@@ -16,10 +16,10 @@ import re
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from optq.core.hessian import check_percdamp, factor
+from optq.core.hessian import Factor, check_percdamp, factor, fast_bfloat16
 from optq.errors import SettingError
 
 
@@ -54,15 +54,32 @@ class QEP:
         self,
         weight: Float[Tensor, "rows cols"],
         H: Float[Tensor, "cols cols"],
-        cross: Float[Tensor, "cols cols"],
+        drift: Float[Tensor, "cols cols"],
+        factored: Factor | None = None,
+        order: Int[Tensor, " cols"] | None = None,
     ) -> Float[Tensor, "rows cols"]:
-        """``W'`` from ``W``, ``H = X^ X^^T / tokens`` and ``cross = X X^^T / tokens``.
+        """``W'`` from ``W``, ``H = X^ X^^T / tokens`` and ``drift = D X^^T / tokens``.
 
-        ``D X^^T`` is taken as ``cross - H``. Raises ``NumericsError`` if ``H`` is not finite.
+        ``factored``, of ``H[order][:, order]``, is used if it is damped as ``percdamp`` says.
+        Raises ``NumericsError`` if ``H`` is not finite. The product with ``W`` is taken in bfloat16
+        where that is fast; the solve is not.
         """
-        U = factor(H, self.percdamp).U
-        # (H + d I)^-1 = U^-T U^-1, applied from the right to the product with W: two solves.
-        shift = (weight @ (cross - H)).T
-        shift = torch.linalg.solve_triangular(U, shift, upper=True)
-        shift = torch.linalg.solve_triangular(U.T, shift, upper=False)
-        return torch.add(weight, shift.T, alpha=self.alpha)
+        damp = self.percdamp * H.diagonal().mean().item()
+        if factored is None or not math.isclose(factored.damp, damp, rel_tol=1e-6):
+            factored, order = factor(H, self.percdamp), None
+        dtype = weight.dtype
+        quick = torch.bfloat16 if dtype == torch.float32 and fast_bfloat16(H.device) else dtype
+        if len(weight) < len(H):
+            product = (weight.to(quick) @ drift.to(quick)).to(dtype)
+            shift = _solve(factored, order, product)
+        else:  # fewer right-hand sides
+            shift = (weight.to(quick) @ _solve(factored, order, drift).to(quick)).to(dtype)
+        return torch.add(weight, shift, alpha=self.alpha)
+
+
+def _solve(factored: Factor, order: Tensor | None, right: Float[Tensor, "some cols"]) -> Tensor:
+    """``right (H + d I)^-1``."""
+    U, columns = factored.U, right.T if order is None else right.T.contiguous()[order]
+    solved = torch.linalg.solve_triangular(U, columns, upper=True)
+    solved = torch.linalg.solve_triangular(U.T, solved, upper=False)
+    return (solved if order is None else solved[torch.argsort(order)]).T

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
 from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import find_dead
+from optq.core.hessian import Factor, find_dead
 from optq.core.solution import Solution
 from optq.core.weight import group_index
+
+# The target in the place of the weight, given the factor of ``H[order][:, order]`` and ``order``,
+# where the solver has them.
+Aim = Callable[["Factor | None", "Tensor | None"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,9 @@ class RTN:
         weight: Float[Tensor, "rows cols"],
         H: Float[Tensor, "cols cols"],
         storage: Storage = Storage(),
+        aim: Aim | None = None,
     ) -> Solution:
-        """Round ``weight``.
+        """Round ``weight``; or what ``aim`` gives, as in :meth:`GPTQ.solve`, on the same grids.
 
         ``H`` (not damped) measures the error, finds dead columns, and its diagonal weighs the
         columns where the range of a grid is searched.
@@ -51,24 +57,45 @@ class RTN:
         W = working_copy(weight, dead)
         group = group_index(len(W), self.grid.width(len(W)), W.device)
         rounded = round_groups(W, group, self.grid, storage, H.diagonal()[:, None])
-        error = (rounded.miss * (H @ rounded.miss)).sum(0).clamp_(min=0)
-        return Solution(
+        rtn_error = _error(rounded.miss, H)
+        solution = Solution(
             wbits=self.wbits,
             codes=rounded.codes.T.contiguous(),
             scales=rounded.scale.T.contiguous(),
             zeros=rounded.zero.to(torch.uint8).T.contiguous(),
             g_idx=group,
-            error=error,
-            rtn_error=error,
+            error=rtn_error,
+            rtn_error=rtn_error,
             dead=int(dead.sum()),
-            seconds={"factor": 0.0, "solve": elapsed(start, W)},
         )
+        if aim is not None:
+            scale, zero = rounded.scale[group], rounded.zero[group]
+            steps = nearest(
+                working_copy(aim(None, None), dead), scale, -zero, self.grid.levels - zero
+            )
+            error = _error(W - steps * scale, H)
+            solution = replace(solution, codes=(steps + zero).to(torch.uint8).T.contiguous())
+            solution = no_worse(solution, rounded, None, error, rtn_error)
+        return replace(solution, seconds={"factor": 0.0, "solve": elapsed(start, W)})
 
 
-def working_copy(weight: Tensor, dead: Tensor) -> Float[Tensor, "cols rows"]:
-    """The transposed weights, at least float32, zero where the input is always zero."""
+def _error(miss: Float[Tensor, "cols rows"], H: Float[Tensor, "cols cols"]) -> Tensor:
+    return (miss * (H @ miss)).sum(0).clamp_(min=0)
+
+
+def working_copy(
+    weight: Float[Tensor, "rows cols"],
+    dead: Bool[Tensor, " cols"],
+    order: Int[Tensor, " cols"] | None = None,
+) -> Float[Tensor, "cols rows"]:
+    """The transposed weights, at least float32, zero where the input is always zero.
+
+    The columns come in ``order``; ``dead`` is in that order already.
+    """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     W = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if order is not None:
+        W = W[order]
     W[dead] = 0
     return W
 
@@ -106,6 +133,33 @@ def round_groups(
         codes[columns] = (steps + zero[index]).to(torch.uint8)
         miss[columns] = (part - steps.mul_(scale[index])).to(miss.dtype)
     return Rounded(codes, scale, zero, miss)
+
+
+def no_worse(
+    solution: Solution,
+    rounded: Rounded,
+    places: Int[Tensor, " cols"] | None,
+    error: Float[Tensor, " rows"],
+    rtn_error: Float[Tensor, " rows"],
+) -> Solution:
+    """``solution``, but the rounded codes and grids in rows whose ``error`` is above rounding's.
+
+    ``rounded`` holds column ``k`` of the weight at ``places[k]`` (None: in order). The tensors of
+    ``solution`` are changed in place.
+    """
+    worse = (error > rtn_error).nonzero().flatten()
+    codes = rounded.codes[:, worse].T
+    codes = codes if places is None else codes[:, places]
+    scales, zeros = rounded.scale[:, worse].T, rounded.zero[:, worse].T.to(torch.uint8)
+    # Where the two agree, their errors differ in the last bits only.
+    agree = (solution.codes[worse] == codes).all(1) & (solution.scales[worse] == scales).all(1)
+    solution.codes[worse], solution.scales[worse], solution.zeros[worse] = codes, scales, zeros
+    return replace(
+        solution,
+        error=torch.minimum(error, rtn_error),
+        rtn_error=rtn_error,
+        fallback_rows=int((~agree).sum()),
+    )
 
 
 def members(group: Int[Tensor, " cols"]) -> list[slice | Tensor]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from optq.core.hessian import Hessian
+from optq.core.hessian import Hessian, add_drift
 from optq.errors import NumericsError
 
 
@@ -16,12 +16,12 @@ from optq.errors import NumericsError
 class Inputs:
     """``H = X X^T / tokens`` of the quantized model's inputs ``X``, undamped.
 
-    ``cross`` is ``Y X^T / tokens`` with ``Y`` the full-precision model's inputs, if they run.
+    ``drift`` is ``(Y - X) X^T / tokens`` with ``Y`` the full-precision model's inputs, if they run.
     """
 
     H: Float[Tensor, "cols cols"]
     tokens: int
-    cross: Float[Tensor, "cols cols"] | None = None
+    drift: Float[Tensor, "cols cols"] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,18 @@ def gather(
     """
     dtype = torch.promote_types(quantized[0].x.dtype, torch.float32)
     hessian = Hessian(columns, device, dtype)
-    cross = None if full is None else Hessian(columns, device, dtype)
+    drift = None if full is None else torch.zeros(columns, columns, device=device, dtype=dtype)
     partners = {each.first_sample: each.x for each in full or []}
     for batch in quantized:
         hessian.add(batch.x)
-        if cross is not None:
-            partner = partners.get(batch.first_sample, batch.x)
-            # Streams that took other tokens (experts) have no difference to speak of.
-            cross.add(batch.x, partner if partner.shape == batch.x.shape else batch.x)
-    inputs = Inputs(hessian.matrix(), hessian.tokens, None if cross is None else cross.matrix())
-    for matrix in (inputs.H, inputs.cross):
+        partner = partners.get(batch.first_sample)
+        # Streams that took other tokens (experts) have no difference to speak of.
+        if drift is not None and partner is not None and partner.shape == batch.x.shape:
+            add_drift(drift, batch.x, partner)
+    if drift is not None:
+        drift /= max(hessian.tokens, 1)
+    inputs = Inputs(hessian.matrix(), hessian.tokens, drift)
+    for matrix in (inputs.H, inputs.drift):
         if matrix is not None and not torch.isfinite(matrix.sum()):
             _blame(where, [*quantized, *(full or [])])
     return inputs
