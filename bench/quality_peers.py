@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from quality import FINAL, RESULTS, SAMPLES, SEQLEN, label, texts
+from quality import RESULTS, SAMPLES, SEQLEN, final, label, texts
 
 import optq
 from optq import ModelConfig
@@ -49,7 +49,7 @@ def main() -> None:
     for model in arguments.models:
         config, (calib, text) = ModelConfig(model, "cpu"), texts(model)
         checkpoint, (_, tokenizer) = config.checkpoint(), config.load()
-        windows = evaluation_tokens(text, tokenizer, SEQLEN)[FINAL]
+        windows = final(evaluation_tokens(text, tokenizer, SEQLEN))
         for wbits in map(int, arguments.wbits.split(",")):
             for seed in range(arguments.seeds):
                 for variant, (tool, best) in VARIANTS.items():

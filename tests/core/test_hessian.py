@@ -8,8 +8,9 @@ from core.problems import problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optq.core import hessian
-from optq.core.hessian import Hessian, factor, output_energy
+from optq.core import error, hessian
+from optq.core.error import output_energy, quick_error
+from optq.core.hessian import Hessian, factor
 from optq.errors import NumericsError
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
@@ -86,11 +87,11 @@ def test_a_quick_error_is_off_by_less_than_it_says(outlier):
     basis = torch.linalg.eigh(H)[1][:, :24]
     miss = basis @ torch.randn(24, 500, generator=generator)
     exact = (miss.double() * (H.double() @ miss.double())).sum(0)
-    error, slack = hessian.quick_error(miss, H, H.bfloat16())
-    off = (error.double() - exact).abs()
+    found, slack = quick_error(miss, H, H.bfloat16())
+    off = (found.double() - exact).abs()
     assert (off <= slack).all() and off.mean() > 1e-3 * slack.mean()
-    error, slack = hessian.quick_error(miss.double(), H.double(), H.double())
-    torch.testing.assert_close(error, exact)
+    found, slack = quick_error(miss.double(), H.double(), H.double())
+    torch.testing.assert_close(found, exact)
     assert not slack.any()
 
 
@@ -232,18 +233,16 @@ def test_a_hessian_that_is_singular_in_float32_still_factors(kind, percdamp):
 @quick
 @given(problems(), st.sampled_from((3, 1024)))
 def test_the_output_energy_is_the_error_of_no_weights_at_all(p, tile):
-    before, hessian.TILE = hessian.TILE, tile
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(error, "TILE", tile)
         energy = output_energy(*p.tensors())
-    finally:
-        hessian.TILE = before
     expected = oracles.row_errors(p.W, np.zeros_like(p.W), p.H)
     scale = (np.abs(p.W) @ np.abs(p.H) * np.abs(p.W)).sum(1)
     assert (np.abs(energy.numpy() - expected) <= 1e-13 * scale).all()
 
 
 def test_the_output_energy_in_bfloat16_is_near_enough_to_divide_by(monkeypatch):
-    monkeypatch.setattr(hessian, "fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(error, "fast_bfloat16", lambda device: True)
     p = problem(64, 200, seed=6)
     energy = output_energy(*p.tensors(torch.float32)).sum().item()
     exact = oracles.row_errors(p.W, np.zeros_like(p.W), p.H).sum()

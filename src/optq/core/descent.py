@@ -41,8 +41,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
+from optq.core.error import exact_error, quick_error
 from optq.core.grid import Storage
-from optq.core.hessian import exact_error, fast_bfloat16, quick_error
+from optq.core.hessian import fast_bfloat16
 from optq.core.weight import QuantizedWeight
 
 STEP_COLUMNS = 16  # of them the best one moves
@@ -75,7 +76,7 @@ def polish(
 
     ``H`` is not damped. Zero points and ``g_idx`` stay. ``error`` is what ``weight`` has now,
     where the caller knows it: it costs ``rows * cols^2 / 2`` to compute. Unless ``exact``, errors
-    may be estimates, see :func:`optq.core.hessian.quick_error`; that none rises is sure.
+    may be estimates, see :func:`optq.core.error.quick_error`; that none rises is sure.
     """
     start = time.perf_counter()
     ordered, order = weight.sorted()

@@ -37,19 +37,16 @@ from torch import Tensor
 from optq.core.best import BEST, OPTIONS, PLAIN
 from optq.core.clock import elapsed
 from optq.core.descent import polish
-from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import (
-    Factor,
-    check_percdamp,
+from optq.core.error import (
     exact_error,
-    factor,
-    fast_bfloat16,
     quick_error,
     row_error,
     surely_less,
     undamped_error,
     weighted_squares,
 )
+from optq.core.grid import GridSpec, Storage
+from optq.core.hessian import Factor, check_percdamp, factor, fast_bfloat16
 from optq.core.order import ActOrder, check_actorder, sweep_order
 from optq.core.rtn import Aim, Rounded, no_worse, round_groups, working_copy
 from optq.core.solution import Solution
@@ -122,7 +119,7 @@ class GPTQ:
 
         ``aim`` gives what the codes aim at in its place: see :mod:`optq.core.qep`. Errors, and the
         promise about rounding, stay those of ``weight``; then they are as good as
-        :func:`quick_error`.
+        :func:`optq.core.error.quick_error`.
         Works in float32, or float64 where both are float64. Raises ``NumericsError`` if ``H`` is
         not finite.
         """

@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optq.core.clock import elapsed
+from optq.core.error import undamped_error
 from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import check_percdamp, factor, undamped_error
+from optq.core.hessian import check_percdamp, factor
 from optq.core.obs import eliminate
 from optq.core.rtn import Aim, nearest, no_worse, round_groups, working_copy
 from optq.core.solution import Solution

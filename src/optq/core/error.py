@@ -1,0 +1,128 @@
+"""The error ``(W - Q) H (W - Q)^T`` of quantized rows, exactly and quickly, and bounds between.
+
+``miss`` is ``W - Q``, transposed. A product in bfloat16 costs a quarter of one in float32 where the
+hardware has it; it decides wherever two errors are further apart than it may be off.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from optq.core.hessian import TILE, Factor, fast_bfloat16
+
+
+def row_error(
+    miss: Float[Tensor, "cols rows"], factored: Factor, exact: bool = True
+) -> Float[Tensor, " rows"]:
+    """``miss^T (H + damp I) miss`` row by row, as ``|U^T miss|^2``; in float32 at least.
+
+    ``U`` is triangular, so this is half the work of a product with ``H``. Unless ``exact``, the
+    product may run in bfloat16: see :func:`surely_less`.
+    """
+    columns, rows = miss.shape
+    N = factored.N
+    if not exact and N.dtype == torch.float32 and fast_bfloat16(N.device):
+        N, miss = N.bfloat16(), miss.bfloat16()
+    else:
+        miss = miss.to(N.dtype)
+    total = torch.zeros(rows, dtype=factored.N.dtype, device=miss.device)
+    tile = max(256, columns // 8)
+    for start in range(0, columns, tile):
+        stop = min(start + tile, columns)
+        product = (N[:stop, start:stop].T @ miss[:stop]).to(total.dtype)
+        total += factored.pivots[start:stop].square() @ product.square_()
+    return total
+
+
+def undamped_error(miss: Float[Tensor, "cols rows"], factored: Factor) -> Float[Tensor, " rows"]:
+    """``miss^T H miss`` row by row, in full precision."""
+    return (row_error(miss, factored) - factored.damp * miss.square().sum(0)).clamp_(min=0)
+
+
+def exact_error(
+    miss: Float[Tensor, "cols rows"], H: Float[Tensor, "cols cols"]
+) -> Float[Tensor, " rows"]:
+    """``miss^T H miss`` row by row; in full precision, if ``H`` is.
+
+    Tiles above the diagonal count twice.
+    """
+    total, factor = miss.new_zeros(miss.shape[1]), miss.to(H.dtype)
+    tile = max(256, len(H) // 8)
+    for start in range(0, len(H), tile):
+        columns = slice(start, min(start + tile, len(H)))
+        product = H[columns, columns] @ factor[columns]
+        product.addmm_(H[columns, :start], factor[:start], alpha=2)
+        total += product.to(miss.dtype).mul_(miss[columns]).sum(0)
+    return total.clamp_(min=0)
+
+
+def quick_error(
+    miss: Float[Tensor, "cols rows"],
+    H: Float[Tensor, "cols cols"],
+    H_quick: Float[Tensor, "cols cols"],
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """``miss^T H miss`` row by row, and by how much each may be off, with ``H_quick``, a copy of
+    ``H`` in bfloat16.
+
+    Rounding ``H`` to 8 bits moves the sum by about ``2^-9 sqrt(sum_ij (miss_i H_ij miss_j)^2)``,
+    which is less than ``2^-9 sum_j miss_j^2 H_jj``; rounding ``miss`` and the product moves it by
+    less. Four times that is taken.
+    """
+    error = exact_error(miss, H_quick)
+    if H.dtype == H_quick.dtype:
+        return error, torch.zeros_like(error)
+    return error, 2**-7 * weighted_squares(H.diagonal()[None], miss)[0]
+
+
+def output_energy(
+    weight: Float[Tensor, "rows cols"], H: Float[Tensor, "cols cols"]
+) -> Float[Tensor, " rows"]:
+    """``W H W^T`` row by row: the mean square of the layer's output per token.
+
+    In bfloat16 where that is fast: its rounding averages out to less than 1e-3 of the sum.
+    """
+    total = torch.zeros(len(weight), dtype=H.dtype, device=H.device)
+    quick = H.dtype == torch.float32 and fast_bfloat16(H.device)
+    W = weight.to(torch.bfloat16 if quick else H.dtype)
+    width = max(TILE, len(H) // 8)
+    for start in range(0, len(H), width):  # on and above the diagonal; what is above counts twice
+        stop = min(start + width, len(H))
+        tile = 2 * H[:stop, start:stop]
+        tile[start:] /= 2
+        product = W[:, :stop] @ tile.to(W.dtype)
+        total += (product.to(H.dtype) * W[:, start:stop]).sum(1)
+    return total
+
+
+def weighted_squares(
+    weights: Float[Tensor, "kinds cols"], miss: Float[Tensor, "cols rows"]
+) -> Float[Tensor, "kinds rows"]:
+    """``weights @ miss^2``, a few columns at a time: a large temporary costs more than the sum."""
+    total = weights.new_zeros(len(weights), miss.shape[1])
+    for start in range(0, miss.shape[0], 128):
+        part = miss[start : start + 128].to(weights.dtype)
+        total += weights[:, start : start + 128] @ part.square()
+    return total
+
+
+def surely_less(
+    error: Float[Tensor, " rows"],
+    damped: Float[Tensor, " rows"],
+    miss: Float[Tensor, "cols rows"],
+    factored: Factor,
+) -> tuple[Bool[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Whether ``error`` is below the error of ``miss``, given :func:`row_error` in bfloat16.
+
+    Also returns that error, undamped, as good as bfloat16 gives it. Rounding both factors of
+    ``U^T miss`` to 8 bits moves its norm by about ``2^-9 sqrt(sum_j miss_j^2 (H + damp I)_jj)``,
+    rounding the product by less than ``2^-9`` of itself; what four times the one and twice the
+    other could change is not sure.
+    """
+    kinds = torch.stack([torch.ones_like(factored.diagonal), factored.diagonal])
+    norm, spread = weighted_squares(kinds, miss)
+    other = damped - factored.damp * norm
+    least = (1 - 2 * 2**-9) * damped.sqrt() - 4 * 2**-9 * spread.sqrt()
+    least = least.clamp_(min=0).square_()
+    return error < least - factored.damp * norm, other.clamp_(min=0)
