@@ -48,12 +48,12 @@ def exact_error(
 
     Tiles above the diagonal count twice.
     """
-    total, factor = miss.new_zeros(miss.shape[1]), miss.to(H.dtype)
+    total, other = miss.new_zeros(miss.shape[1]), miss.to(H.dtype)
     tile = max(256, len(H) // 8)
     for start in range(0, len(H), tile):
         columns = slice(start, min(start + tile, len(H)))
-        product = H[columns, columns] @ factor[columns]
-        product.addmm_(H[columns, :start], factor[:start], alpha=2)
+        product = H[columns, columns] @ other[columns]
+        product.addmm_(H[columns, :start], other[:start], alpha=2)
         total += product.to(miss.dtype).mul_(miss[columns]).sum(0)
     return total.clamp_(min=0)
 

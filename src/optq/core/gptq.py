@@ -48,8 +48,8 @@ from optq.core.error import (
 from optq.core.grid import GridSpec, Storage
 from optq.core.hessian import Factor, check_percdamp, factor, fast_bfloat16
 from optq.core.order import ActOrder, check_actorder, sweep_order
-from optq.core.rtn import Aim, Rounded, no_worse, round_groups, working_copy
-from optq.core.solution import Solution
+from optq.core.rtn import Rounded, no_worse, round_groups, working_copy
+from optq.core.solution import Aim, Solution
 from optq.core.weight import dequantize, group_index
 from optq.errors import SettingError
 

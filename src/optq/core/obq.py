@@ -24,8 +24,8 @@ from optq.core.error import undamped_error
 from optq.core.grid import GridSpec, Storage
 from optq.core.hessian import check_percdamp, factor
 from optq.core.obs import eliminate
-from optq.core.rtn import Aim, nearest, no_worse, round_groups, working_copy
-from optq.core.solution import Solution
+from optq.core.rtn import nearest, no_worse, round_groups, working_copy
+from optq.core.solution import Aim, Solution
 from optq.core.weight import group_index
 
 ENTRIES_AT_ONCE = 2**26  # of the rows' inverse Hessians: 256 MB in float32

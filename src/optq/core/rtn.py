@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +11,9 @@ from torch import Tensor
 
 from optq.core.clock import elapsed
 from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import Factor, find_dead
-from optq.core.solution import Solution
+from optq.core.hessian import find_dead
+from optq.core.solution import Aim, Solution
 from optq.core.weight import group_index
-
-# The target in the place of the weight, given the factor of ``H[order][:, order]`` and ``order``,
-# where the solver has them.
-Aim = Callable[["Factor | None", "Tensor | None"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,9 +65,8 @@ class RTN:
         )
         if aim is not None:
             scale, zero = rounded.scale[group], rounded.zero[group]
-            steps = nearest(
-                working_copy(aim(None, None), dead), scale, -zero, self.grid.levels - zero
-            )
+            target = working_copy(aim(None, None), dead)
+            steps = nearest(target, scale, -zero, self.grid.levels - zero)
             error = _error(W - steps * scale, H)
             solution = replace(solution, codes=(steps + zero).to(torch.uint8).T.contiguous())
             solution = no_worse(solution, rounded, None, error, rtn_error)

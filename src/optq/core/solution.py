@@ -1,13 +1,19 @@
-"""What a solver returns: a quantized weight, and how large the error became."""
+"""What a solver may aim at, and what it returns: a quantized weight, and its error."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float
 from torch import Tensor
 
+from optq.core.hessian import Factor
 from optq.core.weight import QuantizedWeight
+
+# Weights to aim at in the place of the layer's own, given the factor of ``H[order][:, order]`` and
+# ``order``, where the solver has them.
+Aim = Callable[[Factor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
