@@ -68,9 +68,9 @@ def fit_loss(values, scale, zero, bits, importance=None):
 def fit_search(values, bits, sym, min_zero=0, importance=None, near=None):
     """The range search: ``(scale, zero, clear)``, ``clear`` where no two losses were too close.
 
-    Factors 1, 0.78, 0.56, 0.34 of the min-max range, or 1 and those of the grid ``near``; symmetric
-    ones of either sign, earlier ones first unless a later one is better by 1e-5; then each end of
-    the best moves by 0.08 and 0.04.
+    Factors 1, 0.78, 0.56, 0.34 of the min-max range, or (but not at 2 bits) 1 and those of the grid
+    ``near``; symmetric ones of either sign, earlier ones first unless a later one is better by
+    1e-5; then each end of the best moves by 0.08 and 0.04.
     """
     clear, best = True, None
     noise = 1e-25 * fit_loss(values, 1e300, 0, bits, importance)  # of nothing but zeros
@@ -89,7 +89,7 @@ def fit_search(values, bits, sym, min_zero=0, importance=None, near=None):
             best = (loss, scale, zero, below, above)
 
     factors = [(1.0, 1.0), (0.78, 0.78), (0.56, 0.56), (0.34, 0.34)]
-    if near is not None:
+    if near is not None and bits > 2:
         top, low, high = 2**bits - 1, min(0.0, *values), max(0.0, *values)
         if sym:
             largest = max(-low, high)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optq.core import descent
-from optq.core.descent import exact_error, polish
+from optq.core.descent import polish
+from optq.core.error import exact_error
 from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
 from optq.core.rtn import RTN
@@ -197,10 +198,12 @@ def test_a_row_that_did_not_gain_keeps_its_codes_and_scales():
     assert torch.equal(second.weight.scales[still], first.weight.scales[still])
 
 
-def test_a_gradient_of_noise_changes_nothing(monkeypatch):
+@pytest.mark.parametrize(("rows", "groupsize"), [(16, 16), (16, -1), (1, 16)])
+def test_a_gradient_of_noise_changes_nothing(monkeypatch, rows, groupsize):
     """The final check is exact, whatever the rounds were misled by."""
-    W, H = realistic(16, 64)
-    start = GPTQ.plain(4, 16).solve(W, H)
+    W, H = realistic(rows, 64)
+    start = GPTQ.plain(4, groupsize).solve(W, H)
+    scales = start.scales.clone()
     noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * H.diagonal().max()
     monkeypatch.setattr(descent, "fast_bfloat16", lambda device: True)
     real = torch.Tensor.bfloat16
@@ -208,6 +211,7 @@ def test_a_gradient_of_noise_changes_nothing(monkeypatch):
     polished = polish(W, H, start, rounds=1)
     assert (polished.error <= start.error * (1 + 1e-4)).all()
     assert torch.equal(polished.weight.codes, start.codes)
+    assert torch.equal(polished.weight.scales, scales) and torch.equal(start.scales, scales)
 
 
 def test_duplicated_inputs_do_not_all_make_up_for_the_same_error():

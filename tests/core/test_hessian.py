@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optq.core import error, hessian
-from optq.core.error import output_energy, quick_error
+from optq.core.error import output_energy
 from optq.core.hessian import Hessian, factor
 from optq.errors import NumericsError
 
@@ -75,24 +75,6 @@ def test_the_drift_is_the_sum_of_the_products_with_the_difference(dtype, quick, 
     size = (Y - X).abs().T @ X.abs()
     rounded = 2**-8 if quick and dtype == torch.bfloat16 else 1e-5
     assert ((total - (Y - X).T @ X).abs() <= rounded * size).all()
-
-
-@pytest.mark.parametrize("outlier", [1, 100])
-def test_a_quick_error_is_off_by_less_than_it_says(outlier):
-    """Misses that hide in the directions of least energy, as GPTQ leaves them."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(400, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
-    x[:, 0] *= outlier
-    H = x.T @ x / 400
-    basis = torch.linalg.eigh(H)[1][:, :24]
-    miss = basis @ torch.randn(24, 500, generator=generator)
-    exact = (miss.double() * (H.double() @ miss.double())).sum(0)
-    found, slack = quick_error(miss, H, H.bfloat16())
-    off = (found.double() - exact).abs()
-    assert (off <= slack).all() and off.mean() > 1e-3 * slack.mean()
-    found, slack = quick_error(miss.double(), H.double(), H.double())
-    torch.testing.assert_close(found, exact)
-    assert not slack.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -35,11 +35,14 @@ def test_the_corrected_weights_are_those_of_the_formula(alpha, percdamp, rows):
 
 
 @pytest.mark.parametrize("rows", [7, 40])
-def test_in_bfloat16_the_output_is_corrected_as_well(rows, monkeypatch):
+@pytest.mark.parametrize("mean", [0, 50])
+def test_in_bfloat16_the_output_is_corrected_as_well(rows, mean, monkeypatch):
     """Through an ill-conditioned Hessian: what rounding moves lies where there is little energy."""
     monkeypatch.setattr(qep, "fast_bfloat16", lambda device: True)
     weight, full, quantized = streams(0.3, rows)
     quantized[:, 0] *= 30  # an outlier
+    quantized[:, 1:] += mean
+    full[:, 1:] += 1.02 * mean
     H, drift = quantized.T @ quantized / TOKENS, (full - quantized).T @ quantized / TOKENS
     exact = QEP().correct(weight, H, drift) - weight
     rounded = QEP().correct(weight.float(), H.float(), drift.float()).double() - weight

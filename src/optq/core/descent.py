@@ -14,8 +14,8 @@ A round visits the groups in order. ``G`` is kept lazily: a visit updates it ins
 halves of a range exchange their changes in matrix products, as in :mod:`optq.core.gptq`. A
 round costs ``rows * cols^2`` multiply-adds, the ``G`` at the start as much, and all of it runs in
 bfloat16 where that is fast: a gradient that is off by 2^-9 picks nearly the same steps. What holds
-the promise is the end: the error is computed anew, in full precision wherever bfloat16 leaves a
-doubt, and rows that did not gain keep what they had.
+the promise is the end: the error is computed anew, in full precision, and rows that did not gain
+keep what they had.
 
 Of ``STEP_COLUMNS`` neighbouring columns only the one that gains most moves at a time. Rounds that
 do so fall as fast as rounds that move one column after another, in fewer and larger operations.
@@ -43,7 +43,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
-from optq.core.error import exact_error, quick_error
+from optq.core.error import exact_error
 from optq.core.grid import Storage
 from optq.core.hessian import fast_bfloat16
 from optq.core.weight import QuantizedWeight
@@ -57,7 +57,7 @@ ROWS_AT_ONCE = 1024  # on a CPU, where what is at work should stay in the cache
 
 @dataclass(frozen=True)
 class Polished:
-    """``error`` is each row's, full precision; ``gain`` the part of the sum that is gone."""
+    """``error`` is each row's; ``gain`` the part of the sum that is gone."""
 
     weight: QuantizedWeight
     error: Float[Tensor, " rows"]
@@ -77,8 +77,9 @@ def polish(
     """Lower ``(target - Q) H (target - Q)^T`` row by row, from ``Q = weight``; none ever rises.
 
     ``H`` is not damped. Zero points and ``g_idx`` stay. ``error`` is what ``weight`` has now,
-    where the caller knows it: it costs ``rows * cols^2 / 2`` to compute. Unless ``exact``, errors
-    may be estimates, see :func:`optq.core.error.quick_error`; that none rises is sure.
+    where the caller knows it: it costs ``rows * cols^2 / 2`` to compute. Unless ``exact``, the
+    error afterwards may be taken in bfloat16, and a row rise by what that is off: for a caller who
+    measures the result himself.
     """
     start = time.perf_counter()
     ordered, order = weight.sorted()
@@ -144,7 +145,9 @@ class _Descent:
         self.steps, self.gradient, self.changes, self.delta = (
             view[: self.columns] for view in views
         )
-        self.scale, self.zero = scales.T.contiguous(), zeros.T.to(scales.dtype)
+        # A copy, also of one group or one row, whose transpose is as contiguous as it is.
+        self.scale = scales.T.clone(memory_format=torch.contiguous_format)
+        self.zero = zeros.T.to(scales.dtype)
         self.steps.copy_(codes.T).sub_(self.zero[self.group])
 
         miss = self._miss(target)
@@ -154,12 +157,7 @@ class _Descent:
         for left in reversed(range(rounds)):
             self._run(0, self.columns, last=left == 0)
         miss = self._miss(target)
-        if self.exact:
-            after = exact_error(miss, self.H)
-        else:
-            after, slack = quick_error(miss, self.H, self.H_quick)
-            unsure = (after + slack >= before).nonzero().flatten()
-            after[unsure] = exact_error(miss[:, unsure], self.H)
+        after = exact_error(miss, self.H if self.exact else self.H_quick)
 
         better = after < before
         found = self.steps.add_(self.zero[self.group]).to(torch.uint8).T

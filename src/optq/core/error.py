@@ -1,7 +1,9 @@
-"""The error ``(W - Q) H (W - Q)^T`` of quantized rows, exactly and quickly, and bounds between.
+"""The error ``(W - Q) H (W - Q)^T`` of quantized rows; ``miss`` is ``W - Q``, transposed.
 
-``miss`` is ``W - Q``, transposed. A product in bfloat16 costs a quarter of one in float32 where the
-hardware has it; it decides wherever two errors are further apart than it may be off.
+A product in bfloat16 costs a quarter of one in float32 where the hardware has it. That serves for
+round-to-nearest's error, whose misses are independent, where it is far above the solver's. It does
+not serve for a solver's own: those misses cancel along the strong directions of ``H``, and entries
+of ``H`` that are alike are rounded alike.
 """
 
 from __future__ import annotations
@@ -56,24 +58,6 @@ def exact_error(
         product.addmm_(H[columns, :start], other[:start], alpha=2)
         total += product.to(miss.dtype).mul_(miss[columns]).sum(0)
     return total.clamp_(min=0)
-
-
-def quick_error(
-    miss: Float[Tensor, "cols rows"],
-    H: Float[Tensor, "cols cols"],
-    H_quick: Float[Tensor, "cols cols"],
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """``miss^T H miss`` row by row, and by how much each may be off, with ``H_quick``, a copy of
-    ``H`` in bfloat16.
-
-    Rounding ``H`` to 8 bits moves the sum by about ``2^-9 sqrt(sum_ij (miss_i H_ij miss_j)^2)``,
-    which is less than ``2^-9 sum_j miss_j^2 H_jj``; rounding ``miss`` and the product moves it by
-    less. Four times that is taken.
-    """
-    error = exact_error(miss, H_quick)
-    if H.dtype == H_quick.dtype:
-        return error, torch.zeros_like(error)
-    return error, 2**-7 * weighted_squares(H.diagonal()[None], miss)[0]
 
 
 def output_energy(

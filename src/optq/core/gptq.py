@@ -39,7 +39,6 @@ from optq.core.clock import elapsed
 from optq.core.descent import polish
 from optq.core.error import (
     exact_error,
-    quick_error,
     row_error,
     surely_less,
     undamped_error,
@@ -117,11 +116,9 @@ class GPTQ:
     ) -> Solution:
         """Codes for ``weight`` (one layer, or all layers of a site stacked) under ``H``, undamped.
 
-        ``aim`` gives what the codes aim at in its place: see :mod:`optq.core.qep`. Errors, and the
-        promise about rounding, stay those of ``weight``; then they are as good as
-        :func:`optq.core.error.quick_error`.
-        Works in float32, or float64 where both are float64. Raises ``NumericsError`` if ``H`` is
-        not finite.
+        ``aim`` gives what the codes aim at in its place: see :mod:`optq.core.qep`. Errors, the
+        promise about rounding, and grids fitted beforehand stay those of ``weight``. Works in
+        float32, or float64 where both are float64. Raises ``NumericsError`` if ``H`` is not finite.
         """
         start = time.perf_counter()
         columns, grid, importance = H.shape[0], self.grid, H.diagonal()[:, None]
@@ -175,17 +172,13 @@ class GPTQ:
             seconds["polish"] = polished.seconds
 
         start = time.perf_counter()
-        error = most = solution.error
+        error = solution.error
         if aim is not None:
-            miss = (weight - solution.weight).T.to(H.dtype).contiguous()
-            error, slack = quick_error(miss, H, H.to(quick) if H.dtype == W.dtype else H)
-            most = error + slack
-        better, rtn_error = surely_less(most, damped, rounded.miss, factored)
+            error = exact_error((weight - solution.weight).T.to(H.dtype).contiguous(), H)
+        better, rtn_error = surely_less(error, damped, rounded.miss, factored)
         unsure = (~better).nonzero().flatten()
         W = working_copy(weight[unsure], factored.dead, order)
         rtn_error[unsure] = _rounding_error(W, rounded, unsure, group, factored)
-        if aim is not None:
-            error[unsure] = exact_error(miss[:, unsure], H)
         solution = no_worse(solution, rounded, places, error, rtn_error)
         seconds["solve"] += elapsed(start, H)
         return replace(solution, seconds=seconds)

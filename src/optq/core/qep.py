@@ -60,19 +60,16 @@ class QEP:
     ) -> Float[Tensor, "rows cols"]:
         """``W'`` from ``W``, ``H = X^ X^^T / tokens`` and ``drift = D X^^T / tokens``.
 
-        ``factored``, of ``H[order][:, order]``, is used if it is damped as ``percdamp`` says.
-        Raises ``NumericsError`` if ``H`` is not finite. The product with ``W`` is taken in bfloat16
-        where that is fast; the solve is not.
+        ``factored``, of ``H[order][:, order]``, is used if it was asked for the same ``percdamp``.
+        Raises ``NumericsError`` if ``H`` is not finite.
         """
-        damp = self.percdamp * H.diagonal().mean().item()
-        if factored is None or not math.isclose(factored.damp, damp, rel_tol=1e-6):
+        if factored is None or factored.percdamp != self.percdamp:
             factored, order = factor(H, self.percdamp), None
-        dtype = weight.dtype
-        quick = torch.bfloat16 if dtype == torch.float32 and fast_bfloat16(H.device) else dtype
         if len(weight) < len(H):
-            product = (weight.to(quick) @ drift.to(quick)).to(dtype)
-            shift = _solve(factored, order, product)
-        else:  # fewer right-hand sides
+            shift = _solve(factored, order, weight @ drift)
+        else:  # fewer right-hand sides; and what follows the solve may be bfloat16, where fast
+            dtype = weight.dtype
+            quick = torch.bfloat16 if dtype == torch.float32 and fast_bfloat16(H.device) else dtype
             shift = (weight.to(quick) @ _solve(factored, order, drift).to(quick)).to(dtype)
         return torch.add(weight, shift, alpha=self.alpha)
 
