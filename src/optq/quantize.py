@@ -120,7 +120,8 @@ class Quantization:
         rows = [layer.shape[0] for layer in site.layers]
         weight = torch.cat([layer.weight for layer in site.layers])
         aim, qep = None, self.qep
-        if qep is not None and any(qep.applies(layer.name) for layer in site.layers):
+        drifted = inputs.drift is not None and bool(inputs.drift.any())  # not at the first site
+        if qep is not None and drifted and any(qep.applies(each.name) for each in site.layers):
             weight = weight.to(inputs.H.dtype)
             aim = partial(_target, qep, site, inputs, weight)
         solution = self.quantizer.solve(weight, inputs.H, self.storage, aim)

@@ -75,8 +75,9 @@ class QEP:
 
 
 def _solve(factored: Factor, order: Tensor | None, right: Float[Tensor, "some cols"]) -> Tensor:
-    """``right (H + d I)^-1``."""
-    U, columns = factored.U, right.T if order is None else right.T.contiguous()[order]
-    solved = torch.linalg.solve_triangular(U, columns, upper=True)
-    solved = torch.linalg.solve_triangular(U.T, solved, upper=False)
+    """``right (H + d I)^-1``, through ``N diag(pivots)^2 N^T = H + d I``."""
+    N, columns = factored.N, right.T if order is None else right.T.contiguous()[order]
+    solved = torch.linalg.solve_triangular(N, columns, upper=True, unitriangular=True)
+    solved = solved / factored.pivots.square()[:, None]
+    solved = torch.linalg.solve_triangular(N.T, solved, upper=False, unitriangular=True)
     return (solved if order is None else solved[torch.argsort(order)]).T
