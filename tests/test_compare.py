@@ -120,6 +120,20 @@ def test_what_cannot_be_is_refused_before_any_work(comparison, tmp_path, change,
     assert not kept.exists() or not kept.read_text()
 
 
+def test_a_calibration_text_that_is_not_there_is_refused_before_any_work(comparison, tmp_path):
+    with pytest.raises(DataError):
+        replace(comparison, calib=str(tmp_path / "none.txt")).run(tmp_path / "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").read_text()
+
+
+def test_a_chart_is_an_svg_in_a_folder_that_is_there(tmp_path):
+    compare.check_chart(tmp_path / "chart.svg")
+    with pytest.raises(SettingError, match=r"chart\.png is not an \.svg"):
+        compare.check_chart(tmp_path / "chart.png")
+    with pytest.raises(OutputError, match="there is no folder"):
+        compare.check_chart(tmp_path / "nowhere" / "chart.svg")
+
+
 @pytest.mark.parametrize("content", ["not JSON\n", "[1]\n", '{"key": "x"}\n{"other": 1}\n'])
 def test_a_file_of_something_else_is_refused(comparison, tmp_path, content):
     path = tmp_path / "rows.jsonl"

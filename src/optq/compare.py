@@ -94,6 +94,9 @@ class Comparison:
             for layer in layers:
                 scheme = layer_scheme(quantizer)
                 FORMATS["gptq"].check(layer.name, *layer.shape, scheme, layer.transposed)
+        tokens = None
+        if any(kept.get(key) is None for key in keys.values()):  # one calibration for all
+            tokens = calibration_tokens(self.calib, tokenizer, self.nsamples, seqlen, self.seed)
         steps = len(settings) + 1
         progress(0, steps, "full precision")
         size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
@@ -102,16 +105,13 @@ class Comparison:
             full = Row("none", bits, -1, bits, size, _finite(model, windows).perplexity)
             kept.add(common, full)
         del model, layers
-        rows, tokens = [full], None
+        rows = [full]
         for step, setting in enumerate(settings, start=1):
             method, wbits, groupsize = setting
             progress(step, steps, f"{method} at {wbits} bits, groupsize {groupsize}")
             row = kept.get(keys[setting])
             if row is None:
-                if tokens is None:  # one calibration for all
-                    tokens = calibration_tokens(
-                        self.calib, tokenizer, self.nsamples, seqlen, self.seed
-                    )
+                assert tokens is not None
                 row = self._measure(setting, quantizers[setting], tokens, windows, full)
                 kept.add(keys[setting], row)
             rows.append(row)
@@ -221,6 +221,14 @@ def demo_rows(device: str, progress: Progress) -> list[Row]:
         seqlen=DEMO_SEQLEN,
     )
     return comparison.run(progress=progress)
+
+
+def check_chart(path: Path) -> None:
+    """Refuse, before any work, a chart that could not be written."""
+    if path.suffix.lower() != ".svg":
+        raise SettingError(f"the chart {path} is not an .svg", "name it so: charts are SVG")
+    if not path.parent.is_dir():
+        raise OutputError(f"there is no folder {path.parent}", "make it, or name another one")
 
 
 def write_chart(path: Path, title: str, rows: list[Row]) -> None:

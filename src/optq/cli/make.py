@@ -186,10 +186,12 @@ def compare(
     """Many settings on MODEL with one calibration: size, perplexity, rise, seconds."""
     from dataclasses import asdict
 
-    from optq.compare import Comparison, write_chart
+    from optq.compare import Comparison, check_chart, write_chart
     from optq.report import progress, tables
     from optq.runner import ModelConfig
 
+    if chart is not None:
+        check_chart(chart)
     config = ModelConfig(model, device)
     comparison = Comparison(
         config,
