@@ -74,6 +74,7 @@ VARIANTS = {
     ),
     "default": (gptq(), False),
     "default+qep": (gptq(), True),
+    "default+qep-last": (gptq(), QEP(0.5, 0.01, r"down_proj|fc2")),
     "default+qep1.0": (gptq(), QEP(0.5, 1.0)),
     "default+qep-alpha1": (gptq(), QEP(1.0, 0.01)),
     "default+qep-alpha.75": (gptq(), QEP(0.75, 0.01)),
