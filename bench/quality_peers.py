@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from quality import RESULTS, SAMPLES, SEQLEN, final, label, texts
+from quality import CHOOSING, RESULTS, SAMPLES, SEQLEN, divergence, final, label, texts
 
 import optq
 from optq import ModelConfig
@@ -48,7 +48,7 @@ def main() -> None:
             done.add((row["model"], row["variant"], row["wbits"], row["seed"]))
     for model in arguments.models:
         config, (calib, text) = ModelConfig(model, "cpu"), texts(model)
-        checkpoint, (_, tokenizer) = config.checkpoint(), config.load()
+        checkpoint, (full, tokenizer) = config.checkpoint(), config.load()
         windows = final(evaluation_tokens(text, tokenizer, SEQLEN))
         for wbits in map(int, arguments.wbits.split(",")):
             for seed in range(arguments.seeds):
@@ -67,7 +67,11 @@ def main() -> None:
                         command += ["--tokens", tokens, "--out", out]
                         command += ["--wbits", wbits, "--best", best]
                         ran = subprocess.run(
-                            list(map(str, command)), capture_output=True, text=True, check=False
+                            list(map(str, command)),
+                            capture_output=True,
+                            text=True,
+                            cwd=scratch,  # GPTQModel leaves logs where it runs
+                            check=False,
                         )
                         if ran.returncode:
                             print(key, "failed:", ran.stderr[-600:], flush=True)
@@ -76,6 +80,7 @@ def main() -> None:
                     make_dense(quantized)
                     row = dict(zip(("model", "variant", "wbits", "seed"), key, strict=True))
                     row["perplexity"] = round(perplexity(quantized, windows).perplexity, 5)
+                    row["divergence"] = round(divergence(full, quantized, windows[:CHOOSING]), 4)
                     row["seconds"] = round(time.perf_counter() - start, 1)
                     print(row, flush=True)
                     with arguments.results.open("a") as file:
