@@ -9,6 +9,7 @@ settings each is run. Appends to the same results file, with the tool as the var
 
 import argparse
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from optq.data.evaluation import evaluation_tokens
 from optq.evaluate.perplexity import perplexity
 from optq.model.linear import make_dense
 
-PEERS = Path(__file__).parent / "peers"
+PEERS = Path(__file__).resolve().parent / "peers"
 VARIANTS = {
     "llm-compressor": ("llmcompressor", "mse"),
     "gptqmodel group": ("gptqmodel", "group"),
@@ -63,7 +64,9 @@ def main() -> None:
                         torch.save(
                             calibration_tokens(calib, tokenizer, SAMPLES, SEQLEN, seed), tokens
                         )
-                        command = [python, PEERS / f"{tool}_run.py", "--model", checkpoint.folder]
+                        # Absolute, but with its links, by which a Python knows its environment.
+                        command = [os.path.abspath(python), PEERS / f"{tool}_run.py"]
+                        command += ["--model", checkpoint.folder.resolve()]
                         command += ["--tokens", tokens, "--out", out]
                         command += ["--wbits", wbits, "--best", best]
                         ran = subprocess.run(

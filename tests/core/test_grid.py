@@ -81,6 +81,17 @@ def test_the_range_search_never_loses_to_min_max(p, options, min_zero):
         assert found <= limit * (1 + 1e-9) + floor
 
 
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("storage", [Storage(), BOTH])
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5])
+def test_at_eight_bits_it_does_not_lose_by_storing_the_scale_either(sym, storage, size):
+    """A step is so small there that what storing moves a scale by counts."""
+    W = size * torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    H = torch.eye(64)
+    searched, minmax = (RTN(8, 32, sym, mse).solve(W, H, storage) for mse in (True, False))
+    assert (searched.error <= minmax.error * (1 + 1e-4)).all()
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_symmetric_grid_is_mirrored_where_that_serves_the_longer_tail(sign):
     """Steps -4 .. 3: only one sign of the scale has all of these weights on the grid."""
