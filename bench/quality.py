@@ -17,6 +17,7 @@ the table.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -105,6 +106,19 @@ def divergence(full, quantized, windows: torch.Tensor) -> float:
     return 1e3 * total / windows.numel()
 
 
+@torch.no_grad()
+def split(full, quantized, rise: float, windows: torch.Tensor) -> dict[str, float]:
+    """A rise (in nats) in what is square in the change of the weights and what is linear.
+
+    From the rise at the weights mirrored through full precision's, ``2 W - Q``; in millinats.
+    """
+    weights, own = full.state_dict(), quantized.state_dict()
+    for name, tensor in own.items():
+        tensor.copy_(2 * weights[name] - tensor)
+    other = perplexity(quantized, windows).nll - perplexity(full, windows).nll
+    return {"square": round(500 * (rise + other), 3), "linear": round(500 * (rise - other), 3)}
+
+
 def texts(model: str) -> tuple[str, str]:
     if model == "demo":
         return "demo", "demo"
@@ -124,6 +138,7 @@ def main() -> None:
     parser.add_argument(
         "--choosing", action="store_true", help="on other windows than the final numbers"
     )
+    parser.add_argument("--split", action="store_true", help="rises into square and linear parts")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     names, part = arguments.variants.split(","), choosing if arguments.choosing else final
@@ -154,6 +169,11 @@ def main() -> None:
             row["perplexity"] = round(perplexity(quantized, windows).perplexity, 5)
             if variant != "none":
                 row["divergence"] = round(divergence(loaded, quantized, windows[:CHOOSING]), 4)
+                if arguments.split:
+                    rise = math.log(
+                        row["perplexity"] / done[label(model), "none", 16, 0]["perplexity"]
+                    )
+                    row |= split(loaded, quantized, rise, windows)
             row["seconds"] = round(time.perf_counter() - start, 1)
             done[key] = row
             with arguments.results.open("a") as file:

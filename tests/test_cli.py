@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -462,15 +462,15 @@ def test_the_demo(optq, small_demo, monkeypatch):
     assert [(row["method"], row["wbits"]) for row in rows] == [
         ("none", 16), ("rtn", 4), ("gptq", 4), ("rtn", 3), ("gptq", 3), ("rtn", 2), ("gptq", 2),
     ]  # fmt: skip
-    keys = {"method", "wbits", "groupsize", "bits_per_weight", "bytes", "perplexity"}
+    keys = {field.name for field in fields(compare.Row)}
     assert all(row.keys() == keys for row in rows)
     assert rows[0]["bits_per_weight"] == 16 and rows[0]["groupsize"] == -1
     for row in rows[1:]:
         assert row["groupsize"] == 128
         assert row["wbits"] < row["bits_per_weight"] < row["wbits"] + 0.3
         assert row["bytes"] * 16 == pytest.approx(rows[0]["bytes"] * row["bits_per_weight"])
-    rise = {(row["method"], row["wbits"]): row["perplexity"] - rows[0]["perplexity"]
-            for row in rows[1:]}  # fmt: skip
+    assert all(row["rise"] == row["perplexity"] - rows[0]["perplexity"] for row in rows)
+    rise = {(row["method"], row["wbits"]): row["rise"] for row in rows[1:]}
     for wbits in (4, 3):
         assert 0 < rise["gptq", wbits] <= 0.5 * rise["rtn", wbits]
     assert rise["gptq", 2] < rise["rtn", 2]

@@ -245,8 +245,7 @@ def test_they_are_kept_where_errors_are_first_taken_in_bfloat16(p, grid, sweep, 
     """As a GPU does, and a CPU with matrix units."""
     dtype = torch.float32
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("gptq", "hessian", "error", "descent", "qep"):
-            patch.setattr(f"optq.core.{module}.fast_bfloat16", lambda device: True)
+        patch.setattr("optq.core.hessian.fast_bfloat16", lambda device: True)
         solution = GPTQ.plain(percdamp=percdamp, **grid, **sweep, **polish).solve(*p.tensors(dtype))
     check_solution(solution, p, grid, Storage(), dtype)
 
@@ -269,8 +268,7 @@ def test_they_are_kept_of_the_weight_where_another_target_is_aimed_at(
     W, H = p.tensors(torch.float32)
     shift = torch.randn(W.shape, generator=torch.Generator().manual_seed(1)) * W.abs().mean()
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("gptq", "hessian", "error", "descent", "qep"):
-            patch.setattr(f"optq.core.{module}.fast_bfloat16", lambda device: bfloat16)
+        patch.setattr("optq.core.hessian.fast_bfloat16", lambda device: bfloat16)
         solver = GPTQ.plain(**options, **sweep, **polish)
         solution = solver.solve(W, H, Storage(), lambda factored, order: W + drift * shift)
     check_solution(solution, p, options, Storage(), torch.float32)
@@ -282,8 +280,7 @@ def test_they_are_kept_where_inputs_are_alike(groupsize, shift, monkeypatch):
     """Each half of the columns reads the same noisy copy of one factor: entries of ``H`` are alike,
     so bfloat16 rounds them alike, and a target that differs between the halves costs what it hides.
     """
-    for module in ("gptq", "hessian", "error", "descent", "qep"):
-        monkeypatch.setattr(f"optq.core.{module}.fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("optq.core.hessian.fast_bfloat16", lambda device: True)
     generator = torch.Generator().manual_seed(1)
     common = torch.randn(4000, 1, generator=generator)
     copies = common + 0.04 * torch.randn(4000, 2, generator=generator)

@@ -224,7 +224,7 @@ def test_the_output_energy_is_the_error_of_no_weights_at_all(p, tile):
 
 
 def test_the_output_energy_in_bfloat16_is_near_enough_to_divide_by(monkeypatch):
-    monkeypatch.setattr(error, "fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(hessian, "fast_bfloat16", lambda device: True)
     p = problem(64, 200, seed=6)
     energy = output_energy(*p.tensors(torch.float32)).sum().item()
     exact = oracles.row_errors(p.W, np.zeros_like(p.W), p.H).sum()

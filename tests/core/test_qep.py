@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optq.core import qep
+from optq.core import hessian
 from optq.core.hessian import factor
 from optq.core.qep import QEP
 from optq.errors import SettingError
@@ -39,7 +39,7 @@ def test_the_corrected_weights_are_those_of_the_formula(alpha, percdamp, rows):
 def test_in_bfloat16_the_output_is_corrected_as_well(rows, mean, monkeypatch):
     """Also where all inputs share a mean that moves: what rounding adds to a product along it, the
     solve that follows would blow up in all other directions."""
-    monkeypatch.setattr(qep, "fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(hessian, "fast_bfloat16", lambda device: True)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randn(2, 256, generator=generator, dtype=torch.float64).sign()
     x = torch.randn(2000, 256, generator=generator, dtype=torch.float64) + mean * signs[0]
@@ -51,6 +51,25 @@ def test_in_bfloat16_the_output_is_corrected_as_well(rows, mean, monkeypatch):
     rounded = QEP().correct(weight.float(), H.float(), drift.float()).double() - weight
     off, size = (((each @ H) * each).sum() for each in (rounded - exact, exact))
     assert 0 < off < 1e-3 * size
+
+
+@pytest.mark.parametrize(("mean", "most"), [(0, 1e-3), (10, 0.1)])
+def test_the_drift_in_bfloat16_is_near_enough_to_correct_by(mean, most, monkeypatch):
+    """What it is off by, in output energy, as ``add_drift`` says."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randn(2, 256, generator=generator).sign()
+    x = torch.randn(2000, 256, generator=generator) + mean * signs[0]
+    d = 0.02 * mean * signs[1] + 0.05 * torch.randn(2000, 256, generator=generator)
+    x, y = x.bfloat16(), (x + d).bfloat16()
+    weight = torch.randn(16, 256, generator=generator, dtype=torch.float64)
+    H, shifts = x.double().T @ x.double() / 2000, []
+    for quick in (False, True):
+        monkeypatch.setattr(hessian, "fast_bfloat16", lambda device, quick=quick: quick)
+        drift = torch.zeros(256, 256)
+        hessian.add_drift(drift, x, y)
+        shifts.append(QEP().correct(weight, H, drift.double() / 2000) - weight)
+    off, size = (((each @ H) * each).sum() for each in (shifts[1] - shifts[0], shifts[0]))
+    assert 0 < off < most * size
 
 
 def test_the_factor_of_a_solver_serves_if_its_damping_is_the_same():

@@ -28,8 +28,6 @@ def demo(
     with progress.bar("optq demo") as bar:
         rows = [asdict(row) for row in demo_rows(device, bar.update)]
     if as_json:
-        for row in rows:
-            del row["rise"], row["seconds"]
         print_json({"model": "demo", "rows": rows})
     else:
         tables.compared(rows)

@@ -45,7 +45,7 @@ from torch import Tensor
 from optq.core.clock import elapsed
 from optq.core.error import exact_error
 from optq.core.grid import Storage
-from optq.core.hessian import fast_bfloat16
+from optq.core.hessian import quick_dtype
 from optq.core.weight import QuantizedWeight
 
 STEP_COLUMNS = 16  # of them the best one moves
@@ -116,11 +116,10 @@ class _Descent:
     ) -> None:
         self.H, self.storage, self.levels, self.exact = H, storage, 2**weight.wbits - 1, exact
         self.columns = weight.cols
-        self.width = int((weight.g_idx == 0).sum())  # only the last group may have fewer
+        self.width = weight.width
         self.narrow = self.width <= BLOCK
         self.group = weight.g_idx.long()
-        quick = torch.float32 == H.dtype and fast_bfloat16(H.device)
-        self.H_quick = H.bfloat16() if quick else H
+        self.H_quick = H.to(quick_dtype(H))
         diagonal = H.diagonal()[:, None]
         self.twice_inverse = torch.where(diagonal > 0, 2 / diagonal, 0)  # a dead column stays
         # Duplicated columns gain the same: the first of them moves, not all at once.

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from optq.core.hessian import TILE, Factor, fast_bfloat16
+from optq.core.hessian import TILE, Factor, quick_dtype
 
 
 def row_error(
@@ -24,11 +24,8 @@ def row_error(
     product may run in bfloat16: see :func:`surely_less`.
     """
     columns, rows = miss.shape
-    N = factored.N
-    if not exact and N.dtype == torch.float32 and fast_bfloat16(N.device):
-        N, miss = N.bfloat16(), miss.bfloat16()
-    else:
-        miss = miss.to(N.dtype)
+    dtype = factored.N.dtype if exact else quick_dtype(factored.N)
+    N, miss = factored.N.to(dtype), miss.to(dtype)
     total = torch.zeros(rows, dtype=factored.N.dtype, device=miss.device)
     tile = max(256, columns // 8)
     for start in range(0, columns, tile):
@@ -68,8 +65,7 @@ def output_energy(
     In bfloat16 where that is fast: its rounding averages out to less than 1e-3 of the sum.
     """
     total = torch.zeros(len(weight), dtype=H.dtype, device=H.device)
-    quick = H.dtype == torch.float32 and fast_bfloat16(H.device)
-    W = weight.to(torch.bfloat16 if quick else H.dtype)
+    W = weight.to(quick_dtype(H))
     width = max(TILE, len(H) // 8)
     for start in range(0, len(H), width):  # on and above the diagonal; what is above counts twice
         stop = min(start + width, len(H))

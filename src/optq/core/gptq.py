@@ -45,7 +45,7 @@ from optq.core.error import (
     weighted_squares,
 )
 from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import Factor, check_percdamp, factor, fast_bfloat16
+from optq.core.hessian import Factor, check_percdamp, factor, quick_dtype
 from optq.core.order import ActOrder, check_actorder, sweep_order
 from optq.core.rtn import Rounded, no_worse, round_groups, working_copy
 from optq.core.solution import Aim, Solution
@@ -133,8 +133,7 @@ class GPTQ:
             follows = self.actorder != "group" and not self.static_groups
             group = group if follows else group[order]
         W = working_copy(weight, factored.dead, order)
-        quick = torch.bfloat16 if W.dtype == torch.float32 and fast_bfloat16(W.device) else W.dtype
-        rounded = round_groups(W, group, grid, storage, importance, quick)
+        rounded = round_groups(W, group, grid, storage, importance, quick_dtype(W))
         damped = row_error(rounded.miss, factored, exact=False)
 
         target = weight if aim is None else aim(factored, order)

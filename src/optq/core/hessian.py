@@ -204,6 +204,12 @@ def factor_upper(A: Float[Tensor, "cols cols"]) -> bool:
     return True
 
 
+def quick_dtype(like: Tensor) -> torch.dtype:
+    """The dtype for products that need not be exact: bfloat16, where float32 is slower."""
+    quick = like.dtype == torch.float32 and fast_bfloat16(like.device)
+    return torch.bfloat16 if quick else like.dtype
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether a bfloat16 product is faster than a float32 one: not where it is emulated."""
     if device.type == "cuda":

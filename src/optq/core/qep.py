@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from optq.core.hessian import Factor, check_percdamp, factor, fast_bfloat16
+from optq.core.hessian import Factor, check_percdamp, factor, quick_dtype
 from optq.errors import SettingError
 
 
@@ -68,9 +68,8 @@ class QEP:
         if len(weight) < len(H):
             shift = _solve(factored, order, weight @ drift)
         else:  # fewer right-hand sides; and what follows the solve may be bfloat16, where fast
-            dtype = weight.dtype
-            quick = torch.bfloat16 if dtype == torch.float32 and fast_bfloat16(H.device) else dtype
-            shift = (weight.to(quick) @ _solve(factored, order, drift).to(quick)).to(dtype)
+            quick = quick_dtype(weight)
+            shift = (weight.to(quick) @ _solve(factored, order, drift).to(quick)).to(weight.dtype)
         return torch.add(weight, shift, alpha=self.alpha)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
+from optq.core.error import exact_error
 from optq.core.grid import GridSpec, Storage
 from optq.core.hessian import find_dead
 from optq.core.solution import Aim, Solution
@@ -52,7 +53,7 @@ class RTN:
         W = working_copy(weight, dead)
         group = group_index(len(W), self.grid.width(len(W)), W.device)
         rounded = round_groups(W, group, self.grid, storage, H.diagonal()[:, None])
-        rtn_error = _error(rounded.miss, H)
+        rtn_error = exact_error(rounded.miss, H)
         solution = Solution(
             wbits=self.wbits,
             codes=rounded.codes.T.contiguous(),
@@ -67,14 +68,10 @@ class RTN:
             scale, zero = rounded.scale[group], rounded.zero[group]
             target = working_copy(aim(None, None), dead)
             steps = nearest(target, scale, -zero, self.grid.levels - zero)
-            error = _error(W - steps * scale, H)
+            error = exact_error(W - steps * scale, H)
             solution = replace(solution, codes=(steps + zero).to(torch.uint8).T.contiguous())
             solution = no_worse(solution, rounded, None, error, rtn_error)
         return replace(solution, seconds={"factor": 0.0, "solve": elapsed(start, W)})
-
-
-def _error(miss: Float[Tensor, "cols rows"], H: Float[Tensor, "cols cols"]) -> Tensor:
-    return (miss * (H @ miss)).sum(0).clamp_(min=0)
 
 
 def working_copy(

@@ -66,9 +66,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
     for name in (*headings, "perplexity", "rise", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right")
     table.add_column("")
-    full = rows[0]["perplexity"]
-    rows = [{**row, "rise": row["perplexity"] - full} for row in rows]
-    for index, row in enumerate(rows):
+    for row in rows:
         same = [r for r in rows if (r["wbits"], r["groupsize"]) == (row["wbits"], row["groupsize"])]
         plain = row["method"] == "none"
         groupsize = "row" if row["groupsize"] == -1 else str(row["groupsize"])
@@ -88,7 +86,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
                 width=30,
                 color="red" if row["method"] == "rtn" else "cyan",
             ),
-            end_section=plain or row is same[-1] or index == len(rows) - 1,
+            end_section=row is same[-1],
         )
     stdout.print(table)
 
