@@ -17,13 +17,13 @@ from optq.core.best import BEST
 from optq.core.gptq import GPTQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
+from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, ModelError, NumericsError, OutputError, SettingError
 from optq.evaluate.perplexity import Perplexity, perplexity
 from optq.formats import FORMATS, detect
 from optq.model.blocks import find_blocks
-from optq.quantize import Quantizer, layer_scheme
 from optq.report.chart import bars
 from optq.runner import ModelConfig, Runner, sequence_length
 
@@ -32,7 +32,7 @@ DEMO_SAMPLES = 64
 Progress = Callable[[float, float, str], None]
 
 # What `optq compare --methods` names; "gptq" propagates errors where that is the default.
-COMPARED: dict[str, Callable[[int, int], Quantizer]] = {
+COMPARED: dict[str, Callable[[int, int], Solver]] = {
     "rtn": RTN,
     "plain": GPTQ.plain,
     "no-qep": GPTQ,
@@ -92,7 +92,7 @@ class Comparison:
         layers = [layer for block in find_blocks(model) for layer in block.layers]
         for quantizer in quantizers.values():
             for layer in layers:
-                scheme = layer_scheme(quantizer)
+                scheme = quantizer.scheme()
                 FORMATS["gptq"].check(layer.name, *layer.shape, scheme, layer.transposed)
         tokens = None
         if any(kept.get(key) is None for key in keys.values()):  # one calibration for all
@@ -120,7 +120,7 @@ class Comparison:
     def _measure(
         self,
         setting: tuple[str, int, int],
-        quantizer: Quantizer,
+        quantizer: Solver,
         tokens: Tensor,
         windows: Tensor,
         full: Row,
@@ -134,7 +134,7 @@ class Comparison:
         rise = measured - full.perplexity
         return Row(*setting, result.bits_per_weight, result.bytes, measured, rise, seconds)
 
-    def _quantizer(self, method: str, wbits: int, groupsize: int) -> Quantizer:
+    def _quantizer(self, method: str, wbits: int, groupsize: int) -> Solver:
         if method not in COMPARED:
             raise SettingError(f"the method {method} is unknown", f"choose {', '.join(COMPARED)}")
         return COMPARED[method](wbits, groupsize)

@@ -11,7 +11,7 @@ from optq.cli.app import FORMATS_HELP, Device, Json, Model, Seqlen, app, print_j
 from optq.errors import SettingError
 
 if TYPE_CHECKING:
-    from optq.quantize import Quantizer
+    from optq.core.solver import Solver
 
 
 @app.command()
@@ -122,7 +122,7 @@ def quantize(
     layers, made = result.record["layers"], result.record["calibration"]
     if as_json:
         timed = [
-            record | {"seconds": layer.seconds, "polish_seconds": layer.polish_seconds}
+            record | {"seconds": layer.seconds}
             for record, layer in zip(layers, result.layers, strict=True)
         ]
         print_json(
@@ -214,12 +214,12 @@ def compare(
 
 def _quantizer(
     method: str, wbits: int, groupsize: int, plain: bool, options: dict[str, Any]
-) -> Quantizer:
+) -> Solver:
     """The solver, with those options that it has; one that it lacks must not be asked for."""
     from dataclasses import fields
 
     from optq.core.gptq import GPTQ
-    from optq.runner import METHODS
+    from optq.core.methods import METHODS
 
     if method not in METHODS:
         raise SettingError(f"the method {method} is unknown", f"choose {', '.join(METHODS)}")
