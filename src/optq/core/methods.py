@@ -9,4 +9,4 @@ from optq.core.obq import OBQ
 from optq.core.rtn import RTN
 
 # Subclasses of Solver, each a dataclass with options of its own.
-METHODS: dict[str, type[Any]] = {"gptq": GPTQ, "rtn": RTN, "obq": OBQ}
+METHODS: dict[str, type[Any]] = {"rtn": RTN, "gptq": GPTQ, "obq": OBQ}
