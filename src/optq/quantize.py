@@ -23,10 +23,12 @@ from optq.core.solution import Solution
 from optq.errors import ModelError, NumericsError
 from optq.formats.scheme import Format, LayerScheme
 from optq.formats.writer import Writer
-from optq.model.blocks import Block, Layer, linears_outside, release
+from optq.model.blocks import Block, Layer, Site, linears_outside
 from optq.model.checkpoint import Checkpoint
-from optq.model.flow import Flow, Inputs, Site
+from optq.model.flow import Flow
+from optq.model.inputs import SiteSums
 from optq.model.source import disk_names
+from optq.model.weights import Weights
 
 Quantizer = RTN | GPTQ | OBQ
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
@@ -104,12 +106,14 @@ class Quantization:
     def calibrate(self, tokens: Tensor, device: torch.device) -> None:
         """Take all calibration tokens ``[samples, tokens]`` through the model once."""
         batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
+        # What is on its way to disk leaves the memory, block by block.
+        weights = Weights(self.model, self.blocks, device, keep=self.writer is None)
         propagate = self.qep is not None
-        flow = Flow(self.model, self.blocks, batches, device, self.solve, self.done, propagate)
+        flow = Flow(self.model, self.blocks, batches, weights, self.solve, propagate=propagate)
         flow.run()
         self.seconds |= {"forward": flow.seconds.forward, "hessian": flow.seconds.hessian}
 
-    def solve(self, site: Site, inputs: Inputs) -> None:
+    def solve(self, site: Site, sums: SiteSums) -> None:
         """Quantize the stacked rows of one site and put the weights back."""
         for layer in site.layers:
             if not torch.isfinite(layer.weight).all():
@@ -120,12 +124,12 @@ class Quantization:
         rows = [layer.shape[0] for layer in site.layers]
         weight = torch.cat([layer.weight for layer in site.layers])
         aim, qep = None, self.qep
-        drifted = inputs.drift is not None and bool(inputs.drift.any())  # not at the first site
+        drifted = sums.drift is not None and bool(sums.drift.any())  # not at the first site
         if qep is not None and drifted and any(qep.applies(each.name) for each in site.layers):
-            weight = weight.to(inputs.H.dtype)
-            aim = partial(_target, qep, site, inputs, weight)
-        solution = self.quantizer.solve(weight, inputs.H, self.storage, aim)
-        energies = output_energy(weight, inputs.H).split(rows)
+            weight = weight.to(sums.H.dtype)
+            aim = partial(_target, qep, site, sums, weight)
+        solution = self.quantizer.solve(weight, sums.H, self.storage, aim)
+        energies = output_energy(weight, sums.H).split(rows)
         records = []
         for layer, part, energy in zip(site.layers, solution.split(rows), energies, strict=True):
             layer.put(part.weight)
@@ -135,13 +139,6 @@ class Quantization:
         for stage, seconds in solution.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self.progress(Progress(site.block.index, len(self.blocks), site.layers[0].name, records))
-
-    def done(self, block: Block) -> None:
-        """A block that no batch needs any more: what is on its way to disk leaves the memory."""
-        if self.writer is not None:
-            release(block, self.blocks)
-        else:
-            block.module.to("cpu")
 
     def finish(self, writer: Writer, calibration: dict[str, Any]) -> None:
         """Complete a checkpoint, with all layers that :meth:`save` or the run gave it."""
@@ -206,14 +203,14 @@ def layer_scheme(quantizer: Quantizer) -> LayerScheme:
 def _target(
     qep: QEP,
     site: Site,
-    inputs: Inputs,
+    sums: SiteSums,
     weight: Tensor,
     factored: Factor | None,
     order: Tensor | None,
 ) -> Tensor:
     """What the stacked rows of a site aim at under error propagation."""
-    assert inputs.drift is not None  # the full-precision stream runs
-    target = qep.correct(weight, inputs.H, inputs.drift, factored, order)
+    assert sums.drift is not None  # the full-precision stream runs
+    target = qep.correct(weight, sums.H, sums.drift, factored, order)
     rows = [layer.shape[0] for layer in site.layers]
     for layer, kept, moved in zip(site.layers, weight.split(rows), target.split(rows), strict=True):
         if not qep.applies(layer.name):

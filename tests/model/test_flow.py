@@ -13,8 +13,10 @@ from transformers import DynamicCache
 from optq.core.hessian import reduced_precision
 from optq.core.rtn import RTN
 from optq.errors import ModelError, NumericsError
+from optq.model.batch import Batch
 from optq.model.blocks import find_blocks
-from optq.model.flow import Flow, _Batch
+from optq.model.flow import Flow
+from optq.model.weights import Weights
 
 CPU = torch.device("cpu")
 WIDTH = 32
@@ -31,11 +33,12 @@ class Run:
         self.outcomes = {}  # (kind, first sample) -> what the head would have read
         self.forwards = [0] * len(self.blocks)
         self.own_solve = solve
+        self.weights = Weights(model, self.blocks, CPU)
         self.flow = Flow(
             model,
             self.blocks,
             batches,
-            CPU,
+            self.weights,
             self._solve,
             self.finished.append,
             propagate,
@@ -60,7 +63,7 @@ class Run:
 
     def _at_head(self, module, args):
         batch = getcurrent()
-        if isinstance(batch, _Batch):
+        if isinstance(batch, Batch):
             self.outcomes[batch.kind, batch.first_sample] = args[0].detach().clone()
 
     def _at_block(self, index):
@@ -100,7 +103,7 @@ def hook_count(model):
 
 
 def living_batches():
-    return [o for o in gc.get_objects() if type(o) is _Batch and o and not o.dead]
+    return [o for o in gc.get_objects() if type(o) is Batch and o and not o.dead]
 
 
 def check_outcomes(run, original=None):
@@ -149,7 +152,7 @@ def test_two_streams_are_the_quantized_and_the_untouched_model(row):
     assert run.flow.passes == [2 * len(BATCHES)] * len(run.blocks)
     assert run.forwards == [2 * len(BATCHES) + 1] * len(run.blocks)
     check_outcomes(run, original)
-    assert all(layer.original is None for block in run.blocks for layer in block.layers)
+    assert not run.weights._originals
     assert not living_batches()
     # Up to the first quantized site both streams read the same.
     first, last = run.inputs[0], run.inputs[-1]

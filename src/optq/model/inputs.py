@@ -13,7 +13,7 @@ from optq.errors import NumericsError
 
 
 @dataclass(frozen=True)
-class Inputs:
+class SiteSums:
     """``H = X X^T / tokens`` of the quantized model's inputs ``X``, undamped.
 
     ``drift`` is ``(Y - X) X^T / tokens`` with ``Y`` the full-precision model's inputs, if they run.
@@ -39,8 +39,8 @@ def gather(
     device: torch.device,
     quantized: list[Handed],
     full: list[Handed] | None,
-) -> Inputs:
-    """The inputs of a site called ``where`` in errors; ``full``: the other stream's, if it runs.
+) -> SiteSums:
+    """The sums of a site called ``where`` in errors; ``full``: the other stream's, if it runs.
 
     Raises :class:`NumericsError`, which names the sample, where an input is not finite.
     """
@@ -56,11 +56,11 @@ def gather(
             add_drift(drift, batch.x, partner)
     if drift is not None:
         drift /= max(hessian.tokens, 1)
-    inputs = Inputs(hessian.matrix(), hessian.tokens, drift)
-    for matrix in (inputs.H, inputs.drift):
+    sums = SiteSums(hessian.matrix(), hessian.tokens, drift)
+    for matrix in (sums.H, sums.drift):
         if matrix is not None and not torch.isfinite(matrix.sum()):
             _blame(where, [*quantized, *(full or [])])
-    return inputs
+    return sums
 
 
 def _blame(where: str, batches: list[Handed]) -> None:
