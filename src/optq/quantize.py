@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -111,9 +111,12 @@ class Quantization:
         propagate = self.qep is not None
         flow = Flow(self.model, self.blocks, batches, weights, self.solve, propagate=propagate)
         flow.run()
-        self.seconds |= {"forward": flow.seconds.forward, "hessian": flow.seconds.hessian}
+        # A module that later blocks share is called again after its record was made.
+        calls = {layer.name: layer.calls for block in self.blocks for layer in block.layers}
+        self.records = [replace(each, calls=calls[each.name]) for each in self.records]
+        self.seconds |= flow.seconds
 
-    def solve(self, site: Site, sums: SiteSums) -> None:
+    def solve(self, site: Site, inputs: SiteSums) -> None:
         """Quantize the stacked rows of one site and put the weights back."""
         for layer in site.layers:
             if not torch.isfinite(layer.weight).all():
@@ -124,12 +127,12 @@ class Quantization:
         rows = [layer.shape[0] for layer in site.layers]
         weight = torch.cat([layer.weight for layer in site.layers])
         aim, qep = None, self.qep
-        drifted = sums.drift is not None and bool(sums.drift.any())  # not at the first site
+        drifted = inputs.drift is not None and bool(inputs.drift.any())  # not at the first site
         if qep is not None and drifted and any(qep.applies(each.name) for each in site.layers):
-            weight = weight.to(sums.H.dtype)
-            aim = partial(_target, qep, site, sums, weight)
-        solution = self.quantizer.solve(weight, sums.H, self.storage, aim)
-        energies = output_energy(weight, sums.H).split(rows)
+            weight = weight.to(inputs.H.dtype)
+            aim = partial(_target, qep, site, inputs, weight)
+        solution = self.quantizer.solve(weight, inputs.H, self.storage, aim)
+        energies = output_energy(weight, inputs.H).split(rows)
         records = []
         for layer, part, energy in zip(site.layers, solution.split(rows), energies, strict=True):
             layer.put(part.weight)
@@ -203,14 +206,14 @@ def layer_scheme(quantizer: Quantizer) -> LayerScheme:
 def _target(
     qep: QEP,
     site: Site,
-    sums: SiteSums,
+    inputs: SiteSums,
     weight: Tensor,
     factored: Factor | None,
     order: Tensor | None,
 ) -> Tensor:
     """What the stacked rows of a site aim at under error propagation."""
-    assert sums.drift is not None  # the full-precision stream runs
-    target = qep.correct(weight, sums.H, sums.drift, factored, order)
+    assert inputs.drift is not None  # the full-precision stream runs
+    target = qep.correct(weight, inputs.H, inputs.drift, factored, order)
     rows = [layer.shape[0] for layer in site.layers]
     for layer, kept, moved in zip(site.layers, weight.split(rows), target.split(rows), strict=True):
         if not qep.applies(layer.name):
@@ -235,5 +238,5 @@ def _record(layer: Layer, part: Solution, energy: float, site_rows: int) -> Laye
         fallback_rows=part.fallback_rows,
         polish_gain=part.polish_gain,
         polish_seconds=part.seconds.get("polish", 0.0) * rows / site_rows,
-        calls=max(layer.calls, 1),
+        calls=layer.calls,
     )

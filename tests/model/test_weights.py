@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import zoo
+from torch import nn
 
 from optq.model.blocks import find_blocks
 from optq.model.weights import Weights
@@ -69,3 +70,27 @@ def test_originals_are_there_inside_and_gone_after_the_last_block_that_needs_the
     for count, block in zip([1, 0], blocks, strict=False):
         weights.drop(block)
         assert len(weights._originals) == count
+
+
+def test_what_is_outside_of_blocks_comes_back_also_where_two_modules_share_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.tied = nn.Embedding(4, 4), nn.Embedding(4, 4)
+            self.tied.weight = self.embed.weight
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.head = nn.Linear(4, 4)
+
+        def get_output_embeddings(self):
+            return self.head
+
+    model = Model()
+    before = {name: p.data for name, p in model.named_parameters()}
+    # A dtype stands for the device: tensors move to it just so, and every machine has two.
+    weights = Weights(model, find_blocks(model), torch.float64)
+    with weights.outside_on_device():
+        on_device = {name for name, p in model.named_parameters() if p.dtype == torch.float64}
+    assert on_device == {"embed.weight"}
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == before[name].data_ptr(), name
+        assert parameter.dtype == torch.float32, name

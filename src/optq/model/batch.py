@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from greenlet import GreenletExit, greenlet
@@ -27,7 +28,7 @@ class Batch(greenlet):
         self.site: Site | None = None
         self.input: Handed | None = None
         self.handed: dict[Site, weakref.ref[Tensor]] = {}
-        self.called: set[Layer] = set()
+        self.calls: Counter[Layer] = Counter()
 
     def wait(self, block: Block) -> None:
         """Sleep, inside the coroutine, before ``block``."""
@@ -58,21 +59,12 @@ def default_modes() -> Iterator[None]:
     They belong to the thread: a forward that pauses inside ``with torch.autocast(..)`` would leave
     autocast on for the solver and for every other coroutine.
     """
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    autocast = {device: torch.is_autocast_enabled(device) for device in devices}
-    dtypes = {device: torch.get_autocast_dtype(device) for device in devices}
-    gradients = torch.is_grad_enabled()
-    cache = torch.is_autocast_cache_enabled()
-    for device in devices:
-        torch.set_autocast_enabled(device, False)
-    torch.set_grad_enabled(False)
-    torch.clear_autocast_cache()  # it holds casts of weights that may change meanwhile
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-        for device in devices:
-            torch.set_autocast_enabled(device, autocast[device])
-            torch.set_autocast_dtype(device, dtypes[device])
-        torch.set_autocast_cache_enabled(cache)
-        torch.set_grad_enabled(gradients)
+    with ExitStack() as stack:
+        for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.no_grad())
+        torch.clear_autocast_cache()  # it holds casts of weights that may change meanwhile
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()

@@ -23,7 +23,7 @@ class Layer:
     name: str
     module: nn.Module
     transposed: bool  # Conv1D keeps [columns, rows]
-    calls: int = 0  # by one batch; a layer belongs to its first call
+    calls: int = 0  # in one forward, at most; a layer belongs to its first call
     solved: bool = False
 
     @property
@@ -63,7 +63,7 @@ class Site:
 
     block: Block
     layers: list[Layer]
-    place: float  # in the order in which the block's sites are solved
+    place: int = 0  # in the order in which the block's sites are solved
 
 
 def find_blocks(model: Any, skip: str | None = None) -> list[Block]:

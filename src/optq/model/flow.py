@@ -34,14 +34,6 @@ from optq.model.sites import Sites
 from optq.model.weights import Weights
 
 
-@dataclass
-class Seconds:
-    """Where the time of a run went."""
-
-    forward: float = 0.0
-    hessian: float = 0.0
-
-
 @dataclass(eq=False)
 class Flow:
     """One calibration run over ``batches`` (token ids ``[samples, tokens]`` each).
@@ -57,14 +49,12 @@ class Flow:
     solve: Callable[[Site, SiteSums], None]
     done: Callable[[Block], None] = lambda block: None
     propagate: bool = False
-    seconds: Seconds = field(default_factory=Seconds)
-    passes: list[int] = field(default_factory=list)  # forward passes of the batches, by block
+    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0})
 
     def run(self) -> None:
         """Run to the end. On an error or Ctrl-C every paused batch is unwound before it leaves."""
         self._sites = Sites(self.model, self.blocks)
         self._finished: set[Block] = set()
-        self.passes = [0] * len(self.blocks)
         everyone = [Batch(self._forward, self.batches[0][:1], 0, "scout")]
         for kind in ["full", "quantized"] if self.propagate else ["quantized"]:
             first = 0
@@ -92,10 +82,10 @@ class Flow:
                 "models that loop over their blocks cannot be quantized",
             )
         self.weights.fetch(block)
+        self._sites.begin(block)
         self._advance([batch for batch in waiting if batch.kind == "scout"])
-        self._sites.found()
+        self._sites.arrange(block)
         batches = [batch for batch in waiting if batch.kind != "scout"]
-        self.passes[block.index] += len(batches)
         self._advance(batches)
         while sites := [batch.site for batch in batches if batch.site]:
             site = min(sites, key=lambda site: site.place)
@@ -125,7 +115,7 @@ class Flow:
                 batch.switch()
         if self.weights.device.type == "cuda":
             torch.cuda.synchronize(self.weights.device)
-        self.seconds.forward += time.perf_counter() - start
+        self.seconds["forward"] += time.perf_counter() - start
 
     def _gather(self, site: Site, here: list[Batch]) -> SiteSums:
         start = time.perf_counter()
@@ -137,5 +127,5 @@ class Flow:
         full = handed["full"] if self.propagate else None
         columns, device = site.layers[0].shape[1], self.weights.device
         sums = gather(where, columns, device, handed["quantized"], full)
-        self.seconds.hessian += elapsed(start, sums.H)
+        self.seconds["hessian"] += elapsed(start, sums.H)
         return sums

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
+from itertools import takewhile
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent
@@ -24,12 +26,39 @@ class Sites:
 
     def __init__(self, model: Any, blocks: list[Block]) -> None:
         self.model, self.blocks = model, blocks
+        self.block: Block | None = None  # under way
         self._of: dict[Layer, Site] = {}
         self._seen: list[tuple[Tensor, int, Site]] = []  # the scout's inputs, held alive
 
-    def found(self) -> None:
-        """The scout has gone through the block."""
+    def begin(self, block: Block) -> None:
+        """``block`` is under way: the scout goes through it next."""
+        self.block = block
+        self._of.clear()
+
+    def arrange(self, block: Block) -> None:
+        """Give each site its place, before any batch runs; a layer the scout missed is one too.
+
+        A site must be solved after all that can run before it, or it is solved before all batches
+        are there. Sites that the scout saw stand in the order in which it did; a layer that it did
+        not come by follows the layer before it in the module tree, unless the one behind it is
+        closer kin (another expert of one list) or runs earlier than both: then it precedes that.
+        Too early does no harm where all batches pass what should have come first.
+        """
+        order = [site for _, _, site in self._seen]
         self._seen.clear()
+        before: Layer | None = None
+        for index, layer in enumerate(block.layers):
+            if layer not in self._of:
+                behind = next((each for each in block.layers[index:] if each in self._of), None)
+                after = 0 if before is None else order.index(self._of[before]) + 1
+                ahead = len(order) if behind is None else order.index(self._of[behind])
+                close, closer = _kinship(layer, before), _kinship(layer, behind)
+                first = closer > close or (closer == close and ahead < after - 1)
+                self._of[layer] = site = Site(block, [layer])
+                order.insert(ahead if first else after, site)
+            before = layer
+        for place, site in enumerate(order):
+            site.place = place
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -58,44 +87,53 @@ class Sites:
         batch.wait(block)
 
     def _reading(self, batch: Batch, layer: Layer, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else kwargs[next(iter(signature(layer.module.forward).parameters))]
+        batch.calls[layer] += 1
+        layer.calls = max(layer.calls, batch.calls[layer])
+        if batch.calls[layer] > 1 or self.block is None:
+            return  # a layer belongs to its first call
         if batch.kind == "scout":
-            self._record(layer, x)
+            self._record(self.block, layer, x)
             return
         site = self._of.get(layer)
-        if site is None:  # the scout did not come by here: it follows where this batch was last
-            site = self._new_site(layer)
-            here = [past.place for past in batch.handed if past.block is site.block]
-            site.place = max(here, default=-1) + 0.5
-        if layer in batch.called:
-            return  # a layer belongs to its first call
-        batch.called.add(layer)
-        if site not in batch.handed and not layer.solved:
+        if site is None:
+            return  # of an earlier block: solved with it, or dense
+        if site in batch.handed:
+            if batch.handed[site]() is not x:
+                raise ModelError(
+                    f"{layer.name} reads another tensor than {site.layers[0].name}"
+                    " for some samples",
+                    "report this model: its sites depend on the text",
+                )
+        elif not layer.solved:
             batch.hand(site, x)
-        elif site in batch.handed and batch.handed[site]() is not x:
+        elif batch.kind == "quantized":  # what the other stream brings late has no part in drift
             raise ModelError(
-                f"{layer.name} reads another tensor than {site.layers[0].name} for some samples",
-                "report this model: its sites depend on the text",
+                f"{layer.name} is reached by some samples after it was solved from others",
+                "leave it dense with --skip, and report this model",
             )
 
     def _leaving(self, batch: Batch, _: None, args: tuple, kwargs: dict) -> None:
         raise GreenletExit  # nothing after the blocks is needed
 
-    def _record(self, layer: Layer, x: Tensor) -> None:
-        layer.calls += 1
-        if layer in self._of:
+    def _record(self, block: Block, layer: Layer, x: Tensor) -> None:
+        if layer.solved:  # with an earlier block
             return
-        for tensor, version, site in self._seen:
-            if tensor is x and version == x._version:
-                site.layers.append(layer)
-                self._of[layer] = site
-                return
-        self._seen.append((x, x._version, self._new_site(layer)))
+        same = (site for seen, version, site in self._seen if seen is x and version == x._version)
+        site = next(same, None)
+        if site is None:
+            site = Site(block, [])
+            self._seen.append((x, x._version, site))
+        site.layers.append(layer)
+        self._of[layer] = site
 
-    def _new_site(self, layer: Layer) -> Site:
-        block = next(block for block in self.blocks if layer in block.layers)
-        self._of[layer] = site = Site(block, [layer], place=len(self._of))
-        return site
+
+def _kinship(layer: Layer, other: Layer | None) -> int:
+    """How many modules hold both, from the model down; -1 where there is no other."""
+    if other is None:
+        return -1
+    pairs = zip(layer.name.split("."), other.name.split("."), strict=False)
+    return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
 
 def _pre_hook(module: nn.Module, act: Callable[..., None], what: Any) -> Any:

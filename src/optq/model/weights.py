@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,19 +14,17 @@ from optq.model.blocks import Block, Layer
 
 
 class Weights:
-    """The weights of ``model``: those of a block are on ``device`` from its fetch to its drop.
+    """The weights of ``model``: a block's are on ``device`` from its fetch to its drop.
 
-    Without ``keep`` they are let go then (what the block became is on its way to disk); with it
-    they stay in memory, on the CPU.
+    With ``keep`` they then stay in memory, on the CPU; without it they are let go.
     """
 
     def __init__(
         self, model: Any, blocks: list[Block], device: torch.device, keep: bool = True
     ) -> None:
         self.model, self.blocks, self.device, self.keep = model, blocks, device, keep
-        self._versions = {
-            layer: layer.parameter._version for block in blocks for layer in block.layers
-        }
+        layers = [layer for block in blocks for layer in block.layers]
+        self._versions = {layer: layer.parameter._version for layer in layers}
         # A module that blocks share is needed until the last of them is done.
         self._last = {p: block for block in blocks for p in block.module.parameters()}
         self._originals: dict[Layer, Tensor] = {}
@@ -79,24 +77,24 @@ class Weights:
         """Embeddings, norms and tables, which are needed all the time; but not the head."""
         skip = {id(m) for block in self.blocks for m in block.module.modules()}
         skip.add(id(self.model.get_output_embeddings()))
-        before: list[tuple[nn.Parameter, Tensor]] = []
-        for module in self.model.modules():
-            if id(module) in skip:
-                continue
-            for parameter in module.parameters(recurse=False):
-                before.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(self.device)
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
+        outside = [module for module in self.model.modules() if id(module) not in skip]
+        before = [(p, p.data) for module in outside for p in module.parameters(recurse=False)]
+        for parameter, data in before:
+            parameter.data = data.to(self.device)
+        _move_buffers(outside, self.device)
         try:
             yield
         finally:
             for parameter, data in before:
                 parameter.data = data
-            for module in self.model.modules():
-                for name, buffer in module.named_buffers(recurse=False):
-                    setattr(module, name, buffer.to("cpu"))
+            _move_buffers(self.model.modules(), "cpu")
 
     def _swap_originals(self) -> None:
         for layer, data in self._originals.items():
             self._originals[layer], layer.parameter.data = layer.parameter.data, data
+
+
+def _move_buffers(modules: Iterable[nn.Module], device: torch.device | str) -> None:
+    for module in modules:
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
