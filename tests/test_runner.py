@@ -16,12 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import optq.quantize
+import optq.runner
 from optq import GPTQ, OBQ, QEP, RTN, ModelConfig, Runner
 from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
 from optq.formats import reader, writer
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear, make_dense
-from optq.model.source import disk_names
+from optq.model.source import disk_names, load_model
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}
 CALIB = zoo.token_ids(4, 24)
@@ -312,6 +313,22 @@ def test_records_are_complete_and_true(folder_of):
     assert "seconds" not in json.dumps(result.record)
     assert [layer["name"] for layer in result.record["layers"]] == expected
     assert result.record["method"] == "gptq" and result.record["quantizer"]["wbits"] == 4
+
+
+def test_calls_of_a_module_that_a_later_block_shares_are_in_its_record(folder_of, monkeypatch):
+    """They are made after it was solved."""
+
+    def load(checkpoint):
+        model = load_model(checkpoint)
+        first, second = model.model.layers[:2]
+        second.mlp.down_proj = first.mlp.down_proj
+        return model
+
+    monkeypatch.setattr(optq.runner, "load_model", load)
+    result = quantize(folder_of("llama"))
+    calls = {record.name: record.calls for record in result.layers}
+    assert calls.pop("model.layers.0.mlp.down_proj") == 2
+    assert set(calls.values()) == {1} and "model.layers.1.mlp.down_proj" not in calls
 
 
 def test_errors_under_propagation_are_the_original_weights(folder_of):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from optq.core.solver import Solver
 from optq.errors import ModelError, NumericsError
 from optq.formats.scheme import Format
 from optq.formats.writer import Writer
-from optq.model.blocks import Block, Layer, linears_outside, release
+from optq.model.blocks import Block, Layer, Site, linears_outside
 from optq.model.checkpoint import Checkpoint
-from optq.model.flow import Flow, Inputs, Site
+from optq.model.flow import Flow
+from optq.model.inputs import SiteSums
 from optq.model.source import disk_names
+from optq.model.weights import Weights
 
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
 
@@ -98,12 +100,17 @@ class Quantization:
     def calibrate(self, tokens: Tensor, device: torch.device) -> None:
         """Take all calibration tokens ``[samples, tokens]`` through the model once."""
         batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
+        # What is on its way to disk leaves the memory, block by block.
+        weights = Weights(self.model, self.blocks, device, keep=self.writer is None)
         propagate = self.qep is not None
-        flow = Flow(self.model, self.blocks, batches, device, self.solve, self.done, propagate)
+        flow = Flow(self.model, self.blocks, batches, weights, self.solve, propagate=propagate)
         flow.run()
-        self.seconds |= {"forward": flow.seconds.forward, "hessian": flow.seconds.hessian}
+        # A module that later blocks share is called again after its record was made.
+        calls = {layer.name: layer.calls for block in self.blocks for layer in block.layers}
+        self.records = [replace(each, calls=calls[each.name]) for each in self.records]
+        self.seconds |= flow.seconds
 
-    def solve(self, site: Site, inputs: Inputs) -> None:
+    def solve(self, site: Site, inputs: SiteSums) -> None:
         """Quantize the stacked rows of one site and put the weights back."""
         for layer in site.layers:
             if not torch.isfinite(layer.weight).all():
@@ -126,13 +133,6 @@ class Quantization:
         for stage, seconds in problem.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self.progress(Progress(site.block.index, len(self.blocks), site.layers[0].name, records))
-
-    def done(self, block: Block) -> None:
-        """A block that no batch needs any more: what is on its way to disk leaves the memory."""
-        if self.writer is not None:
-            release(block, self.blocks)
-        else:
-            block.module.to("cpu")
 
     def finish(self, writer: Writer, calibration: dict[str, Any]) -> None:
         """Complete a checkpoint, with all layers that :meth:`save` or the run gave it."""
@@ -220,5 +220,5 @@ def _record(
         damp_tries=problem.damp_tries,
         dead_columns=int(problem.dead.sum()),
         fallback_rows=int(part.fell_back.sum()),
-        calls=max(layer.calls, 1),
+        calls=layer.calls,
     )
