@@ -11,7 +11,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 from transformers import DynamicCache
 
-from optq.core.hessian import reduced_precision
+from optq.core.precision import exact_products
 from optq.core.rtn import RTN
 from optq.errors import ModelError, NumericsError
 from optq.model.batch import Batch
@@ -373,7 +373,7 @@ def test_no_gradients_inside_and_the_callers_mode_afterwards():
 
 
 def test_matmul_precision_stays_the_callers():
-    with reduced_precision(False):
+    with exact_products():
         before = torch.get_float32_matmul_precision()
         Run(Tiny(plain()), IDS)
         assert torch.get_float32_matmul_precision() == before

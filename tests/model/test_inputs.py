@@ -74,13 +74,14 @@ def test_drift_is_of_the_tokens_that_both_streams_hold(mine, theirs):
 
 def test_the_correction_is_the_least_squares_fit_to_the_outputs_the_layer_should_give():
     """A token that the full-precision stream lacks is to stay what the layer makes of it."""
+    from optq.core.problem import Problem
     from optq.core.qep import QEP
 
     tokens = list(range(8))
     quantized, full = [named(tokens), named(tokens)], [named(tokens[:5]), named([6, 2])]
     sums = gather("a", COLUMNS, CPU, stream(quantized), stream(full))
     weight = torch.randn(3, COLUMNS, dtype=torch.float64)
-    corrected = QEP(alpha=1.0, percdamp=0.0).correct(weight, sums.H, sums.drift)
+    corrected = QEP(alpha=1.0, percdamp=0.0).correct(Problem(sums.H), weight, sums.drift)
     X = torch.stack([x for _, rows in quantized for x in rows.values()])
     Y = torch.stack(
         [
