@@ -22,6 +22,7 @@ from optq.formats import reader, writer
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear, make_dense
 from optq.model.source import disk_names
+from optq.record import RunRecord
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}
 CALIB = zoo.token_ids(4, 24)
@@ -118,7 +119,9 @@ def test_what_is_written_is_what_was_measured(folder_of, tmp_path, name, form, q
     plain.save(tmp_path / "saved")
     assert contents(tmp_path / "saved") == contents(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved"]
-    assert plain.record == result.record == json.loads((out / "optq.json").read_text())
+    written = json.loads((out / "optq.json").read_text())
+    assert plain.record.model_dump() == result.record.model_dump() == written
+    assert RunRecord.read(out / "optq.json").model_dump() == written
     assert plain.dense == result.dense
     blocks = BY_NAME[name].build().get_submodule(BY_NAME[name].blocks)
     assert len(result.dense) == len(BY_NAME[name].never_called) * len(blocks)
@@ -132,8 +135,8 @@ def test_error_propagation_round_trip(folder_of, tmp_path, name, qep):
     check_reload(plain, folder_of(name), tmp_path / "out")
     without = quantize(folder_of(name), GPTQ.plain(3, 32))
     assert not torch.equal(logits(without.model), logits(plain.model))
-    assert plain.record["qep"] == asdict(QEP() if qep is True else qep)
-    assert without.record["qep"] is None
+    assert plain.record.qep == asdict(QEP() if qep is True else qep)
+    assert without.record.qep is None
 
 
 def test_layers_excluded_from_error_propagation_aim_at_their_own_weights(folder_of):
@@ -215,7 +218,7 @@ def test_the_programs_of_the_documentation(wide):
     ]
     for result in results:
         assert len(result.layers) == 14 and logits(result.model.cpu()).isfinite().all()
-        assert result.record["calibration"]["seqlen"] == 64
+        assert result.record.calibration["seqlen"] == 64
         assert result.output is None
 
 
@@ -309,9 +312,9 @@ def test_records_are_complete_and_true(folder_of):
     assert {"total", "forward", "hessian", "factor", "solve", "write"} <= set(result.seconds)
     parts = sum(result.seconds.values()) - result.seconds["total"]
     assert 0 < parts < result.seconds["total"]
-    assert "seconds" not in json.dumps(result.record)
-    assert [layer["name"] for layer in result.record["layers"]] == expected
-    assert result.record["method"] == "gptq" and result.record["quantizer"]["wbits"] == 4
+    assert "seconds" not in result.record.text()
+    assert [layer.name for layer in result.record.layers] == expected
+    assert result.record.method == "gptq" and result.record.quantizer["wbits"] == 4
 
 
 def test_errors_under_propagation_are_the_original_weights(folder_of):
@@ -342,7 +345,7 @@ def test_skipped_layers_stay(folder_of, tmp_path):
     config = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
     assert len(config["dynamic"]) == len(result.dense)
     assert decoder.decode(tmp_path / "out").keys() == {record.name for record in result.layers}
-    assert result.record["dense"] == result.dense
+    assert result.record.dense == result.dense
 
 
 def test_shards_and_the_loaded_model(folder_of, tmp_path, monkeypatch):

@@ -1,17 +1,16 @@
-"""A quantization under way: every site that the flow brings is solved, stored and recorded."""
+"""A quantization under way: every site is solved, and every block handed on."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from optq import __version__
 from optq.core.error import output_energy
 from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
@@ -20,40 +19,17 @@ from optq.core.obq import OBQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.core.solution import Solution
+from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError, NumericsError
 from optq.formats.scheme import Format, LayerScheme
-from optq.formats.writer import Writer
-from optq.model.blocks import Block, Layer, linears_outside, release
+from optq.model.blocks import Block, Layer, release
 from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow, Inputs, Site
 from optq.model.source import disk_names
+from optq.record import LayerRecord
 
 Quantizer = RTN | GPTQ | OBQ
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What became of one layer.
-
-    ``error`` is ``tr((W - Q) H (W - Q)^T)``: the mean squared output error per token, summed over
-    rows; ``relative_error`` divides it by ``tr(W H W^T)``, ``rtn_error`` is round-to-nearest's.
-    """
-
-    name: str
-    rows: int
-    cols: int
-    error: float
-    relative_error: float
-    rtn_error: float
-    damp: float
-    seconds: float
-    damp_tries: int = 0
-    dead_columns: int = 0
-    fallback_rows: int = 0
-    polish_gain: float = 0.0  # the part of the site's error that polish took
-    polish_seconds: float = 0.0
-    calls: int = 1  # of the layer in one forward; it is calibrated on the first
 
 
 @dataclass(frozen=True)
@@ -66,40 +42,44 @@ class Progress:
     layers: list[LayerRecord]
 
 
+class Sink(Protocol):
+    """What takes the layers of each block as soon as all are solved."""
+
+    def commit(
+        self,
+        block: int,
+        layers: Mapping[str, tuple[QuantizedWeight, LayerScheme]],
+        records: Sequence[LayerRecord],
+    ) -> None:
+        """Take the layers by their names on disk."""
+        ...
+
+
 class Quantization:
-    """One model, one quantizer. Solved layers go to ``writer``; without one they are kept."""
+    """One model, one quantizer: each site is solved, and each block handed to ``sink``.
+
+    ``names`` are those of :func:`names_on_disk`. With ``keep`` the weights of finished blocks stay.
+    """
 
     def __init__(
         self,
         model: Any,
         blocks: list[Block],
-        checkpoint: Checkpoint,
+        names: dict[str, str],
         quantizer: Quantizer,
         qep: QEP | None,
-        form: Format,
+        storage: Storage,
+        sink: Sink,
+        keep: bool,
         progress: Callable[[Progress], None],
     ) -> None:
-        self.model, self.blocks, self.checkpoint = model, blocks, checkpoint
-        self.quantizer, self.qep, self.form, self.progress = quantizer, qep, form, progress
-        self.storage: Storage = form.storage(model.dtype)
+        self.model, self.blocks, self.names, self.keep = model, blocks, names, keep
+        self.quantizer, self.qep, self.storage = quantizer, qep, storage
+        self.sink, self.progress = sink, progress
         self.scheme = layer_scheme(quantizer)
-        self.names = disk_names(model, checkpoint.files)
-        for layer in (layer for block in blocks for layer in block.layers):
-            form.check(layer.name, *layer.shape, self.scheme, layer.transposed)
-            if f"{layer.name}.weight" not in self.names:
-                raise ModelError(
-                    f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"
-                )
-        self.writer: Writer | None = None
-        self.kept: dict[str, dict[str, Tensor]] = {}  # encoded layers, by their name on disk
+        self.solved: dict[str, tuple[QuantizedWeight, LayerScheme]] = {}  # of the current block
         self.records: list[LayerRecord] = []
-        self.bytes = self.weights = 0
         self.seconds = dict.fromkeys(("forward", "hessian", "factor", "solve", "write"), 0.0)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the quantized layers as stored, scales and all."""
-        return 8 * self.bytes / max(self.weights, 1)
 
     def calibrate(self, tokens: Tensor, device: torch.device) -> None:
         """Take all calibration tokens ``[samples, tokens]`` through the model once."""
@@ -129,7 +109,8 @@ class Quantization:
         records = []
         for layer, part, energy in zip(site.layers, solution.split(rows), energies, strict=True):
             layer.put(part.weight)
-            self._keep(layer, part)
+            name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
+            self.solved[name] = part, self.scheme
             records.append(_record(layer, part, energy.sum().item(), len(weight)))
         self.records += records
         for stage, seconds in solution.seconds.items():
@@ -137,63 +118,33 @@ class Quantization:
         self.progress(Progress(site.block.index, len(self.blocks), site.layers[0].name, records))
 
     def done(self, block: Block) -> None:
-        """A block that no batch needs any more: what is on its way to disk leaves the memory."""
-        if self.writer is not None:
-            release(block, self.blocks)
-        else:
+        """A block that no batch needs any more is handed on, and leaves the memory."""
+        start = time.perf_counter()
+        self.sink.commit(block.index, self.solved, self.records)
+        self.solved, self.records = {}, []
+        self.seconds["write"] += time.perf_counter() - start
+        if self.keep:
             block.module.to("cpu")
-
-    def finish(self, writer: Writer, calibration: dict[str, Any]) -> None:
-        """Complete a checkpoint, with all layers that :meth:`save` or the run gave it."""
-        start = time.perf_counter()
-        dense, outside = (
-            [self.names.get(f"{name}.weight", name).removesuffix(".weight") for name in names]
-            for names in (self.dense(), linears_outside(self.model, self.blocks))
-        )
-        record = self.record(calibration)
-        percdamp = getattr(self.quantizer, "percdamp", 0.0)
-        writer.finish(dense, percdamp, record, outside)
-        self.seconds["write"] += time.perf_counter() - start
-
-    def save(self, writer: Writer, calibration: dict[str, Any]) -> None:
-        """Write what a run without a writer has kept."""
-        for name, tensors in self.kept.items():
-            writer.add(name, tensors, self.scheme)
-        self.finish(writer, calibration)
-
-    def dense(self) -> list[str]:
-        """The linear layers inside the blocks that stay as they were."""
-        solved = {record.name for record in self.records}
-        return [name for block in self.blocks for name in block.linears if name not in solved]
-
-    def record(self, calibration: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint says of its making. No times, no paths: same seed, same bytes."""
-        return {
-            "optq": __version__,
-            "method": type(self.quantizer).__name__.lower(),
-            "quantizer": asdict(self.quantizer),
-            "qep": None if self.qep is None else asdict(self.qep),
-            "calibration": calibration,
-            "bits_per_weight": self.bits_per_weight,
-            "bytes": self.bytes,
-            "dense": self.dense(),
-            "layers": [
-                {key: value for key, value in asdict(record).items() if "seconds" not in key}
-                for record in self.records
-            ],
-        }
-
-    def _keep(self, layer: Layer, part: Solution) -> None:
-        start = time.perf_counter()
-        name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
-        tensors = self.form.encode(part, self.model.dtype, self.scheme.sym)
-        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
-        self.weights += part.codes.numel()
-        if self.writer is None:
-            self.kept[name] = tensors
         else:
-            self.writer.add(name, tensors, self.scheme)
-        self.seconds["write"] += time.perf_counter() - start
+            release(block, self.blocks)
+
+
+def names_on_disk(
+    model: Any, blocks: list[Block], checkpoint: Checkpoint, quantizer: Quantizer, form: Format
+) -> dict[str, str]:
+    """The names on disk of the model's tensors; of layers that can be written, or it raises.
+
+    Raises ``SettingError`` for a layer that ``form`` cannot hold, :class:`ModelError` for one that
+    is no tensor of its own on disk.
+    """
+    names, scheme = disk_names(model, checkpoint.files), layer_scheme(quantizer)
+    for layer in (layer for block in blocks for layer in block.layers):
+        form.check(layer.name, *layer.shape, scheme, layer.transposed)
+        if f"{layer.name}.weight" not in names:
+            raise ModelError(
+                f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"
+            )
+    return names
 
 
 def layer_scheme(quantizer: Quantizer) -> LayerScheme:
