@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import optq.quantize
+import optq.runner
 from optq import GPTQ, OBQ, QEP, RTN, ModelConfig, Runner
 from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
 from optq.formats import reader, writer
@@ -502,6 +503,74 @@ def test_an_existing_output(folder_of, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(OutputError, match="holds the model itself"):
         quantize(folder_of("llama"), output=folder_of("llama"), force=True)
+
+
+@pytest.mark.parametrize("theirs", ["empty", "full"])
+def test_an_output_that_somebody_makes_meanwhile(folder_of, tmp_path, theirs):
+    """It stands, and the run that lost says so."""
+    out = tmp_path / "out"
+
+    def progress(what):
+        if not out.exists():
+            out.mkdir()
+            if theirs == "full":
+                (out / "mine").write_text("mine")
+
+    with pytest.raises(OutputError, match="was made while the run went on"):
+        quantize(folder_of("llama"), output=out, progress=progress)
+    assert contents(out) == ({"mine": b"mine"} if theirs == "full" else {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_does_not_replace_what_somebody_adds_meanwhile(folder_of, tmp_path):
+    out = tmp_path / "out"
+    quantize(folder_of("llama"), output=out)
+    before = contents(out)
+    with pytest.raises(OutputError, match="was changed while the run went on"):
+        quantize(
+            folder_of("llama"),
+            output=out,
+            force=True,
+            progress=lambda _: (out / "mine").write_text("mine"),
+        )
+    assert contents(out) == before | {"mine": b"mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_two_runs_into_one_folder(folder_of, tmp_path, force):
+    """The second is refused at once, and the first goes on."""
+    refused = []
+
+    def progress(what):
+        if not refused:
+            with pytest.raises(OutputError, match="another run is writing") as caught:
+                quantize(folder_of("llama"), RTN(4, 32), output=tmp_path / "out", force=force)
+            refused.append(caught.value)
+            quantize(folder_of("llama"), RTN(4, 32), output=tmp_path / "other")
+
+    result = quantize(folder_of("llama"), output=tmp_path / "out", force=force, progress=progress)
+    assert refused and decoder.decode(tmp_path / "out").keys() == {r.name for r in result.layers}
+    assert RunRecord.read(tmp_path / "out" / "optq.json").method == "gptq"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_blocks_are_handed_on_in_order(folder_of):
+    """Each with the layers that were solved in it, under their names on disk."""
+    seen = []
+
+    class Watched(optq.runner.Kept):
+        def commit(self, block, layers, records):
+            seen.append((block, [*layers], [record.name for record in records]))
+            super().commit(block, layers, records)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optq.runner, "Kept", Watched)
+        result = quantize(folder_of("llama"), skip=r"layers\.1\.")
+    assert [block for block, _, _ in seen] == [0, 1, 2]
+    for block, on_disk, names in seen:
+        inside = [r.name for r in result.layers if r.name.startswith(f"model.layers.{block}.")]
+        assert on_disk == names == inside and len(inside) == (0 if block == 1 else 7)
 
 
 @pytest.mark.parametrize("failing", [0, 2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from optq.core.rtn import RTN
 from optq.core.solution import Solution
 from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError, NumericsError
-from optq.formats.scheme import Format, LayerScheme
+from optq.formats.scheme import Format, LayerScheme, Solved
 from optq.model.blocks import Block, Layer, release
 from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow, Inputs, Site
@@ -45,14 +45,7 @@ class Progress:
 class Sink(Protocol):
     """What takes the layers of each block as soon as all are solved."""
 
-    def commit(
-        self,
-        block: int,
-        layers: Mapping[str, tuple[QuantizedWeight, LayerScheme]],
-        records: Sequence[LayerRecord],
-    ) -> None:
-        """Take the layers by their names on disk."""
-        ...
+    def commit(self, block: int, layers: Solved, records: Sequence[LayerRecord]) -> None: ...
 
 
 class Quantization:
@@ -132,11 +125,7 @@ class Quantization:
 def names_on_disk(
     model: Any, blocks: list[Block], checkpoint: Checkpoint, quantizer: Quantizer, form: Format
 ) -> dict[str, str]:
-    """The names on disk of the model's tensors; of layers that can be written, or it raises.
-
-    Raises ``SettingError`` for a layer that ``form`` cannot hold, :class:`ModelError` for one that
-    is no tensor of its own on disk.
-    """
+    """The names on disk of the model's tensors. Refuses a layer that cannot be written."""
     names, scheme = disk_names(model, checkpoint.files), layer_scheme(quantizer)
     for layer in (layer for block in blocks for layer in block.layers):
         form.check(layer.name, *layer.shape, scheme, layer.transposed)

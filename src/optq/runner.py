@@ -177,13 +177,10 @@ class Runner:
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
         qep = QEP() if self.qep is True else self.qep or None
         tokens = self._tokens(checkpoint, model)
-        sink, keep = Kept(form, model.dtype), True
-        if place is not None:
-            sink, keep = Writer(place, checkpoint, form, model.dtype), False
-        storage = form.storage(model.dtype)
-        work = Quantization(
-            model, blocks, names, quantizer, qep, storage, sink, keep, self.progress
-        )
+        dtype, storage = model.dtype, form.storage(model.dtype)
+        sink = Kept(form, dtype) if place is None else Writer(place, checkpoint, form, dtype)
+        keep, note = place is None, self.progress
+        work = Quantization(model, blocks, names, quantizer, qep, storage, sink, keep, note)
         loaded = time.perf_counter() - started
         try:
             work.calibrate(tokens, device)
@@ -204,17 +201,20 @@ class Runner:
             dense=[name for block in blocks for name in block.linears if name not in solved],
             layers=sink.records,
         )
-        finishing = time.perf_counter()
-        dense = as_on_disk(names, record.dense)
+        finishing, percdamp = time.perf_counter(), getattr(quantizer, "percdamp", 0.0)
         outside = as_on_disk(names, linears_outside(model, blocks))
-        sink.finish(dense, getattr(quantizer, "percdamp", 0.0), record, outside)
+        rest = as_on_disk(names, record.dense), percdamp, record, outside
+        if isinstance(sink, Writer):
+            sink.finish(*rest)
         work.seconds["write"] += time.perf_counter() - finishing
 
         def save(path: Path, force: bool) -> None:
             if place is not None:
                 raise SettingError(f"the run wrote {self.output} already", "copy that folder")
             with place_of(path, checkpoint, force, self.notice) as other:
-                Writer(other, checkpoint, form, model.dtype).save(sink)
+                writer = Writer(other, checkpoint, form, dtype)
+                writer.take(sink)
+                writer.finish(*rest)
 
         total = time.perf_counter() - started
         return Result(

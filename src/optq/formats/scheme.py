@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ class LayerScheme:
     groupsize: int
     sym: bool
     actorder: bool = False  # groups follow the order of quantization, not of the columns
+
+
+Solved = Mapping[str, tuple[QuantizedWeight, LayerScheme]]  # layers of a block, by name on disk
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ from pathlib import Path
 
 from optq.errors import OptqError, OutputError
 
-ELSEWHERE = "choose another name"
-
 
 class Whole:
     """``part`` is where to write; use it as a context, and call :meth:`appear` inside.
@@ -40,7 +38,7 @@ class Whole:
         parents = [self.target.parent, *self.target.parent.parents]
         self._made = [parent for parent in parents if not parent.exists()]
         self._handle: int | None = None
-        self._ours = self._left = False
+        self._ours = False
         try:
             with writing(self.target):
                 self.target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +46,9 @@ class Whole:
                     self._claim()
                 self._find_leftovers()
                 if self._seen is None and os.path.lexists(self.target):
-                    raise OutputError(f"{self.target} exists", f"{ELSEWHERE}, or pass --force")
+                    raise OutputError(
+                        f"{self.target} exists", "choose another name, or pass --force"
+                    )
         except BaseException:
             self.__exit__()
             raise
@@ -89,41 +89,50 @@ class Whole:
             fresh = True
         except FileExistsError:
             fresh = False
-        with suppress(FileNotFoundError):  # another process has just removed it: once more
-            inside = [*self._room.iterdir()] if self._room.is_dir() else [self._room]
-            if inside and self._lock not in inside:
-                raise OutputError(f"{self._room} is in the way", f"move it, or {ELSEWHERE}")
-            try:
-                self._handle = _locked(self._lock)
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"another run is writing {self.target}", f"wait for its end, or {ELSEWHERE}"
-                ) from error
-            if self._handle is None and not fresh:
-                raise OutputError(
-                    f"another run is writing {self.target}, or was cut off",
-                    f"if none is running, delete {self._room}",
-                )
+        with suppress(FileNotFoundError):  # its owner has just removed it: once more
+            self._left = self._lock.exists()
+            self._handle = self._locked(fresh)
             self._ours = self._handle is None or os.path.samestat(
                 os.fstat(self._handle), self._lock.stat()
             )
-            self._left = bool(inside)
         if not self._ours:
             self._let_go()
 
+    def _locked(self, fresh: bool) -> int | None:
+        """A handle of the lock, held until it is closed or the process dies.
+
+        None where there are no such locks, on Windows and on file systems of some clusters: the
+        folder is then of the process that made it.
+        """
+        handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except (ImportError, OSError) as error:
+            os.close(handle)
+            if isinstance(error, BlockingIOError) or not fresh:
+                raise OutputError(
+                    f"another run is writing {self.target}",
+                    f"choose another name, or wait; if none is running, delete {self._room}",
+                ) from error
+            return None
+
+    def _let_go(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
     def _find_leftovers(self) -> None:
         """Remove what a run that died has left; what it was about to replace goes back."""
-        if os.path.lexists(self._old):
-            if os.path.lexists(self.target):
-                raise OutputError(
-                    f"{self._old} is what a run that was cut off was replacing",
-                    "move it to where you want it, or delete it",
-                )
+        if os.path.lexists(self._old) and not os.path.lexists(self.target):
             _name(self._old, self.target)
             self._seen = _contents(self.target) if self.force else None
             self.notice(f"{self.target} is back: a run was cut off while it replaced it")
         if self._left:
             _remove(self.part)
+            _remove(self._old)
             self.notice(f"removed {self._room}, which a run that was cut off has left")
         # What earlier versions left: they took no lock, so it may be of a run that lives.
         earlier = re.compile(rf"\.{re.escape(self.target.name)}\.partial-\w{{8}}(-old)?")
@@ -131,36 +140,11 @@ class Whole:
             if earlier.fullmatch(path.name):
                 self.notice(f"{path} seems left by a run that was cut off: delete it")
 
-    def _let_go(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-
-def _locked(path: Path) -> int | None:
-    """A handle of the file, locked until it is closed or the process dies.
-
-    None where there are no such locks: on Windows, and on some file systems of clusters. Raises
-    :class:`BlockingIOError` where another process holds it.
-    """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise
-    except (ImportError, OSError):
-        os.close(handle)
-        return None
-    return handle
-
 
 def _name(part: Path, target: Path) -> None:
     """Rename, but never onto anything: a plain rename replaces a file, or an empty folder.
 
-    The system makes a folder or a file only where nothing is, so an empty one takes the place.
+    The system makes a folder or a file only where nothing is: an empty one takes the place first.
     """
     folder = part.is_dir() and not part.is_symlink()
     try:
@@ -181,18 +165,19 @@ def _name(part: Path, target: Path) -> None:
 
 def _meanwhile(target: Path, what: str) -> OutputError:
     return OutputError(
-        f"{target} was {what} while the run went on", f"move it away, or {ELSEWHERE}, and run again"
+        f"{target} was {what} while the run went on",
+        "move it away, or choose another name, and run again",
     )
 
 
-def _contents(path: Path) -> dict[str, tuple[int, int] | None] | None:
+def _contents(path: Path) -> dict[Path, object] | None:
     """What tells a file, or a folder with all its files, from what somebody makes of it later."""
     if not os.path.lexists(path):
         return None
     inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
-    stats = {str(each.relative_to(path)): each.lstat() for each in (path, *inside)}
+    stats = {each.relative_to(path): each.lstat() for each in (path, *inside)}
     return {
-        name: None if stat.S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns)
+        name: stat.S_ISDIR(found.st_mode) or (found.st_size, found.st_mtime_ns)
         for name, found in stats.items()
     }
 

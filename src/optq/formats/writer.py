@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from optq import record
-from optq.core.weight import QuantizedWeight
 from optq.errors import NumericsError, OutputError
-from optq.formats.scheme import Format, LayerScheme
+from optq.formats.scheme import Format, LayerScheme, Solved
 from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import Checkpoint
 from optq.record import LayerRecord, RunRecord
@@ -28,24 +27,16 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Kept:
-    """Encoded layers that stay in memory, for a :class:`Writer` to come; ``dtype`` is the model's.
-
-    ``bytes`` are those of the encoded layers, ``weights`` how many they hold.
-    """
+    """Encoded layers, kept in memory for a :class:`Writer` to come; ``dtype`` is the model's."""
 
     def __init__(self, form: Format, dtype: torch.dtype) -> None:
         self.form, self.dtype = form, dtype
         self.layers: dict[str, LayerScheme] = {}  # by name on disk
         self.records: list[LayerRecord] = []
-        self.bytes = self.weights = 0
+        self.bytes = self.weights = 0  # as encoded, and how many weights that is
         self.blocks: list[dict[str, Tensor]] = []
 
-    def commit(
-        self,
-        block: int,
-        layers: Mapping[str, tuple[QuantizedWeight, LayerScheme]],
-        records: Sequence[LayerRecord],
-    ) -> None:
+    def commit(self, block: int, layers: Solved, records: Sequence[LayerRecord]) -> None:
         """Take the solved layers of one block, by name on disk."""
         tensors: dict[str, Tensor] = {}
         for name, (weight, scheme) in layers.items():
@@ -56,16 +47,6 @@ class Kept:
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
         self.records += records
         self._take(tensors)
-
-    def finish(
-        self,
-        dense: list[str],
-        percdamp: float,
-        made: RunRecord | None,
-        outside: Sequence[str],
-    ) -> None:
-        """Keep what a checkpoint says besides; the arguments are those of the writer's."""
-        self.rest = (dense, percdamp, made, outside)
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         self.blocks.append(tensors)
@@ -84,12 +65,11 @@ class Writer(Kept):
         self._shards: list[list[str]] = []
         self._total = 0
 
-    def save(self, kept: Kept) -> None:
-        """Write all that a run has kept."""
+    def take(self, kept: Kept) -> None:
+        """Take all that a run has kept, in the place of commits."""
         self.layers = kept.layers
         for tensors in kept.blocks:
             self._take(tensors)
-        self.finish(*kept.rest)
 
     def finish(
         self,
@@ -200,17 +180,11 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def place_of(
     target: Path, source: Checkpoint, force: bool, notice: Callable[[str], None] = lambda _: None
 ) -> Whole:
-    """The place of a checkpoint to be written, checked; ``notice`` is told of leftovers.
+    """The place of a checkpoint of ``source``; ``notice`` is told of leftovers.
 
     Raises :class:`OutputError` for a target that must not be, or cannot be, replaced.
     """
-    place = Whole(target, force, notice)  # before the check: what it sees is what was checked
-    check_target(target, source, force)
-    return place
-
-
-def check_target(target: Path, source: Checkpoint, force: bool) -> None:
-    """Refuse a target that must not be replaced."""
+    seen = Whole(target, force, notice)  # before the checks: what it may replace is what they saw
     elsewhere = "choose another folder"
     with writing(target):
         model, here, place = source.folder.resolve(), Path.cwd(), target.resolve()
@@ -233,3 +207,4 @@ def check_target(target: Path, source: Checkpoint, force: bool) -> None:
         for parent in target.absolute().parents:
             if parent.exists() and not parent.is_dir():
                 raise OutputError(f"{target}: {parent} is not a folder", elsewhere)
+    return seen
