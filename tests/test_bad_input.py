@@ -446,10 +446,18 @@ def test_the_remedy_for_an_output_that_exists(
 def test_a_mount_point_as_output(optq_says, folder_of, tmp_path, monkeypatch):
     """The volume of a container cannot be renamed: said before the work, not after it."""
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path == tmp_path / "out")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
     monkeypatch.setattr("optq.quantize.Quantization.calibrate", too_late)
     cause, remedy = optq_says(*quantize(folder_of("llama"), tmp_path / "out", tmp_path, "--force"))
     assert "mount point" in cause and str(tmp_path / "out" / "model") in remedy
+
+
+def test_a_read_only_output(optq_says, folder_of, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "out")
+    monkeypatch.setattr("optq.quantize.Quantization.calibrate", too_late)
+    cause, _ = optq_says(*quantize(folder_of("llama"), tmp_path / "out", tmp_path, "--force"))
+    assert cause == f"{tmp_path / 'out'} is read-only"
 
 
 def test_an_output_in_the_models_place(optq_says, model, tmp_path):

@@ -179,8 +179,9 @@ class Runner:
         tokens = self._tokens(checkpoint, model)
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink = Kept(form, dtype) if place is None else Writer(place, checkpoint, form, dtype)
-        keep, note = place is None, self.progress
-        work = Quantization(model, blocks, names, quantizer, qep, storage, sink, keep, note)
+        work = Quantization(
+            model, blocks, names, quantizer, qep, storage, sink, place is None, self.progress
+        )
         loaded = time.perf_counter() - started
         try:
             work.calibrate(tokens, device)

@@ -74,7 +74,7 @@ def write(folder, target, form=FORMATS["gptq"], force=False, skip=None):
     with writer.place_of(Path(target), source, force) as place:
         out = writer.Writer(place, source, form, torch.float32)
         commit(out, solutions)
-        out.finish(dense, made=RECORD)
+        out.finish(dense, record=RECORD)
     return solutions
 
 
@@ -377,7 +377,7 @@ def test_a_failing_disk_leaves_nothing_behind(source, tmp_path, monkeypatch, pla
         ):
             made = writer.Writer(place, checkpoint, form, torch.float32)
             commit(made, solutions)
-            made.finish(dense, made=RECORD)
+            made.finish(dense, record=RECORD)
     assert caught.value.__cause__ is error and "\n" not in caught.value.cause
     assert everything_beside(source) == (["out", "source"] if force else ["source"])
     if force:

@@ -138,8 +138,7 @@ def test_a_second_one_is_refused_at_once(target, whole):
         pytest.fail("it is there")
 
 
-def killed(target, then=""):
-    """A process that is killed with its part half written."""
+def test_what_a_killed_process_left_is_removed_and_said(target, whole, notices):
     script = f"""if True:
         import os, signal
         from pathlib import Path
@@ -147,15 +146,10 @@ def killed(target, then=""):
         with Whole(Path({str(target)!r}), True, print) as place:
             place.part.mkdir()
             (place.part / "half").write_text("half")
-            {then}
             os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run([sys.executable, "-c", script], check=False)
     assert done.returncode == -signal.SIGKILL
-
-
-def test_what_a_killed_process_left_is_removed_and_said(target, whole, notices):
-    killed(target)
     assert (target.parent / ".out.partial" / "whole" / "half").exists()
     with whole() as place:
         put(place.part, "folder")
@@ -166,12 +160,16 @@ def test_what_a_killed_process_left_is_removed_and_said(target, whole, notices):
     ]
 
 
+def killed(target, *names):
+    """What a killed process leaves, at some moment of its life."""
+    for name in names:
+        put(target.parent / ".out.partial" / name, "file" if name == "lock" else "folder", name)
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_between_the_renames(target, whole, notices, force):
     """What was to be replaced comes back, and is replaced by who may."""
-    put(target, "folder", "old")
-    killed(target, "place.target.rename(place._old)")
-    assert not target.exists()
+    killed(target, "lock", "whole", "old")
     if force:
         with whole(force) as place:
             put(place.part, "folder")
@@ -185,8 +183,8 @@ def test_killed_between_the_renames(target, whole, notices, force):
 
 
 def test_killed_after_the_renames(target, whole):
-    put(target, "folder", "old")
-    killed(target, "place.target.rename(place._old); place.part.rename(place.target)")
+    put(target, "folder", "new")
+    killed(target, "lock", "old")
     with whole(force=True) as place:
         put(place.part, "folder")
         place.appear()
@@ -208,7 +206,7 @@ def test_where_the_file_system_has_no_locks(target, whole, monkeypatch):
         place.appear()
     assert everything(target.parent) == OURS["file"]
     assert str(target.parent / ".out.partial") in caught.value.remedy
-    killed(target)
+    killed(target, "lock", "whole")
     with pytest.raises(OutputError, match="another run"), whole(force=True):
         pytest.fail("it may live")
 
@@ -245,6 +243,23 @@ def test_folders_made_on_the_way_go_where_nothing_comes_of_it(target, whole):
         put(place.part, "folder")
         raise ZeroDivisionError
     assert not target.parent.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_on_which_nothing_can_be_removed(target, whole, notices, monkeypatch, kind):
+    """The error is the one that ended the work; what stays is known for what it is later."""
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch, whole() as place:
+        put(place.part, kind)
+        patch.setattr(os, "unlink", read_only)
+        raise ZeroDivisionError
+    with whole() as place:
+        put(place.part, kind)
+        place.appear()
+    assert everything(target.parent) == OURS[kind] and len(notices) == 1
 
 
 def test_one_of_many_wins(target, tmp_path):

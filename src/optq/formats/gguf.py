@@ -80,14 +80,13 @@ def export_gguf(
     :class:`SettingError` for codes that none of the three types holds, :class:`OutputError`
     where the target exists (without ``force``), is no place for a file, or does not read back.
     """
-    place = Whole(target, force, notice)  # before the check: what it sees is what was checked
     _check_target(target, force)
     kind = checkpoint.config().get("model_type")
     if kind not in FAMILIES:
         raise ModelError(
             f"a {kind} model cannot be exported to llama.cpp", f"export {', '.join(FAMILIES)}"
         )
-    with place:
+    with Whole(target, force, notice) as place:
         return _export(checkpoint, FAMILIES[kind], place)
 
 

@@ -58,8 +58,9 @@ class Whole:
         if self._ours and os.path.lexists(self._old):  # which could not go back to its place
             self.notice(f"what {self.target} was before is now {self._old}")
         elif self._ours:
-            _remove(self.part)
-            self._lock.unlink(missing_ok=True)  # last: who takes the folder next finds it empty
+            with suppress(OSError):  # a disk that has failed is told of by what failed on it
+                _remove(self.part)
+                self._lock.unlink()  # last: who takes the folder next finds it empty
         self._let_go()
         with suppress(OSError):  # what is not empty stays
             for folder in [self._room, *self._made] if self._ours else self._made:

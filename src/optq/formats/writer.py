@@ -8,6 +8,7 @@ companions of the source.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -15,12 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from optq import record
 from optq.errors import NumericsError, OutputError
 from optq.formats.scheme import Format, LayerScheme, Solved
 from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import Checkpoint
-from optq.record import LayerRecord, RunRecord
+from optq.record import FILE, LayerRecord, RunRecord
 
 SHARD_BYTES = 2**29  # packed weights wait for a full shard in memory
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -75,7 +75,7 @@ class Writer(Kept):
         self,
         dense: list[str],
         percdamp: float = 0.0,
-        made: RunRecord | None = None,
+        record: RunRecord | None = None,
         outside: Sequence[str] = (),
         packed: Collection[str] = (),
     ) -> None:
@@ -101,8 +101,8 @@ class Writer(Kept):
             for file, content in {"config.json": config, self.form.settings_file: settings}.items():
                 if file is not None:
                     (self.folder / file).write_text(json.dumps(content, indent=2) + "\n")
-            if made is not None:
-                (self.folder / record.FILE).write_text(made.text())
+            if record is not None:
+                (self.folder / FILE).write_text(record.text())
             for path in self.source.companions():
                 if path.is_dir():
                     shutil.copytree(path, self.folder / path.name)
@@ -184,7 +184,6 @@ def place_of(
 
     Raises :class:`OutputError` for a target that must not be, or cannot be, replaced.
     """
-    seen = Whole(target, force, notice)  # before the checks: what it may replace is what they saw
     elsewhere = "choose another folder"
     with writing(target):
         model, here, place = source.folder.resolve(), Path.cwd(), target.resolve()
@@ -194,7 +193,7 @@ def place_of(
             raise OutputError(f"{target} holds the current folder", elsewhere)
         if target.is_symlink() and not target.exists():
             raise OutputError(f"{target} is a link to nowhere", elsewhere)
-        if target.is_mount():  # the volume of a container, say
+        if os.path.ismount(target):  # the volume of a container, say
             raise OutputError(
                 f"{target} is a mount point", f"give a folder inside, such as {target / 'model'}"
             )
@@ -204,7 +203,9 @@ def place_of(
             )
         if target.exists() and not force:
             raise OutputError(f"{target} exists", f"{elsewhere}, or pass --force")
+        if target.is_dir() and not os.access(target, os.W_OK):  # it could not be moved at the end
+            raise OutputError(f"{target} is read-only", f"make it writable, or {elsewhere}")
         for parent in target.absolute().parents:
             if parent.exists() and not parent.is_dir():
                 raise OutputError(f"{target}: {parent} is not a folder", elsewhere)
-    return seen
+    return Whole(target, force, notice)
