@@ -405,8 +405,59 @@ def test_an_output_that_exists(optq_says, folder_of, tmp_path, kind):
     before, out = everything(place), place / "out"
     out = out if kind == "folder" else out / "mine"
     cause, remedy = optq_says(*quantize(folder_of("llama"), out, tmp_path))
-    assert cause == f"{out} exists" and "--force" in remedy
+    if kind == "folder":  # for which --force would be no remedy
+        assert cause == f"{out} exists and holds no checkpoint" and "--force" not in remedy
+    else:
+        assert cause == f"{out} exists" and "--force" in remedy
     assert everything(place) == before
+
+
+def move_away(out):
+    out.rename(out.with_name("away"))
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy", "follow", "words"),
+    [
+        ("out/config.json", "pass --force", lambda out: None, ["--force"]),
+        ("out", "pass --force", lambda out: None, ["--force"]),
+        ("out/thesis.txt", "move it away", move_away, []),
+        ("out/thesis.txt", "choose another folder", lambda out: None, []),
+    ],
+)
+def test_the_remedy_for_an_output_that_exists(
+    capfd, optq_says, folder_of, tmp_path, file, remedy, follow, words
+):
+    """Who does what the message says gets a checkpoint, and loses nothing else."""
+    place = tmp_path / "place"
+    (place / file).parent.mkdir(parents=True)
+    (place / file).write_text("{}")
+    out = place / "out"
+    _, said = optq_says(*quantize(folder_of("llama"), out, tmp_path))
+    assert remedy in said
+    follow(out)
+    out = place / "other" if "another" in remedy else out
+    process = start(*quantize(folder_of("llama"), out, tmp_path, *words))
+    assert process.communicate()[1] == "" and process.returncode == 0
+    assert (out / "config.json").is_file()
+    assert ".txt" not in file or len([*place.rglob("thesis.txt")]) == 1
+
+
+def test_a_mount_point_as_output(optq_says, folder_of, tmp_path, monkeypatch):
+    """The volume of a container cannot be renamed: said before the work, not after it."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    monkeypatch.setattr("optq.quantize.Quantization.calibrate", too_late)
+    cause, remedy = optq_says(*quantize(folder_of("llama"), tmp_path / "out", tmp_path, "--force"))
+    assert "mount point" in cause and str(tmp_path / "out" / "model") in remedy
+
+
+def test_a_read_only_output(optq_says, folder_of, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "out")
+    monkeypatch.setattr("optq.quantize.Quantization.calibrate", too_late)
+    cause, _ = optq_says(*quantize(folder_of("llama"), tmp_path / "out", tmp_path, "--force"))
+    assert cause == f"{tmp_path / 'out'} is read-only"
 
 
 def test_an_output_in_the_models_place(optq_says, model, tmp_path):
@@ -659,11 +710,21 @@ def a_record_of_something_else(folder):
     (folder / "optq.json").write_text("{}")
 
 
+def a_record_that_is_cut(folder):
+    text = (folder / "optq.json").read_text()
+    (folder / "optq.json").write_text(text[: len(text) // 2])
+
+
+def a_record_of_a_newer_version(folder):
+    record = json.loads((folder / "optq.json").read_text()) | {"version": 2}
+    (folder / "optq.json").write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize(
     "broken",
     [
         a_config_without("bits"), a_config_of_a_word, a_record_that_is_not_json,
-        a_record_of_something_else,
+        a_record_of_something_else, a_record_that_is_cut, a_record_of_a_newer_version,
     ],
     ids=lambda broken: broken.__name__,
 )  # fmt: skip
@@ -696,7 +757,7 @@ def begun(place, process):
     for _ in range(1200):
         if process.poll() is not None:
             raise AssertionError(process.communicate())
-        if found := list(place.glob(".out.partial-*")):
+        if found := list(place.glob(".out.partial")):
             return found[0]
         time.sleep(0.1)
     raise AssertionError("nothing has begun after two minutes")
@@ -729,8 +790,9 @@ def test_a_kill(folder_of, tmp_path):
     assert [path.name for path in place.iterdir()] == [hidden.name]
     again = start(*quantize(folder_of("llama"), place / "out", tmp_path))
     _, err = again.communicate()
-    assert (again.returncode, err) == (0, "")
-    assert sorted(path.name for path in place.iterdir()) == [hidden.name, "out"]
+    assert again.returncode == 0
+    assert err == f"optq: removed {hidden}, which a run that was cut off has left\n"
+    assert sorted(path.name for path in place.iterdir()) == ["out"]
 
 
 # What libraries write to the process' own streams is seen here alone.

@@ -23,6 +23,7 @@ from optq.formats import reader, writer
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear, make_dense
 from optq.model.source import disk_names, load_model
+from optq.record import RunRecord
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}
 CALIB = zoo.token_ids(4, 24)
@@ -119,7 +120,9 @@ def test_what_is_written_is_what_was_measured(folder_of, tmp_path, name, form, q
     plain.save(tmp_path / "saved")
     assert contents(tmp_path / "saved") == contents(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved"]
-    assert plain.record == result.record == json.loads((out / "optq.json").read_text())
+    written = json.loads((out / "optq.json").read_text())
+    assert plain.record.model_dump() == result.record.model_dump() == written
+    assert RunRecord.read(out / "optq.json").model_dump() == written
     assert plain.dense == result.dense
     blocks = BY_NAME[name].build().get_submodule(BY_NAME[name].blocks)
     assert len(result.dense) == len(BY_NAME[name].never_called) * len(blocks)
@@ -133,8 +136,8 @@ def test_error_propagation_round_trip(folder_of, tmp_path, name, qep):
     check_reload(plain, folder_of(name), tmp_path / "out")
     without = quantize(folder_of(name), GPTQ.plain(3, 32))
     assert not torch.equal(logits(without.model), logits(plain.model))
-    assert plain.record["qep"] == asdict(QEP() if qep is True else qep)
-    assert without.record["qep"] is None
+    assert plain.record.qep == asdict(QEP() if qep is True else qep)
+    assert without.record.qep is None
 
 
 def test_layers_excluded_from_error_propagation_aim_at_their_own_weights(folder_of):
@@ -216,7 +219,7 @@ def test_the_programs_of_the_documentation(wide):
     ]
     for result in results:
         assert len(result.layers) == 14 and logits(result.model.cpu()).isfinite().all()
-        assert result.record["calibration"]["seqlen"] == 64
+        assert result.record.calibration["seqlen"] == 64
         assert result.output is None
 
 
@@ -310,9 +313,9 @@ def test_records_are_complete_and_true(folder_of):
     assert {"total", "forward", "hessian", "factor", "solve", "write"} <= set(result.seconds)
     parts = sum(result.seconds.values()) - result.seconds["total"]
     assert 0 < parts < result.seconds["total"]
-    assert "seconds" not in json.dumps(result.record)
-    assert [layer["name"] for layer in result.record["layers"]] == expected
-    assert result.record["method"] == "gptq" and result.record["quantizer"]["wbits"] == 4
+    assert "seconds" not in result.record.text()
+    assert [layer.name for layer in result.record.layers] == expected
+    assert result.record.method == "gptq" and result.record.quantizer["wbits"] == 4
 
 
 def test_calls_of_a_module_that_a_later_block_shares_are_in_its_record(folder_of, monkeypatch):
@@ -359,7 +362,7 @@ def test_skipped_layers_stay(folder_of, tmp_path):
     config = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
     assert len(config["dynamic"]) == len(result.dense)
     assert decoder.decode(tmp_path / "out").keys() == {record.name for record in result.layers}
-    assert result.record["dense"] == result.dense
+    assert result.record.dense == result.dense
 
 
 def test_shards_and_the_loaded_model(folder_of, tmp_path, monkeypatch):
@@ -516,6 +519,74 @@ def test_an_existing_output(folder_of, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(OutputError, match="holds the model itself"):
         quantize(folder_of("llama"), output=folder_of("llama"), force=True)
+
+
+@pytest.mark.parametrize("theirs", ["empty", "full"])
+def test_an_output_that_somebody_makes_meanwhile(folder_of, tmp_path, theirs):
+    """It stands, and the run that lost says so."""
+    out = tmp_path / "out"
+
+    def progress(what):
+        if not out.exists():
+            out.mkdir()
+            if theirs == "full":
+                (out / "mine").write_text("mine")
+
+    with pytest.raises(OutputError, match="was made while the run went on"):
+        quantize(folder_of("llama"), output=out, progress=progress)
+    assert contents(out) == ({"mine": b"mine"} if theirs == "full" else {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_does_not_replace_what_somebody_adds_meanwhile(folder_of, tmp_path):
+    out = tmp_path / "out"
+    quantize(folder_of("llama"), output=out)
+    before = contents(out)
+    with pytest.raises(OutputError, match="was changed while the run went on"):
+        quantize(
+            folder_of("llama"),
+            output=out,
+            force=True,
+            progress=lambda _: (out / "mine").write_text("mine"),
+        )
+    assert contents(out) == before | {"mine": b"mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_two_runs_into_one_folder(folder_of, tmp_path, force):
+    """The second is refused at once, and the first goes on."""
+    refused = []
+
+    def progress(what):
+        if not refused:
+            with pytest.raises(OutputError, match="another run is writing") as caught:
+                quantize(folder_of("llama"), RTN(4, 32), output=tmp_path / "out", force=force)
+            refused.append(caught.value)
+            quantize(folder_of("llama"), RTN(4, 32), output=tmp_path / "other")
+
+    result = quantize(folder_of("llama"), output=tmp_path / "out", force=force, progress=progress)
+    assert refused and decoder.decode(tmp_path / "out").keys() == {r.name for r in result.layers}
+    assert RunRecord.read(tmp_path / "out" / "optq.json").method == "gptq"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_blocks_are_handed_on_in_order(folder_of):
+    """Each with the layers that were solved in it, under their names on disk."""
+    seen = []
+
+    class Watched(optq.runner.Kept):
+        def commit(self, block, layers, records):
+            seen.append((block, [*layers], [record.name for record in records]))
+            super().commit(block, layers, records)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optq.runner, "Kept", Watched)
+        result = quantize(folder_of("llama"), skip=r"layers\.1\.")
+    assert [block for block, _, _ in seen] == [0, 1, 2]
+    for block, on_disk, names in seen:
+        inside = [r.name for r in result.layers if r.name.startswith(f"model.layers.{block}.")]
+        assert on_disk == names == inside and len(inside) == (0 if block == 1 else 7)
 
 
 @pytest.mark.parametrize("failing", [0, 2])

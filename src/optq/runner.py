@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optq import __version__
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.errors import ModelError, SettingError
 from optq.formats import FORMATS, detect, reader
-from optq.formats.writer import Writer, check_target
-from optq.model.blocks import find_blocks
+from optq.formats.scheme import Format
+from optq.formats.whole import Whole
+from optq.formats.writer import Kept, Writer, place_of
+from optq.model.blocks import find_blocks, linears_outside
 from optq.model.checkpoint import Checkpoint
-from optq.model.source import check_vocabulary, load_model, load_tokenizer, positions
-from optq.quantize import LayerRecord, Progress, Quantization
+from optq.model.source import (
+    as_on_disk,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    positions,
+)
+from optq.quantize import Progress, Quantization, names_on_disk
+from optq.record import LayerRecord, RunRecord
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ class Result:
     seconds: dict[str, float]
     bits_per_weight: float  # of the quantized layers, scales and all
     bytes: int  # of the quantized layers in the file
-    record: dict[str, Any]  # what goes into the checkpoint's optq.json
+    record: RunRecord  # what goes into the checkpoint's optq.json
     output: Path | None
     _model: Any
     _write: Callable[[Path, bool], None]
@@ -120,7 +130,8 @@ class Runner:
     the result keeps everything and can ``save``); ``seqlen`` defaults to 2048, or to the model's
     positions if those are fewer; ``skip`` is a regular expression of layers to leave dense;
     ``chat`` passes the text through the tokenizer's chat template; ``qep`` is True or a
-    :class:`QEP`; ``progress`` is called after each site.
+    :class:`QEP`; ``progress`` is called after each site, ``notice`` for what a dead run has left
+    beside the output.
     """
 
     model_config: ModelConfig
@@ -136,6 +147,7 @@ class Runner:
     chat: bool = False
     force: bool = False
     progress: Callable[[Progress], None] = lambda _: None
+    notice: Callable[[str], None] = lambda _: None
 
     def run(self) -> Result:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
@@ -144,48 +156,76 @@ class Runner:
             raise SettingError(
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
             )
-        form, device = FORMATS[self.format], self.model_config.torch_device()
-        checkpoint = self.model_config.checkpoint()
+        form, checkpoint = FORMATS[self.format], self.model_config.checkpoint()
         if detect(checkpoint.config()):
             raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
-        if self.output is not None:
-            check_target(Path(self.output), checkpoint, self.force)
+        if self.output is None:
+            return self._run(checkpoint, form, None, started)
+        with place_of(Path(self.output), checkpoint, self.force, self.notice) as place:
+            return self._run(checkpoint, form, place, started)
+
+    def _run(
+        self, checkpoint: Checkpoint, form: Format, place: Whole | None, started: float
+    ) -> Result:
+        device, quantizer = self.model_config.torch_device(), self.quantizer
         model = load_model(checkpoint)
         blocks = find_blocks(model, self.skip)
+        names = names_on_disk(model, blocks, checkpoint, quantizer, form)
         qep = QEP() if self.qep is True else self.qep or None
-        work = Quantization(model, blocks, checkpoint, self.quantizer, qep, form, self.progress)
         tokens = self._tokens(checkpoint, model)
-        calibration = self._calibration(tokens)
+        dtype, storage = model.dtype, form.storage(model.dtype)
+        sink = Kept(form, dtype) if place is None else Writer(place, checkpoint, form, dtype)
+        work = Quantization(
+            model, blocks, names, quantizer, qep, storage, sink, place is None, self.progress
+        )
         loaded = time.perf_counter() - started
         try:
-            if self.output is None:
-                work.calibrate(tokens, device)
-            else:
-                with Writer(Path(self.output), checkpoint, form, self.force) as work.writer:
-                    work.calibrate(tokens, device)
-                    work.finish(work.writer, calibration)
+            work.calibrate(tokens, device)
         except torch.OutOfMemoryError as error:
             raise SettingError(
                 f"{device} has too little memory for {tokens.shape[0]} x {tokens.shape[1]} tokens",
                 "choose fewer --nsamples, a shorter --seqlen, or --device cpu",
             ) from error
+        # A module that later blocks share is called again after its record was made.
+        calls = {layer.name: {"calls": layer.calls} for block in blocks for layer in block.layers}
+        layers = [record.model_copy(update=calls[record.name]) for record in sink.records]
+        solved = {layer.name for layer in layers}
+        record = RunRecord(
+            optq=__version__,
+            method=type(quantizer).__name__.lower(),
+            quantizer=asdict(quantizer),  # type: ignore[call-overload]
+            qep=None if qep is None else asdict(qep),
+            calibration=self._calibration(tokens),
+            bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
+            bytes=sink.bytes,
+            dense=[name for block in blocks for name in block.linears if name not in solved],
+            layers=layers,
+        )
+        finishing, percdamp = time.perf_counter(), quantizer.percdamp
+        outside = as_on_disk(names, linears_outside(model, blocks))
+        rest = as_on_disk(names, record.dense), percdamp, record, outside
+        if isinstance(sink, Writer):
+            sink.finish(*rest)
+        work.seconds["write"] += time.perf_counter() - finishing
 
         def save(path: Path, force: bool) -> None:
-            if work.writer is not None:
+            if place is not None:
                 raise SettingError(f"the run wrote {self.output} already", "copy that folder")
-            with Writer(path, checkpoint, form, force) as writer:
-                work.save(writer, calibration)
+            with place_of(path, checkpoint, force, self.notice) as other:
+                writer = Writer(other, checkpoint, form, dtype)
+                writer.take(sink)
+                writer.finish(*rest)
 
         total = time.perf_counter() - started
         return Result(
-            layers=work.records,
-            dense=work.dense(),
+            layers=record.layers,
+            dense=record.dense,
             seconds={"total": total, "load": loaded, **work.seconds},
-            bits_per_weight=work.bits_per_weight,
-            bytes=work.bytes,
-            record=work.record(calibration),
+            bits_per_weight=record.bits_per_weight,
+            bytes=record.bytes,
+            record=record,
             output=None if self.output is None else Path(self.output),
-            _model=None if self.output is not None else model,
+            _model=model if place is None else None,
             _write=save,
         )
 

@@ -24,19 +24,23 @@ from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear
 from optq.model.source import disk_names, load_model
+from optq.record import RunRecord
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL)}
 QUANTIZER = RTN(4, 32)
 SCHEME = QUANTIZER.scheme()
 VERSIONS = (GPTQ_V1, GPTQ_V2)
-RECORD = {
-    "method": "rtn",
-    "quantizer": {},
-    "qep": None,
-    "calibration": {},
-    "layers": [],
-    "bits_per_weight": 5.0,
-}
+RECORD = RunRecord(
+    optq="0.1.0",
+    method="rtn",
+    quantizer={},
+    qep=None,
+    calibration={},
+    bits_per_weight=5.0,
+    bytes=0,
+    dense=[],
+    layers=[],
+)
 
 
 @pytest.fixture
@@ -59,12 +63,17 @@ def solve_all(folder, quantizer=QUANTIZER, form=FORMATS["gptq"], skip=None):
     return solutions, [name for name in linears if name not in solutions]
 
 
+def commit(out, solutions):
+    for index, (name, solution) in enumerate(solutions.items()):
+        out.commit(index, {name: (solution, SCHEME)}, [])
+
+
 def write(folder, target, form=FORMATS["gptq"], force=False, skip=None):
     solutions, dense = solve_all(folder, form=form, skip=skip)
     source = Checkpoint.open(str(folder))
-    with writer.Writer(Path(target), source, form, force) as out:
-        for name, solution in solutions.items():
-            out.add(name, form.encode(solution, torch.float32, True), SCHEME)
+    with writer.place_of(Path(target), source, force) as place:
+        out = writer.Writer(place, source, form, torch.float32)
+        commit(out, solutions)
         out.finish(dense, record=RECORD)
     return solutions
 
@@ -283,7 +292,7 @@ def test_ctrl_c_between_the_renames_brings_the_old_checkpoint_back(source, tmp_p
 
     def interrupted(self, target):
         result = rename(self, target)
-        if str(target).endswith("-old"):
+        if Path(target).name == "old":
             raise KeyboardInterrupt
         return result
 
@@ -334,7 +343,7 @@ FAILURES = {
     ),
     "read only": (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
 }
-PLACES = ["save_file", "write_text", "copy", "mkdtemp", "rename"]
+PLACES = ["save_file", "write_text", "copy", "mkdir", "rename"]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -356,7 +365,7 @@ def test_a_failing_disk_leaves_nothing_behind(source, tmp_path, monkeypatch, pla
         "save_file": (safetensors.torch, "save_file"),
         "write_text": (Path, "write_text"),
         "copy": (shutil, "copy"),
-        "mkdtemp": (writer.tempfile, "mkdtemp"),
+        "mkdir": (Path, "mkdir"),
         "rename": (Path, "rename"),
     }[place]
     checkpoint, form = Checkpoint.open(str(source)), FORMATS["gptq"]
@@ -364,11 +373,11 @@ def test_a_failing_disk_leaves_nothing_behind(source, tmp_path, monkeypatch, pla
         patch.setattr(*where, fail)
         with (
             pytest.raises(OutputError, match=message) as caught,
-            writer.Writer(out, checkpoint, form, force) as w,
+            writer.place_of(out, checkpoint, force) as place,
         ):
-            for name, solution in solutions.items():
-                w.add(name, form.encode(solution, torch.float32, True), SCHEME)
-            w.finish(dense, record=RECORD)
+            made = writer.Writer(place, checkpoint, form, torch.float32)
+            commit(made, solutions)
+            made.finish(dense, record=RECORD)
     assert caught.value.__cause__ is error and "\n" not in caught.value.cause
     assert everything_beside(source) == (["out", "source"] if force else ["source"])
     if force:
@@ -383,7 +392,7 @@ def test_the_old_checkpoint_comes_back_if_the_last_rename_fails(source, tmp_path
     rename = Path.rename
 
     def fail(self, target):
-        if Path(target) == out and ".partial-" in self.name and not self.name.endswith("-old"):
+        if Path(target) == out and self.name == "whole":
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
@@ -398,13 +407,12 @@ def test_the_old_checkpoint_comes_back_if_the_last_rename_fails(source, tmp_path
 def test_an_error_of_the_caller_leaves_nothing_behind(source, tmp_path, monkeypatch, error):
     monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
     solutions, _ = solve_all(source)
-    form = FORMATS["gptq"]
+    form, checkpoint = FORMATS["gptq"], Checkpoint.open(str(source))
     with (
         pytest.raises(type(error)),
-        writer.Writer(tmp_path / "out", Checkpoint.open(str(source)), form, False) as w,
+        writer.place_of(tmp_path / "out", checkpoint, False) as place,
     ):
-        for name, solution in solutions.items():
-            w.add(name, form.encode(solution, torch.float32, True), SCHEME)
+        commit(writer.Writer(place, checkpoint, form, torch.float32), solutions)
         assert len(everything_beside(source)) == 2  # under way, in a hidden folder
         assert not (tmp_path / "out").exists()
         raise error

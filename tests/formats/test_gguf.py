@@ -739,6 +739,46 @@ def failing(monkeypatch, error, at=5):
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write)
 
 
+def test_a_file_that_somebody_makes_meanwhile(checkpoint, monkeypatch, tmp_path):
+    plain, target = gguf.GGUFWriter.write_tensor_data, tmp_path / "model.gguf"
+
+    def write(self, tensor):
+        target.write_text("mine")
+        plain(self, tensor)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write)
+    with pytest.raises(OutputError, match="was made while"):
+        export_gguf(checkpoint, target)
+    assert target.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "out"]
+
+
+def test_two_exports_into_one_file(checkpoint, monkeypatch, tmp_path):
+    plain, target, refused = gguf.GGUFWriter.write_tensor_data, tmp_path / "model.gguf", []
+
+    def write(self, tensor):
+        if not refused:
+            with pytest.raises(OutputError, match="another run is writing") as caught:
+                export_gguf(checkpoint, target, force=True)
+            refused.append(caught)
+        plain(self, tensor)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write)
+    export_gguf(checkpoint, target)
+    assert refused and gguf.GGUFReader(target).tensors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "out"]
+
+
+def test_what_a_dead_export_left_is_said(checkpoint, tmp_path):
+    left, notices = tmp_path / ".model.gguf.partial", []
+    left.mkdir()
+    (left / "lock").write_text("")
+    (left / "whole").write_text("half")
+    export_gguf(checkpoint, tmp_path / "model.gguf", notice=notices.append)
+    assert notices == [f"removed {left}, which a run that was cut off has left"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "out"]
+
+
 def test_a_disk_that_fills_up(checkpoint, monkeypatch):
     failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     refused(checkpoint, OutputError, "is full")

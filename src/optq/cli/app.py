@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -25,3 +26,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, allow_nan=False))
+
+
+def say(line: str) -> None:
+    """What a person should know and no program reads."""
+    print(f"optq: {line}", file=sys.stderr)

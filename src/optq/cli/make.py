@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optq.cli.app import FORMATS_HELP, Device, Json, Model, Seqlen, app, print_json
+from optq.cli.app import FORMATS_HELP, Device, Json, Model, Seqlen, app, print_json, say
 from optq.errors import SettingError
 
 if TYPE_CHECKING:
@@ -118,13 +118,11 @@ def quantize(
             chat=chat,
             force=force,
             progress=solved,
+            notice=say,
         ).run()
-    layers, made = result.record["layers"], result.record["calibration"]
+    made = result.record.calibration
     if as_json:
-        timed = [
-            record | {"seconds": layer.seconds}
-            for record, layer in zip(layers, result.layers, strict=True)
-        ]
+        timed = [layer.model_dump() | {"seconds": layer.seconds} for layer in result.layers]
         print_json(
             {
                 "model": model,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from optq.cli.app import FORMATS_HELP, Device, Json, Model, Seqlen, app, print_json
+from optq.cli.app import FORMATS_HELP, Device, Json, Model, Seqlen, app, print_json, say
 from optq.errors import SettingError
 
 
@@ -121,9 +121,9 @@ def export(
     if form == "gguf":
         from optq.formats.gguf import export_gguf
 
-        tables.facts({"wrote": out, **export_gguf(checkpoint, out, force)})
+        tables.facts({"wrote": out, **export_gguf(checkpoint, out, force, say)})
         return
-    layers = convert(checkpoint, out, FORMATS[form], force)
+    layers = convert(checkpoint, out, FORMATS[form], force, say)
     tables.facts({"wrote": out, "format": form, "layers": layers, "next": f"optq inspect {out}"})
 
 

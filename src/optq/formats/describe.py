@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any
 
-from optq.errors import ModelError
 from optq.formats import detect
 from optq.formats.reader import quantized_layers
-from optq.formats.writer import RECORD
 from optq.model.checkpoint import Checkpoint, tensor_sizes
+from optq.record import FILE, RunRecord
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -46,15 +44,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "quantized_layers": len(packed),
         "quantized_bytes": sum(sizes.get(part, 0) for part in parts),
     }
-    record = checkpoint.folder / RECORD
+    record = checkpoint.folder / FILE
     if record.is_file():
-        try:
-            made = json.loads(record.read_text())
-            keys = ("method", "quantizer", "qep", "calibration", "layers")
-            what |= {key: made[key] for key in keys}
-            what["bits_per_weight"] = round(made["bits_per_weight"], 3)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"{record} is damaged", "delete it: only its errors by layer are lost"
-            ) from error
+        made = RunRecord.read(record)
+        what |= made.model_dump(include={"method", "quantizer", "qep", "calibration", "layers"})
+        what["bits_per_weight"] = round(made.bits_per_weight, 3)
     return what

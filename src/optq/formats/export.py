@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +12,22 @@ from optq.core.weight import QuantizedWeight
 from optq.formats import detect
 from optq.formats.reader import quantized_layers, read_layer
 from optq.formats.scheme import Format, LayerScheme
-from optq.formats.writer import Writer
+from optq.formats.writer import Writer, place_of
 from optq.model.blocks import find_blocks, linears_outside
 from optq.model.checkpoint import Checkpoint
-from optq.model.source import disk_names, empty_model
+from optq.model.source import as_on_disk, disk_names, empty_model
 
 
-def export(checkpoint: Checkpoint, target: Path, form: Format, force: bool = False) -> int:
+def export(
+    checkpoint: Checkpoint,
+    target: Path,
+    form: Format,
+    force: bool = False,
+    notice: Callable[[str], None] = lambda _: None,
+) -> int:
     """Write ``target`` in ``form``, whole or not at all; returns the number of packed layers.
+
+    ``notice`` is told of what a run that was cut off has left beside ``target``.
 
     Raises ``SettingError`` where ``form`` cannot hold a layer exactly, before anything is named
     ``target``; :class:`ModelError` where ``checkpoint`` is not quantized.
@@ -31,22 +39,19 @@ def export(checkpoint: Checkpoint, target: Path, form: Format, force: bool = Fal
     blocks = find_blocks(skeleton)
     conv1d = {layer.name for block in blocks for layer in block.layers if layer.transposed}
     on_disk = disk_names(skeleton, [*checkpoint.files, *(f"{name}.weight" for name in names)])
-
-    def as_on_disk(linears: Iterable[str]) -> list[str]:
-        return [on_disk.get(f"{n}.weight", n).removesuffix(".weight") for n in linears]
-
-    inside = as_on_disk(name for block in blocks for name in block.linears)
-    outside = as_on_disk(linears_outside(skeleton, blocks))
-    packed, turned = set(names), set(as_on_disk(conv1d))
+    inside = as_on_disk(on_disk, (name for block in blocks for name in block.linears))
+    outside = as_on_disk(on_disk, linears_outside(skeleton, blocks))
+    packed, turned = set(names), set(as_on_disk(on_disk, conv1d))
     dtype = skeleton.config.dtype or torch.float32  # a skeleton's own is torch's default
     settings = checkpoint.config()["quantization_config"]
     parts = [f"{n}.{s}" for n in names for s in scheme.form.suffixes + scheme.form.optional]
-    with Writer(target, checkpoint, form, force) as writer:
-        for name in names:
+    with place_of(target, checkpoint, force, notice) as place:
+        writer = Writer(place, checkpoint, form, dtype)
+        for index, name in enumerate(names):  # one at a time: memory holds one layer
             weight = read_layer(checkpoint, name, scheme)
             layer = _as_it_is(scheme.layer(name), weight)
             form.check(name, weight.rows, weight.cols, layer, name in turned)
-            writer.add(name, form.encode(weight, dtype, layer.sym), layer)
+            writer.commit(index, {name: (weight, layer)}, [])
         writer.finish(
             [name for name in inside if name not in packed],
             settings.get("damp_percent", 0.0),

@@ -13,12 +13,10 @@ dequantizes a checkpoint, and its quantizer, which then rounds a second time, to
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +35,7 @@ from optq.errors import ModelError, OutputError
 from optq.formats.gguf_blocks import choose, encode
 from optq.formats.gguf_vocabulary import add_vocabulary
 from optq.formats.reader import quantized_layers, read_layer
-from optq.formats.writer import writing
+from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import Checkpoint
 from optq.model.source import disk_names, empty_model, load_tokenizer
 
@@ -66,8 +64,15 @@ class _Tensor:
         return (*self.shape[:-1], self.shape[-1] // values * size)
 
 
-def export_gguf(checkpoint: Checkpoint, target: Path, force: bool = False) -> dict[str, Any]:
+def export_gguf(
+    checkpoint: Checkpoint,
+    target: Path,
+    force: bool = False,
+    notice: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Write ``checkpoint`` to the file ``target``, which appears only when it is whole.
+
+    ``notice`` is told of what a run that was cut off has left beside ``target``.
 
     Returns ``file``, ``bytes``, ``tensors`` (how many of each type) and ``minimum_moved``: the
     largest distance by which fp16 moved a minimum ``m`` of Q4_1, as a fraction of its scale.
@@ -81,7 +86,12 @@ def export_gguf(checkpoint: Checkpoint, target: Path, force: bool = False) -> di
         raise ModelError(
             f"a {kind} model cannot be exported to llama.cpp", f"export {', '.join(FAMILIES)}"
         )
-    model, arch = empty_model(checkpoint), FAMILIES[kind]
+    with Whole(target, force, notice) as place:
+        return _export(checkpoint, FAMILIES[kind], place)
+
+
+def _export(checkpoint: Checkpoint, arch: MODEL_ARCH, place: Whole) -> dict[str, Any]:
+    model, target = empty_model(checkpoint), place.target
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
     _add_settings(writer, model.config, arch)
     add_vocabulary(writer, load_tokenizer(checkpoint), model.config)
@@ -92,8 +102,8 @@ def export_gguf(checkpoint: Checkpoint, target: Path, force: bool = False) -> di
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     most = max((Kind.Q4_0, Kind.Q4_1, Kind.Q8_0), key=lambda kind: count[kind])
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{most.name}"])
-    with _whole(target) as part:
-        _write(writer, part, target, tensors)
+    _write(writer, place.part, target, tensors)
+    place.appear()
     return {
         "file": str(target),
         "bytes": target.stat().st_size,
@@ -262,29 +272,6 @@ def _write(writer: gguf.GGUFWriter, part: Path, target: Path, tensors: list[_Ten
         found = {tensor.name: crc32(tensor.data.data) for tensor in gguf.GGUFReader(part).tensors}
     if found != sums:
         raise OutputError(f"{target} reads back changed", "check the disk, and run again")
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A hidden file beside the target that takes its name at the end, or leaves nothing."""
-    made = [parent for parent in target.parents if not parent.exists()]
-    part = None
-    try:
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
-            os.close(handle)
-            part = Path(name)
-        yield part
-        with writing(target):
-            part.chmod(0o644)  # mkstemp makes it the owner's alone
-            part.replace(target)
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):  # nothing came of it
-                parent.rmdir()
 
 
 def _check_target(target: Path, force: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from optq.core.grid import Storage
 from optq.core.weight import LayerScheme, QuantizedWeight
+
+Solved = Mapping[str, tuple[QuantizedWeight, LayerScheme]]  # layers of a block, by name on disk
 
 
 @dataclass(frozen=True)

@@ -1,79 +1,88 @@
 """Write a quantized checkpoint block by block, and let it appear only when it is whole.
 
-All goes to a hidden folder beside the target: shards as the run goes, each read back and compared
-bit for bit; then the tensors that stay as they are, the config and the companions of the
-source. One rename makes it the target. Whatever goes wrong before, the hidden folder is removed.
+All goes to a hidden folder beside the target (:mod:`optq.formats.whole`): shards as the run goes,
+each read back and compared bit for bit; then the tensors that stay as they are, the config and the
+companions of the source.
 """
 
 from __future__ import annotations
 
-import errno
 import json
+import os
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from optq.errors import NumericsError, OptqError, OutputError
-from optq.formats.scheme import Format, LayerScheme
+from optq.errors import NumericsError, OutputError
+from optq.formats.scheme import Format, LayerScheme, Solved
+from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import Checkpoint
+from optq.record import FILE, LayerRecord, RunRecord
 
 SHARD_BYTES = 2**29  # packed weights wait for a full shard in memory
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-RECORD = "optq.json"  # what the run did: settings, calibration, errors by layer
 
 
-class Writer:
-    """A checkpoint under way; use it as a context, call :meth:`finish` inside."""
+class Kept:
+    """Encoded layers, kept in memory for a :class:`Writer` to come; ``dtype`` is the model's."""
 
-    def __init__(self, target: Path, source: Checkpoint, form: Format, force: bool) -> None:
-        self.target, self.source, self.form, self.force = target, source, form, force
+    def __init__(self, form: Format, dtype: torch.dtype) -> None:
+        self.form, self.dtype = form, dtype
         self.layers: dict[str, LayerScheme] = {}  # by name on disk
+        self.records: list[LayerRecord] = []
+        self.bytes = self.weights = 0  # as encoded, and how many weights that is
+        self.blocks: list[dict[str, Tensor]] = []
+
+    def commit(self, block: int, layers: Solved, records: Sequence[LayerRecord]) -> None:
+        """Take the solved layers of one block, by name on disk."""
+        tensors: dict[str, Tensor] = {}
+        for name, (weight, scheme) in layers.items():
+            encoded = self.form.encode(weight, self.dtype, scheme.sym)
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
+            self.layers[name] = scheme
+            self.weights += weight.codes.numel()
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self.records += records
+        self._take(tensors)
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        self.blocks.append(tensors)
+
+
+class Writer(Kept):
+    """A checkpoint under way in ``place``, of the plain or quantized model ``source``."""
+
+    def __init__(self, place: Whole, source: Checkpoint, form: Format, dtype: torch.dtype) -> None:
+        super().__init__(form, dtype)
+        self.place, self.source = place, source
+        self.target, self.folder = place.target, place.part
+        with writing(self.target):
+            self.folder.mkdir()
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self._total = 0
 
-    def __enter__(self) -> Writer:
-        check_target(self.target, self.source, self.force)
-        with writing(self.target):
-            parents = [self.target.parent, *self.target.parent.parents]
-            self._made = [parent for parent in parents if not parent.exists()]
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(
-                tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent)
-            )
-            self.folder.chmod(0o755)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for parent in self._made:
-            if not any(parent.iterdir()):  # nothing came of it
-                parent.rmdir()
-
-    def add(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> None:
-        """Take the encoded tensors, by suffix, of the layer called ``name`` on disk."""
-        self.layers[name] = layer
-        self._pending |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        self._flush(SHARD_BYTES)
+    def take(self, kept: Kept) -> None:
+        """Take all that a run has kept, in the place of commits."""
+        self.layers = kept.layers
+        for tensors in kept.blocks:
+            self._take(tensors)
 
     def finish(
         self,
         dense: list[str],
         percdamp: float = 0.0,
-        record: dict[str, Any] | None = None,
+        record: RunRecord | None = None,
         outside: Sequence[str] = (),
         packed: Collection[str] = (),
     ) -> None:
-        """Add all that is not quantized, and rename the folder to the target.
+        """Add all that is not quantized, and let the checkpoint appear.
 
         ``dense`` and ``outside`` are the linear layers that stay as they are, inside the blocks
-        and elsewhere; ``packed`` the tensors of a quantized source that :meth:`add` replaced.
+        and elsewhere; ``packed`` the tensors of a quantized source that :meth:`commit` replaced.
         """
         replaced = {*packed, *(f"{name}.weight" for name in self.layers)}
         for name, tensor in self.source.tensors(
@@ -83,23 +92,27 @@ class Writer:
                 raise NumericsError(
                     f"{name} holds NaN or infinity", "copy the model again, or train it again"
                 )
-            self._pending[name] = tensor
-            self._flush(SHARD_BYTES)
+            self._take({name: tensor})
         self._flush(0)
         with writing(self.target):
             self._name_shards()
             settings = self.form.config(self.layers, dense, percdamp, outside)
             config = self.source.config() | {"quantization_config": settings}
-            contents = {"config.json": config, self.form.settings_file: settings, RECORD: record}
-            for file, content in contents.items():
-                if file is not None and content is not None:
+            for file, content in {"config.json": config, self.form.settings_file: settings}.items():
+                if file is not None:
                     (self.folder / file).write_text(json.dumps(content, indent=2) + "\n")
+            if record is not None:
+                (self.folder / FILE).write_text(record.text())
             for path in self.source.companions():
                 if path.is_dir():
                     shutil.copytree(path, self.folder / path.name)
                 elif not (self.folder / path.name).exists():
                     shutil.copy(path, self.folder / path.name)
-            self._rename()
+        self.place.appear()
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        self._pending |= tensors
+        self._flush(SHARD_BYTES)
 
     def _flush(self, at_least: int) -> None:
         size = sum(tensor.nbytes for tensor in self._pending.values())
@@ -147,21 +160,6 @@ class Writer:
             path = self.folder / "model.safetensors.index.json"
             path.write_text(json.dumps(index_file, indent=2) + "\n")
 
-    def _rename(self) -> None:
-        """One rename; with ``force`` the old folder steps aside first and goes last."""
-        if not self.target.exists():
-            self.folder.rename(self.target)
-            return
-        old = self.folder.with_name(self.folder.name + "-old")
-        try:
-            self.target.rename(old)
-            self.folder.rename(self.target)
-        except BaseException:  # Ctrl-C too: the old checkpoint goes back to its place
-            if not self.target.exists():
-                old.rename(self.target)
-            raise
-        old.unlink() if old.is_symlink() or old.is_file() else shutil.rmtree(old)
-
 
 def _bits(tensor: Tensor) -> Tensor:
     """Its bytes, which can be compared in every dtype."""
@@ -179,8 +177,13 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def check_target(target: Path, source: Checkpoint, force: bool) -> None:
-    """Refuse a target that must not be replaced."""
+def place_of(
+    target: Path, source: Checkpoint, force: bool, notice: Callable[[str], None] = lambda _: None
+) -> Whole:
+    """The place of a checkpoint of ``source``; ``notice`` is told of leftovers.
+
+    Raises :class:`OutputError` for a target that must not be, or cannot be, replaced.
+    """
     elsewhere = "choose another folder"
     with writing(target):
         model, here, place = source.folder.resolve(), Path.cwd(), target.resolve()
@@ -190,31 +193,19 @@ def check_target(target: Path, source: Checkpoint, force: bool) -> None:
             raise OutputError(f"{target} holds the current folder", elsewhere)
         if target.is_symlink() and not target.exists():
             raise OutputError(f"{target} is a link to nowhere", elsewhere)
+        if os.path.ismount(target):  # the volume of a container, say
+            raise OutputError(
+                f"{target} is a mount point", f"give a folder inside, such as {target / 'model'}"
+            )
+        if target.is_dir() and not (target / "config.json").exists() and any(target.iterdir()):
+            raise OutputError(
+                f"{target} exists and holds no checkpoint", f"move it away, or {elsewhere}"
+            )
         if target.exists() and not force:
             raise OutputError(f"{target} exists", f"{elsewhere}, or pass --force")
-        if target.is_dir() and not (target / "config.json").exists() and any(target.iterdir()):
-            raise OutputError(f"{target} holds no checkpoint", f"empty it, or {elsewhere}")
+        if target.is_dir() and not os.access(target, os.W_OK):  # it could not be moved at the end
+            raise OutputError(f"{target} is read-only", f"make it writable, or {elsewhere}")
         for parent in target.absolute().parents:
             if parent.exists() and not parent.is_dir():
                 raise OutputError(f"{target}: {parent} is not a folder", elsewhere)
-
-
-@contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Turn what the system says while writing into an error with a remedy."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except OptqError:
-        raise
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OutputError(
-                f"the disk of {target} is full", "make room, and run again"
-            ) from error
-        # Without the hidden folder's name, which says nothing to anyone.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"{target} cannot be written: {reason}", "choose a folder that you may write to"
-        ) from error
+    return Whole(target, force, notice)

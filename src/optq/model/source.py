@@ -116,6 +116,11 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def as_on_disk(names: dict[str, str], layers: Iterable[str]) -> list[str]:
+    """The layers' names on disk, by the ``names`` of :func:`disk_names`."""
+    return [names.get(f"{layer}.weight", layer).removesuffix(".weight") for layer in layers]
+
+
 def check_vocabulary(model: Any, tokens: Tensor) -> None:
     """Raises :class:`DataError` for a token id that the model has no embedding for."""
     vocabulary = model.get_input_embeddings().num_embeddings

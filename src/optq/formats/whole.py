@@ -1,0 +1,211 @@
+"""A file or a folder that appears only when it is whole.
+
+It grows in a hidden folder beside its place, ``.NAME.partial``, whose lock one living process
+holds. One rename gives it its name, and never where something is that was not there at the start.
+Whatever goes wrong before, the hidden folder is removed; what a killed process leaves of it, the
+next one removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from optq.errors import OptqError, OutputError
+
+
+class Whole:
+    """``part`` is where to write; use it as a context, and call :meth:`appear` inside.
+
+    With ``force`` what ``target`` is now may be replaced. ``notice`` is told of leftovers. Raises
+    :class:`OutputError` where another process writes the same target, or has made or changed it.
+    """
+
+    def __init__(self, target: Path, force: bool, notice: Callable[[str], None]) -> None:
+        self.target, self.force, self.notice = target, force, notice
+        with writing(target):
+            self._seen = _contents(target) if force else None  # what may be replaced
+
+    def __enter__(self) -> Whole:
+        self._room = self.target.with_name(f".{self.target.name}.partial")
+        self.part, self._old, self._lock = (self._room / n for n in ("whole", "old", "lock"))
+        parents = [self.target.parent, *self.target.parent.parents]
+        self._made = [parent for parent in parents if not parent.exists()]
+        self._handle: int | None = None
+        self._ours = False
+        try:
+            with writing(self.target):
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+                while not self._ours:
+                    self._claim()
+                self._find_leftovers()
+                if self._seen is None and os.path.lexists(self.target):
+                    raise OutputError(
+                        f"{self.target} exists", "choose another name, or pass --force"
+                    )
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._ours and os.path.lexists(self._old):  # which could not go back to its place
+            self.notice(f"what {self.target} was before is now {self._old}")
+        elif self._ours:
+            with suppress(OSError):  # a disk that has failed is told of by what failed on it
+                _remove(self.part)
+                self._lock.unlink()  # last: who takes the folder next finds it empty
+        self._let_go()
+        with suppress(OSError):  # what is not empty stays
+            for folder in [self._room, *self._made] if self._ours else self._made:
+                folder.rmdir()
+
+    def appear(self) -> None:
+        """Give the part its name, in the place of what was there at the start."""
+        with writing(self.target):
+            if self._seen is None or not os.path.lexists(self.target):
+                _name(self.part, self.target)
+                return
+            try:
+                self.target.rename(self._old)  # where nobody changes it: now it can be compared
+                if _contents(self._old) != self._seen:
+                    raise _meanwhile(self.target, "changed")
+                _name(self.part, self.target)
+            except BaseException:  # Ctrl-C too: what was there goes back to its place
+                if os.path.lexists(self._old) and not os.path.lexists(self.target):
+                    _name(self._old, self.target)
+                raise
+            _remove(self._old)
+
+    def _claim(self) -> None:
+        """Try to make the hidden folder this process' own."""
+        try:
+            self._room.mkdir()
+            fresh = True
+        except FileExistsError:
+            fresh = False
+        with suppress(FileNotFoundError):  # its owner has just removed it: once more
+            self._left = self._lock.exists()
+            self._handle = self._locked(fresh)
+            self._ours = self._handle is None or os.path.samestat(
+                os.fstat(self._handle), self._lock.stat()
+            )
+        if not self._ours:
+            self._let_go()
+
+    def _locked(self, fresh: bool) -> int | None:
+        """A handle of the lock, held until it is closed or the process dies.
+
+        None where there are no such locks, on Windows and on file systems of some clusters: the
+        folder is then of the process that made it.
+        """
+        handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except (ImportError, OSError) as error:
+            os.close(handle)
+            if isinstance(error, BlockingIOError) or not fresh:
+                raise OutputError(
+                    f"another run is writing {self.target}",
+                    f"choose another name, or wait; if none is running, delete {self._room}",
+                ) from error
+            return None
+
+    def _let_go(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _find_leftovers(self) -> None:
+        """Remove what a run that died has left; what it was about to replace goes back."""
+        if os.path.lexists(self._old) and not os.path.lexists(self.target):
+            _name(self._old, self.target)
+            self._seen = _contents(self.target) if self.force else None
+            self.notice(f"{self.target} is back: a run was cut off while it replaced it")
+        if self._left:
+            _remove(self.part)
+            _remove(self._old)
+            self.notice(f"removed {self._room}, which a run that was cut off has left")
+        # What earlier versions left: they took no lock, so it may be of a run that lives.
+        earlier = re.compile(rf"\.{re.escape(self.target.name)}\.partial-\w{{8}}(-old)?")
+        for path in sorted(self.target.parent.iterdir()):
+            if earlier.fullmatch(path.name):
+                self.notice(f"{path} seems left by a run that was cut off: delete it")
+
+
+def _name(part: Path, target: Path) -> None:
+    """Rename, but never onto anything: a plain rename replaces a file, or an empty folder.
+
+    The system makes a folder or a file only where nothing is: an empty one takes the place first.
+    """
+    folder = part.is_dir() and not part.is_symlink()
+    try:
+        if os.name != "nt":  # where a rename replaces nothing
+            target.mkdir() if folder else target.touch(exist_ok=False)
+    except FileExistsError as error:
+        raise _meanwhile(target, "made") from error
+    try:
+        part.rename(target)
+    except BaseException:
+        with suppress(OSError):  # what is not empty stays: it is the part, or somebody's
+            if folder:
+                target.rmdir()
+            elif target.stat().st_size == 0:
+                target.unlink()
+        raise
+
+
+def _meanwhile(target: Path, what: str) -> OutputError:
+    return OutputError(
+        f"{target} was {what} while the run went on",
+        "move it away, or choose another name, and run again",
+    )
+
+
+def _contents(path: Path) -> dict[Path, object] | None:
+    """What tells a file, or a folder with all its files, from what somebody makes of it later."""
+    if not os.path.lexists(path):
+        return None
+    inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
+    stats = {each.relative_to(path): each.lstat() for each in (path, *inside)}
+    return {
+        name: stat.S_ISDIR(found.st_mode) or (found.st_size, found.st_mtime_ns)
+        for name, found in stats.items()
+    }
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what the system says while writing into an error with a remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OptqError:
+        raise
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise OutputError(
+                f"the disk of {target} is full", "make room, and run again"
+            ) from error
+        # Without the hidden folder's name, which says nothing to anyone.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"{target} cannot be written: {reason}", "choose a folder that you may write to"
+        ) from error

@@ -1,0 +1,74 @@
+"""The run record: what a run did, as one typed, versioned document, ``optq.json``.
+
+It holds no times and no paths: same seed, same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from optq.errors import ModelError
+
+FILE = "optq.json"
+VERSION = 1  # of the document; files without one are of the first
+
+
+class LayerRecord(BaseModel):
+    """What became of one layer.
+
+    ``error`` is ``tr((W - Q) H (W - Q)^T)``: the mean squared output error per token, summed over
+    rows; ``relative_error`` divides it by ``tr(W H W^T)``, ``rtn_error`` is round-to-nearest's.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    rows: int
+    cols: int
+    error: float
+    relative_error: float
+    rtn_error: float
+    damp: float
+    seconds: float = Field(default=0.0, exclude=True)
+    damp_tries: int = 0
+    dead_columns: int = 0
+    fallback_rows: int = 0
+    calls: int = 1  # of the layer in one forward; it is calibrated on the first
+
+
+class RunRecord(BaseModel):
+    """One run: its settings, what it was calibrated on, and what became of each layer."""
+
+    version: int = VERSION
+    optq: str  # the version that ran
+    method: str
+    quantizer: dict[str, Any]
+    qep: dict[str, Any] | None
+    calibration: dict[str, Any]
+    bits_per_weight: float  # of the quantized layers as stored, scales and all
+    bytes: int  # of the quantized layers in the file
+    dense: list[str]  # linear layers inside the blocks that stay as they were
+    layers: list[LayerRecord]
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """The record in a file. Raises :class:`ModelError` for a damaged one, or a newer version"""
+        lost = "only its errors by layer are lost"
+        try:
+            made = json.loads(path.read_text())
+            if made.get("version", VERSION) > VERSION:
+                raise ModelError(
+                    f"{path} is of version {made['version']}, newer than this OPTQ",
+                    f"update OPTQ, or delete the file: {lost}",
+                )
+            return cls.model_validate(made)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} is damaged", f"delete it: {lost}") from error
+
+    def text(self) -> str:
+        """What the file says."""
+        return json.dumps(self.model_dump(), indent=2) + "\n"
