@@ -23,10 +23,10 @@ from optq.core.solution import Solution
 from optq.errors import ModelError, NumericsError
 from optq.formats.scheme import Format, LayerScheme
 from optq.formats.writer import Writer
-from optq.model.blocks import Block, Layer, linears_outside, release
+from optq.model.blocks import Block, Layer, release
 from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow, Inputs, Site
-from optq.model.source import disk_names
+from optq.model.source import dense_layers, disk_names
 
 Quantizer = RTN | GPTQ | OBQ
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
@@ -146,10 +146,7 @@ class Quantization:
     def finish(self, writer: Writer, calibration: dict[str, Any]) -> None:
         """Complete a checkpoint, with all layers that :meth:`save` or the run gave it."""
         start = time.perf_counter()
-        dense, outside = (
-            [self.names.get(f"{name}.weight", name).removesuffix(".weight") for name in names]
-            for names in (self.dense(), linears_outside(self.model, self.blocks))
-        )
+        dense, outside = dense_layers(self.checkpoint, self.model, self.blocks, writer.layers)
         record = self.record(calibration)
         percdamp = getattr(self.quantizer, "percdamp", 0.0)
         writer.finish(dense, percdamp, record, outside)

@@ -25,8 +25,8 @@ from optq.core.obq import OBQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.data.calibration import calibration_tokens
-from optq.errors import ModelError, SettingError
-from optq.formats import FORMATS, detect, reader
+from optq.errors import SettingError
+from optq.formats import FORMATS, reader, require_plain
 from optq.formats.writer import Writer, check_target
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
@@ -150,8 +150,7 @@ class Runner:
             )
         form, device = FORMATS[self.format], self.model_config.torch_device()
         checkpoint = self.model_config.checkpoint()
-        if detect(checkpoint.config()):
-            raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
+        require_plain(checkpoint)
         if self.output is not None:
             check_target(Path(self.output), checkpoint, self.force)
         model = load_model(checkpoint)

@@ -8,16 +8,16 @@ from typing import Any
 
 from optq.errors import ModelError
 from optq.formats import detect
-from optq.formats.reader import quantized_layers
+from optq.formats.reader import packed_tensors, quantized_layers
 from optq.formats.writer import RECORD
-from optq.model.checkpoint import Checkpoint, tensor_sizes
+from optq.model.checkpoint import Checkpoint
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Format, settings, sizes in bytes, and the records of the layers if OPTQ wrote them."""
     config = checkpoint.config()
-    sizes = tensor_sizes(checkpoint)
-    found = detect(config)
+    sizes = {name: tensor.nbytes for name, tensor in checkpoint.layout.items()}
+    found = detect(checkpoint)
     what: dict[str, Any] = {
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "files": len(set(checkpoint.files.values())),
@@ -39,12 +39,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "sym": common.sym,
             "desc_act": common.actorder,
         }
-    suffixes = found.form.suffixes + found.form.optional
-    parts = [f"{name}.{suffix}" for name in packed for suffix in suffixes]
     what |= {
         "other_schemes": len(schemes) - 1,
         "quantized_layers": len(packed),
-        "quantized_bytes": sum(sizes.get(part, 0) for part in parts),
+        "quantized_bytes": sum(sizes[name] for name in packed_tensors(checkpoint)),
     }
     record = checkpoint.folder / RECORD
     if record.is_file():
