@@ -51,7 +51,7 @@ def write(folder: Path, config: LlamaConfig) -> int:
     scheme, size, where = LayerScheme(4, 128, True), 0, {}
     config.save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"")  # a name for the skeleton, replaced below
-    skeleton = empty_model(Checkpoint(folder, {}))
+    skeleton = empty_model(Checkpoint(folder, {}, {}))
     blocks = find_blocks(skeleton)
     inside = {f"{name}.weight" for block in blocks for name in block.linears}
 

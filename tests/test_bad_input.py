@@ -295,13 +295,26 @@ def a_shape_that_cannot_be_packed(model):
     return "mlp.gate_proj cannot be packed at 3 bits: 72 rows"
 
 
+def an_adapter(model):
+    (model / "config.json").unlink()
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}')
+    return "is an adapter of x/y"
+
+
+def codes_without_settings(model):
+    path, name = model / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    state = load_file(path)
+    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, path)
+    return f"{name} (float8_e4m3fn) is of a quantized model"
+
+
 BROKEN = [
     a_missing_folder, a_file, no_config, no_weights, no_tokenizer, half_a_tokenizer,
     a_config_that_is_not_json, a_config_that_is_a_list, a_config_of_nothing,
     a_config_of_an_unknown_family, a_config_with_a_word_for_a_number, a_config_without_heads,
     a_config_of_another_width, a_config_of_more_blocks, half_the_weights, no_bytes_of_weights,
     corrupt_weights, a_shard_that_is_missing, nan_in_a_weight, infinity_in_a_norm,
-    a_shape_that_cannot_be_packed,
+    a_shape_that_cannot_be_packed, an_adapter, codes_without_settings,
 ]  # fmt: skip
 
 
@@ -585,6 +598,15 @@ def test_a_broken_model_in_other_commands(optq_says, model, tmp_path, command, b
     words = {"eval": ["--text", tmp_path / "text.txt"], "generate": ["the"], "inspect": []}
     cause, _ = optq_says(command, model, *words[command])
     assert str(model) in cause
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "inspect", "bench", "compare"])
+def test_codes_in_other_commands(optq_says, model, command):
+    """Read as numbers they would be thousands of times off, with exit status 0."""
+    expected = codes_without_settings(model)
+    text = ["--text", "demo", "--calib", "demo"]
+    words = {"eval": text[:2], "generate": ["the"], "compare": text}
+    assert expected in optq_says(command, model, *words.get(command, []))[0]
 
 
 @pytest.mark.parametrize("command", ["eval", "generate"])

@@ -20,9 +20,9 @@ from optq.core.rtn import RTN
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
-from optq.errors import DataError, ModelError, NumericsError, OutputError, SettingError
+from optq.errors import DataError, NumericsError, OutputError, SettingError
 from optq.evaluate.perplexity import Perplexity, perplexity
-from optq.formats import FORMATS, detect
+from optq.formats import FORMATS, require_plain
 from optq.model.blocks import find_blocks
 from optq.report.chart import bars
 from optq.runner import ModelConfig, Runner, sequence_length
@@ -78,8 +78,7 @@ class Comparison:
         settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in self.methods]
         quantizers = {setting: self._quantizer(*setting) for setting in settings}
         checkpoint = self.config.checkpoint()
-        if detect(checkpoint.config()):
-            raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
+        require_plain(checkpoint)
         common = self._key(checkpoint.folder)
         kept = Kept(results)
         keys = {

@@ -24,16 +24,16 @@ from optq import __version__
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
-from optq.errors import ModelError, SettingError
-from optq.formats import FORMATS, detect, reader
+from optq.errors import SettingError
+from optq.formats import FORMATS, reader, require_plain
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
 from optq.formats.writer import Kept, Writer, place_of
-from optq.model.blocks import find_blocks, linears_outside
+from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.source import (
-    as_on_disk,
     check_vocabulary,
+    dense_layers,
     load_model,
     load_tokenizer,
     positions,
@@ -157,8 +157,7 @@ class Runner:
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
             )
         form, checkpoint = FORMATS[self.format], self.model_config.checkpoint()
-        if detect(checkpoint.config()):
-            raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
+        require_plain(checkpoint)
         if self.output is None:
             return self._run(checkpoint, form, None, started)
         with place_of(Path(self.output), checkpoint, self.force, self.notice) as place:
@@ -202,8 +201,8 @@ class Runner:
             layers=layers,
         )
         finishing, percdamp = time.perf_counter(), quantizer.percdamp
-        outside = as_on_disk(names, linears_outside(model, blocks))
-        rest = as_on_disk(names, record.dense), percdamp, record, outside
+        dense, outside = dense_layers(checkpoint, model, blocks, sink.layers)
+        rest = dense, percdamp, record, outside
         if isinstance(sink, Writer):
             sink.finish(*rest)
         work.seconds["write"] += time.perf_counter() - finishing

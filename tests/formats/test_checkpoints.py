@@ -15,10 +15,12 @@ from core.checks import solved
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from optq import ModelConfig, Runner
 from optq.core.rtn import RTN
 from optq.errors import ModelError, NumericsError, OutputError
-from optq.formats import FORMATS, reader, writer
+from optq.formats import FORMATS, detect, reader, writer
 from optq.formats.describe import describe
+from optq.formats.export import export
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
@@ -29,6 +31,7 @@ from optq.record import RunRecord
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL)}
 QUANTIZER = RTN(4, 32)
 SCHEME = QUANTIZER.scheme()
+TOKENS = zoo.token_ids(2, 16)
 VERSIONS = (GPTQ_V1, GPTQ_V2)
 RECORD = RunRecord(
     optq="0.1.0",
@@ -85,6 +88,11 @@ def parts_of(folder):
     inside = {f"{name}.{suffix}" for name in layers for suffix in GPTQ_V1.suffixes}
     others = {n: t for n, t in checkpoint.tensors() if n not in inside}
     return layers, others
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(zoo.token_ids()).logits
 
 
 def contents(folder):
@@ -501,12 +509,64 @@ def test_a_layer_without_a_place_is_named(quantized):
         reader.load(edited(quantized, edit))
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.extra.weight", f"{LAYER}.weight"])
-def test_an_unexpected_tensor_is_named(quantized, name):
+@pytest.mark.parametrize("part", ["weight", "perm", "rotation"])
+def test_a_tensor_left_over_of_a_packed_layer_is_named(quantized, part):
     """A reader that ignores one may show another model than was written."""
+    name = f"{LAYER}.{part}"
     checkpoint = edited(quantized, lambda state: state.update({name: torch.zeros(4, 4)}))
     with pytest.raises(ModelError, match=name.replace(".", r"\.")):
         reader.load(checkpoint)
+
+
+def test_a_bias_that_only_the_file_has_is_added(quantized):
+    """AutoGPTQ gave every layer one, of zeros; another value is the quantizer's will."""
+    before = logits(reader.load(Checkpoint.open(str(quantized))))
+    rows = load_file(quantized / "model.safetensors")[f"{LAYER}.scales"].shape[1]
+    zeros = edited(quantized, lambda state: state.update({f"{LAYER}.bias": torch.zeros(rows)}))
+    assert torch.equal(logits(reader.load(zeros)), before)
+    ones = edited(quantized, lambda state: state.update({f"{LAYER}.bias": torch.ones(rows)}))
+    model = reader.load(ones)
+    assert torch.equal(model.get_submodule(LAYER).bias, torch.ones(rows))
+    assert not torch.equal(logits(model), before)
+
+
+SURPLUS = {
+    "v_head.summary.weight": (1, 64),  # of trl's models with a value head
+    "v_head.summary.bias": (1,),
+    "mtp.fc.weight": (64, 128),
+    "mtp.layers.0.mlp.up_proj.weight": (128, 64),
+    "mtp.norm.weight": (64,),
+    "model.layers.61.mlp.up_proj.weight": (128, 64),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_the_model_does_not_load_travels_dense_and_declared(source, tmp_path, form):
+    state = load_file(source / "model.safetensors")
+    surplus = {name: torch.randn(shape) for name, shape in SURPLUS.items()}
+    config = ModelConfig(str(source), device="cpu")
+    Runner(config, QUANTIZER, calib=TOKENS, format=form, output=tmp_path / "plain").run()
+    save_file(state | surplus, source / "model.safetensors", metadata={"format": "pt"})
+    Runner(config, QUANTIZER, calib=TOKENS, format=form, output=tmp_path / "out").run()
+    for other in FORMATS:
+        checkpoint = Checkpoint.open(str(tmp_path / "out"))
+        if other != form:
+            export(checkpoint, tmp_path / other, FORMATS[other])
+            checkpoint = Checkpoint.open(str(tmp_path / other))
+        written = dict(checkpoint.tensors(list(surplus)))
+        assert all(torch.equal(written[name], surplus[name]) for name in surplus)
+        settings = checkpoint.config()["quantization_config"]
+        scheme, layers = detect(checkpoint), reader.quantized_layers(checkpoint)
+        assert all(scheme.layer(name) is not None for name in layers)
+        matrices = [n.removesuffix(".weight") for n, shape in SURPLUS.items() if len(shape) == 2]
+        assert [scheme.layer(name) for name in matrices] == [None] * 4
+        if other == "compressed-tensors":
+            assert settings["ignore"][-1] == "re:.*mtp.*" and {*matrices} < {*settings["ignore"]}
+        else:
+            assert any("mtp" in rule for rule in settings["dynamic"])
+            assert len(settings["modules_in_block_to_quantize"]) == 7
+        plain = reader.load(Checkpoint.open(str(tmp_path / "plain")))
+        assert torch.equal(logits(reader.load(checkpoint)), logits(plain))
 
 
 def test_parts_of_the_wrong_shape_are_refused(quantized):

@@ -15,6 +15,7 @@ import transformers
 import zoo
 import zoo_configs
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
@@ -184,7 +185,7 @@ def copy(checkpoint_of, tmp_path):
 @pytest.fixture
 def export(tmp_path):
     def exported(checkpoint: Checkpoint) -> Exported:
-        facts = export_gguf(checkpoint, tmp_path / "model.gguf")
+        facts = export_gguf(checkpoint, tmp_path / "model.gguf", force=True)
         found = gguf.GGUFReader(tmp_path / "model.gguf")
         fields = {name: field.contents() for name, field in found.fields.items()}
         tensors = {tensor.name: tensor for tensor in found.tensors}
@@ -680,14 +681,67 @@ def checkpoint(copy) -> Checkpoint:
     return copy()
 
 
-def test_tensors_that_are_missing_or_left_over(checkpoint):
-    def without(name):
-        return {n: f for n, f in checkpoint.files.items() if n != name}
+def with_tensors(checkpoint, change):
+    path = checkpoint.folder / "model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})
+    return Checkpoint.open(str(checkpoint.folder))
 
-    missing = Checkpoint(checkpoint.folder, without("model.norm.weight"))
+
+def test_a_tensor_that_is_missing(checkpoint):
+    missing = with_tensors(checkpoint, lambda state: state.pop("model.norm.weight"))
     refused(missing, ModelError, "lacks model.norm.weight")
-    more = checkpoint.files | {"model.more.weight": checkpoint.files["model.norm.weight"]}
-    refused(Checkpoint(checkpoint.folder, more), ModelError, "also has model.more.weight")
+
+
+def test_a_packed_layer_without_a_place(checkpoint):
+    def change(state):
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            state[f"model.more.{part}"] = state[f"model.layers.0.mlp.up_proj.{part}"].clone()
+
+    refused(with_tensors(checkpoint, change), ModelError, "also has model.more.weight")
+
+
+def test_what_no_layer_takes_is_left_out_and_named(copy, export):
+    checkpoint = copy("llama3")
+    bare = export(checkpoint)
+    assert "left_out" not in bare.facts
+    more = {
+        "v_head.weight": torch.ones(1, 128),
+        "mtp.fc.weight": torch.ones(128, 128),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+        "model.layers.0.mlp.up_proj.bias": torch.zeros(256),  # AutoGPTQ wrote such
+    }
+    made = export(with_tensors(checkpoint, lambda state: state.update(more)))
+    assert made.facts["left_out"] == [
+        "model.layers.0.mlp.up_proj.bias", "mtp.fc.weight", "v_head.weight"
+    ]  # fmt: skip
+    assert made.tensors.keys() == bare.tensors.keys()
+    for name, tensor in made.tensors.items():
+        assert np.array_equal(tensor.data, bare.tensors[name].data), name
+
+
+def test_a_bias_that_llama_cpp_would_not_add_is_refused(copy):
+    checkpoint = copy("llama3")
+    name = "model.layers.0.mlp.up_proj.bias"
+    more = with_tensors(checkpoint, lambda state: state.update({name: torch.ones(256)}))
+    refused(more, ModelError, f"also has {name}")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_head_of_its_own_though_the_config_ties_it(copy, export, own):
+    """transformers takes the file's where the two differ, and so do we."""
+    checkpoint = copy("qwen2", tie_word_embeddings=True)
+    embedding = dict(checkpoint.tensors())["model.embed_tokens.weight"]
+    head = embedding + 1 if own else embedding.clone()
+    checkpoint = with_tensors(checkpoint, lambda state: state.update({"lm_head.weight": head}))
+    model = reader.load(checkpoint)
+    assert torch.equal(model.lm_head.weight, head)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is not own
+    made = export(checkpoint)
+    assert ("output.weight" in made.tensors) is own
+    if own:
+        assert torch.equal(values(made.tensors["output.weight"]), head.float())
 
 
 def test_weights_of_another_config(copy):

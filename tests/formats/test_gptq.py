@@ -1,5 +1,6 @@
 """The gptq format, both versions: what is encoded decodes the same, here and independently."""
 
+import json
 import re
 
 import decoder
@@ -15,6 +16,7 @@ from optq.errors import ModelError, SettingError
 from optq.formats import detect
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.formats.scheme import LayerScheme
+from optq.model.checkpoint import Checkpoint
 
 VERSIONS = pytest.mark.parametrize(
     ("form", "version"), [(GPTQ_V1, 1), (GPTQ_V2, 2)], ids=["v1", "v2"]
@@ -152,8 +154,14 @@ KEYS = {
 }
 
 
+def declared(folder, settings):
+    """What is read of a config with these settings."""
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    return detect(Checkpoint(folder, {}, {}))
+
+
 @VERSIONS
-def test_config_of_a_whole_model(form, version):
+def test_config_of_a_whole_model(form, version, tmp_path):
     config = form.config({"model.layers.0.mlp.up_proj": LayerScheme(4, 128, True)}, [], 0.02)
     assert config.keys() == KEYS
     assert config["bits"] == 4 and config["group_size"] == 128 and config["sym"] is True
@@ -161,26 +169,26 @@ def test_config_of_a_whole_model(form, version):
     assert config["damp_percent"] == 0.02 and config["pack_dtype"] == "int32"
     assert config["lm_head"] is False
     assert re.fullmatch(r"optq:\d+\.\d+\.\d+.*", config["meta"]["quantizer"][0])
-    scheme = detect({"quantization_config": config})
+    scheme = declared(tmp_path, config)
     assert scheme.form == form and scheme.layer("any") == LayerScheme(4, 128, True)
 
 
-def test_layers_of_other_settings_have_rules():
+def test_layers_of_other_settings_have_rules(tmp_path):
     usual, other = LayerScheme(4, 128, True), LayerScheme(8, -1, False, actorder=True)
     layers = {f"model.layers.{i}.mlp.up_proj": usual for i in range(12)}
     layers["model.layers.1.mlp.up_proj"] = other
     config = GPTQ_V2.config(layers, ["model.layers.2.mlp.down_proj"], 0.01)
     assert config["bits"] == 4
-    scheme = detect({"quantization_config": config})
+    scheme = declared(tmp_path, config)
     assert {name: scheme.layer(name) for name in layers} == layers
     assert scheme.layer("model.layers.2.mlp.down_proj") is None
 
 
-def test_rules_are_read_as_gptqmodel_reads_them():
+def test_rules_are_read_as_gptqmodel_reads_them(tmp_path):
     """The first that matches from the start of the name; without a sign it changes settings."""
     rules = {"-:.*k_proj": {}, r".*\.1\..*": {"bits": 8}, "+:model": {"group_size": 32}}
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": rules}
-    layer = detect({"quantization_config": config}).layer
+    layer = declared(tmp_path, config).layer
     assert layer("model.layers.1.k_proj") is None
     assert layer("model.layers.1.q_proj") == LayerScheme(8, 128, True)
     assert layer("model.layers.0.q_proj") == LayerScheme(4, 32, True)
@@ -216,11 +224,32 @@ def test_dense_layers_are_named_twice():
         assert out == (name in dense), name
 
 
-def test_detect():
-    assert detect({}) is None
-    assert detect({"quantization_config": None}) is None
+def test_layers_outside_have_one_rule_for_all_that_is_never_packed():
+    """Readers fuse layers, and ask for names such as mtp.layers.0.mlp.gate_up_proj."""
+    quantized = [f"model.layers.{i}.mlp.up_proj" for i in (0, 1, 6)]
+    outside = ["lm_head", "model.vision.0.fc1", "model.layers.61.mlp.up_proj", "mtp.fc"]
+    outside += ["mtp.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj_2"]
+    layers = dict.fromkeys(quantized, LayerScheme(4, -1, True))
+    config = GPTQ_V1.config(layers, [], 0.01, outside)
+    assert config["modules_in_block_to_quantize"] == [["mlp.up_proj"]]
+    assert list(config["dynamic"]) == [
+        r"-:^model\.vision(\.|$)",
+        r"-:^model\.layers\.61(\.|$)",
+        r"-:^mtp(\.|$)",
+        r"-:^model\.layers\.0\.mlp\.up_proj_2(\.|$)",
+    ]
+    for name in (*quantized, *outside[1:], "mtp.layers.0.mlp.gate_up_proj"):
+        out = any(re.match(rule.removeprefix("-:"), name) for rule in config["dynamic"])
+        assert out == (name not in quantized), name
+    assert GPTQ_V1.config(layers, [], 0.01, ["lm_head"]).keys() == KEYS
+
+
+def test_detect(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert detect(Checkpoint(tmp_path, {}, {})) is None
+    assert declared(tmp_path, None) is None
     old = {"quant_method": "gptq", "bits": 4}  # before checkpoint_format existed
-    scheme = detect({"quantization_config": old})
+    scheme = declared(tmp_path, old)
     assert scheme.form == GPTQ_V1 and scheme.layer("any").wbits == 4
     for config, message in (
         ({"quant_method": "awq"}, "quantized with awq"),
@@ -229,7 +258,8 @@ def test_detect():
         ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "groups of 0"),
         ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"}, "packed in int16"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:(": {}}}, "no regular expression"),
-        ({}, "quantized with"),
+        ({"load_in_4bit": True}, "quantized with bitsandbytes"),
+        ({"bits": 4}, "an unnamed method"),
     ):
         with pytest.raises(ModelError, match=message):
-            detect({"quantization_config": config})
+            declared(tmp_path, config)

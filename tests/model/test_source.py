@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optq.errors import ModelError, SettingError
 from optq.model.blocks import find_blocks
-from optq.model.checkpoint import Checkpoint, tensor_sizes
+from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow
 from optq.model.source import (
     disk_names,
@@ -67,7 +67,10 @@ def check_reads(folder, name="llama"):
     assert torch.equal(logits(model), logits(BY_NAME[name].build()))
     tensors = dict(checkpoint.tensors())
     assert tensors.keys() == checkpoint.files.keys()
-    assert tensor_sizes(checkpoint) == {name: t.nbytes for name, t in tensors.items()}
+    assert checkpoint.layout.keys() == tensors.keys()
+    for name, tensor in checkpoint.layout.items():
+        assert tensor.is_meta
+        assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape)
     two = sorted(tensors)[:2]
     for name, tensor in checkpoint.tensors(two):
         assert torch.equal(tensor, tensors[name])
@@ -193,6 +196,86 @@ def test_no_weights(tmp_path):
     folder = saved("llama", tmp_path)
     (folder / "model.safetensors").unlink()
     assert f"{folder} has no weights" in refusal(folder)
+
+
+def test_the_only_file_of_safetensors_is_the_one(tmp_path):
+    folder = saved("llama", tmp_path)
+    (folder / "model.safetensors").rename(folder / "llama-7b.safetensors")
+    for other in ("adapter_model.safetensors", "consolidated.safetensors"):
+        save_file({"other": torch.ones(1)}, folder / other)
+    checkpoint, _ = check_reads(folder)
+    assert set(checkpoint.files.values()) == {"llama-7b.safetensors"}
+    save_file({"other": torch.ones(1)}, folder / "more.safetensors")
+    assert "llama-7b.safetensors, more.safetensors, and no index" in refusal(folder)
+
+
+def test_a_pickle_of_something_else(tmp_path):
+    folder = as_bin(saved("llama", tmp_path))
+    for content in ([torch.ones(1)], {"state_dict": {"x": torch.ones(1)}}):
+        torch.save(content, folder / "pytorch_model.bin")
+        assert "does not hold tensors by name" in refusal(folder)
+
+
+def test_an_adapter_beside_a_model_is_not_its_own(tmp_path):
+    """Neither is it copied without its weights, nor put onto the model where peft is there."""
+    folder = saved("llama", tmp_path)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}')
+    save_file({"lora": torch.ones(1)}, folder / "adapter_model.safetensors")
+    checkpoint, _ = check_reads(folder)
+    assert not any("adapter" in path.name for path in checkpoint.companions())
+
+
+def test_files_that_speak_of_what_is_gone_stay_behind(tmp_path):
+    folder = saved("llama", tmp_path)
+    travels = {"README.md", "preprocessor_config.json", "tokenizer.model", "tekken.json", "x.py"}
+    stays = {
+        *("tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.onnx", "model.onnx_data"),
+        *("openvino_model.xml", "openvino_model.bin", "x.gguf", "params.json", "consolidated.pth"),
+        *("optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", ".cache"),
+        *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml"),
+    }
+    before = {path.name for path in Checkpoint.open(str(folder)).companions()}
+    for name in travels | stays:
+        (folder / name).write_text("{}")
+    checkpoint = Checkpoint.open(str(folder))
+    assert {path.name for path in checkpoint.companions()} == before | travels
+
+
+def test_the_model_has_the_generation_config_of_the_folder(tmp_path):
+    folder = saved("llama", tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert load_model(Checkpoint.open(str(folder))).generation_config.eos_token_id == [2, 7]
+
+
+def remedy(folder):
+    with pytest.raises(ModelError) as caught:
+        Checkpoint.open(str(folder))
+    assert "\n" not in caught.value.remedy
+    return caught.value.remedy
+
+
+@pytest.mark.parametrize("base", ["x/y", None])
+def test_an_adapter_in_place_of_a_model(tmp_path, base):
+    config = {"peft_type": "LORA"} | ({"base_model_name_or_path": base} if base else {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"lora": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    assert f"is an adapter of {base or 'a model'}" in refusal(tmp_path)
+    assert "merge_and_unload" in remedy(tmp_path)
+
+
+def test_other_things_in_place_of_a_model(tmp_path):
+    (tmp_path / "model.gguf").write_text("GGUF")
+    assert "model.gguf is a GGUF file" in refusal(tmp_path / "model.gguf")
+    assert "has no config.json, and GGUF files" in refusal(tmp_path)
+    assert "save_pretrained" in remedy(tmp_path)
+    (tmp_path / "consolidated.00.pth").write_text("")
+    assert "in the layout of their makers" in refusal(tmp_path)
+
+
+def test_a_model_in_a_folder_inside(tmp_path):
+    saved("llama", tmp_path / "model" / "hf")
+    assert "has no config.json, and hf inside it has" in refusal(tmp_path / "model")
+    assert remedy(tmp_path / "model") == f"give {tmp_path / 'model' / 'hf'}"
 
 
 def test_no_config(tmp_path):
@@ -356,6 +439,24 @@ def test_tied_weights_of_torch_save(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+def test_whether_the_head_is_tied_is_what_the_file_shows(tmp_path, name, equal):
+    """A merged fine-tune may have a head of its own, and say that it is tied."""
+    folder = saved(name, tmp_path)
+    model = BY_NAME[name].build()
+    head = model.get_input_embeddings().weight.detach() + (not equal)
+    state = load_file(folder / "model.safetensors") | {"lm_head.weight": head.contiguous()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(str(folder))
+    assert checkpoint.config()["tie_word_embeddings"] is True
+    loaded = load_model(checkpoint)
+    assert loaded.config.tie_word_embeddings is equal
+    assert empty_model(checkpoint).config.tie_word_embeddings is equal
+    assert torch.equal(loaded.lm_head.weight, head)
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is equal
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [
@@ -460,7 +561,7 @@ def test_weights_are_mapped_not_read(tmp_path):
     before = anonymous_bytes()
     model = load_model(checkpoint)
     assert anonymous_bytes() - before < size / 4
-    assert sum(tensor_sizes(checkpoint).values()) == size
+    assert sum(tensor.nbytes for tensor in checkpoint.layout.values()) == size
     assert anonymous_bytes() - before < size / 4
     weight = model.model.layers[0].mlp.up_proj.weight
     with safe_open(tmp_path / "model.safetensors", "pt") as file:

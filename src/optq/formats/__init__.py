@@ -2,31 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from optq.errors import ModelError
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.formats.scheme import Format, Scheme
+from optq.model.checkpoint import Checkpoint, read_settings
 
 FORMATS: dict[str, Format] = {row.name: row for row in (GPTQ_V1, GPTQ_V2, COMPRESSED_TENSORS)}
+REMEDY = f"give a plain model, or one in {', '.join(FORMATS)}"
+# Where other programs keep what they did, if not in config.json.
+OF_THEIR_OWN = {"quant_config.json": "AutoAWQ", "hf_quant_config.json": "ModelOpt"}
 
 
-def detect(config: dict[str, Any]) -> Scheme | None:
-    """The scheme that a ``config.json`` declares, or None for a plain model.
+def detect(checkpoint: Checkpoint) -> Scheme | None:
+    """The scheme of a quantized checkpoint, or None for a plain model.
 
-    Raises :class:`ModelError` for a method that no format of ours holds.
+    Raises :class:`ModelError` for a method that no format of ours holds, and for weights that are
+    codes, and nothing says how: read as numbers they would be another model.
     """
+    settings, scheme = quantization(checkpoint), None
+    if settings is not None:
+        scheme = next(filter(None, (form.detect(settings) for form in FORMATS.values())), None)
+        if scheme is None:
+            unnamed = "bitsandbytes" if "load_in_4bit" in settings else "an unnamed method"
+            method = settings.get("quant_method", unnamed)
+            raise ModelError(f"the model is quantized with {method}", REMEDY)
+    explained = () if scheme is None else scheme.form.suffixes + scheme.form.optional
+    name = next(_codes(checkpoint.layout, explained), None)
+    if name is None:
+        return scheme
+    for file, program in OF_THEIR_OWN.items():
+        if (checkpoint.folder / file).is_file():
+            raise ModelError(f"the model is quantized with {program}, says its {file}", REMEDY)
+    what = f"{name} ({checkpoint.layout[name].dtype})".replace("torch.", "")
+    raise ModelError(f"{what} is of a quantized model, and config.json does not say how", REMEDY)
+
+
+def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The settings of a quantized checkpoint; those in a file of their own if it has codes."""
+    config = checkpoint.config()
     settings = config.get("quantization_config")
     if settings is None:
-        return None
-    if not isinstance(settings, dict):
+        for place in _places(config):
+            where = f"{REMEDY}, with the settings in quantization_config"
+            raise ModelError(f"the model is quantized, says config.json in {place}", where)
+        path = checkpoint.folder / "quantize_config.json"  # AutoGPTQ's first layout
+        if path.is_file() and next(_codes(checkpoint.layout, ()), None):
+            settings = {"quant_method": "gptq"} | read_settings(path)
+    if settings is not None and not isinstance(settings, dict):
         raise ModelError("the quantization_config is no configuration", "copy config.json again")
-    for form in FORMATS.values():
-        scheme = form.detect(settings)
-        if scheme is not None:
-            return scheme
-    raise ModelError(
-        f"the model is quantized with {settings.get('quant_method')}",
-        f"give a plain model, or one in {', '.join(FORMATS)}",
-    )
+    return settings
+
+
+def require_plain(checkpoint: Checkpoint) -> None:
+    """Raises :class:`ModelError` for a model that is quantized already."""
+    if detect(checkpoint):
+        raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
+
+
+def _codes(layout: dict[str, Tensor], explained: tuple[str, ...]) -> Iterator[str]:
+    """The names of tensors that are codes or belong to codes, other than those ``explained``.
+
+    Masks and positions that models keep as buffers are not: their values are booleans, int64, or
+    of one row.
+    """
+    packed = {form.suffixes[0] for form in FORMATS.values()}
+    for name, tensor in layout.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in explained:
+            continue
+        if tensor.is_floating_point():
+            beside = layout.get(f"{module}.weight", torch.empty(0)).ndim == 2
+            found = tensor.itemsize == 1 or ("scale" in suffix and beside)
+        else:
+            small = tensor.itemsize < 8 and tensor.dtype != torch.bool
+            found = tensor.ndim > 1 and (suffix == "weight" or (small and len(tensor) > 1))
+        if found or suffix in packed:
+            yield name
+
+
+def _places(config: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Where a configuration has settings of a quantization, if not where they belong."""
+    for key, value in config.items():
+        if key in ("quantization_config", "compression_config") and value:
+            yield above + key
+        elif isinstance(value, dict):
+            yield from _places(value, f"{above}{key}.")

@@ -30,10 +30,10 @@ from optq.core.packing import pack, unpack
 from optq.core.weight import QuantizedWeight, group_index
 from optq.errors import ModelError, SettingError
 from optq.formats.scheme import LayerScheme, Scheme
+from optq.model.checkpoint import TOGETHER
 
 PACKED = "pack-quantized"
 RELEASE = "0.20.0"  # of the package compressed-tensors whose layout this is
-REMEDY = "check that config.json and the weights belong together"
 OTHER_KIND = "give a checkpoint of integer weights alone, format pack-quantized"
 # Early releases (0.5) left "frozen" in the config of files that are compressed.
 STATUSES = ("compressed", "frozen")
@@ -101,13 +101,13 @@ class CompressedTensorsFormat:
         rows, columns = _shape(name, tensors["weight_shape"])
         groupsize = columns if layer.groupsize == -1 else layer.groupsize
         if columns % groupsize:
-            raise ModelError(f"{name} has {columns} columns in groups of {groupsize}", REMEDY)
+            raise ModelError(f"{name} has {columns} columns in groups of {groupsize}", TOGETHER)
         groups = columns // groupsize
         for suffix, needed in zip(self.optional, (not layer.sym, layer.actorder), strict=True):
             if needed and suffix not in tensors:
-                raise ModelError(f"{name} has no {suffix}, which its config asks for", REMEDY)
+                raise ModelError(f"{name} has no {suffix}, which its config asks for", TOGETHER)
             if suffix in tensors and not needed:
-                raise ModelError(f"{name} has a {suffix}, which its config denies", REMEDY)
+                raise ModelError(f"{name} has a {suffix}, which its config denies", TOGETHER)
         fitting = {
             "weight_packed": ((rows, _words(columns, layer.wbits)), (torch.int32,)),
             "weight_scale": ((rows, groups), (torch.float16, torch.bfloat16, torch.float32)),
@@ -122,7 +122,7 @@ class CompressedTensorsFormat:
                     f"{name}.{suffix} is {tensor.dtype} {list(tensor.shape)} where {kind}"
                     f" {list(shape)} fits {rows} rows, {columns} columns, {layer.wbits} bits and"
                     f" groups of {groupsize}",
-                    REMEDY,
+                    TOGETHER,
                 )
         scales = tensors["weight_scale"].float()
         if layer.sym:
@@ -144,8 +144,11 @@ class CompressedTensorsFormat:
         """The ``quantization_config``; the format has no field for ``percdamp``.
 
         Readers give every ``Linear`` of the model packed tensors unless ``ignore`` names it;
-        ``lm_head`` is named in any case.
+        ``lm_head`` is named in any case. SGLang wants a pattern for multi-token layers.
         """
+        ignore = [n for n in dict.fromkeys([*dense, *outside, "lm_head"]) if n not in layers]
+        if any("mtp" in name for name in ignore) and not any("mtp" in name for name in layers):
+            ignore.append("re:.*mtp.*")
         groups: dict[LayerScheme, list[str]] = {}
         for name, layer in layers.items():
             groups.setdefault(layer, []).append(name)
@@ -154,9 +157,7 @@ class CompressedTensorsFormat:
             "format": PACKED,
             "quantization_status": "compressed",
             "version": RELEASE,
-            "ignore": [
-                name for name in dict.fromkeys([*dense, *outside, "lm_head"]) if name not in layers
-            ],
+            "ignore": ignore,
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "config_groups": {
@@ -172,7 +173,7 @@ class CompressedTensorsFormat:
         _refuse_other_kinds(settings)
         groups = settings.get("config_groups")
         if not isinstance(groups, dict) or not groups:
-            raise ModelError("the quantization_config has no config_groups", REMEDY)
+            raise ModelError("the quantization_config has no config_groups", TOGETHER)
         schemes: dict[str, LayerScheme] = {}
         for title, group in groups.items():
             layer = _layer_scheme(title, group)
@@ -211,7 +212,7 @@ def _unpack(words: Tensor, count: int, bits: int) -> Tensor:
 
 def _shape(name: str, tensor: Tensor) -> tuple[int, int]:
     if tensor.is_floating_point() or tensor.shape != (2,) or tensor.min() < 1:
-        raise ModelError(f"{name}.weight_shape is {tensor.tolist()}, no rows and columns", REMEDY)
+        raise ModelError(f"{name}.weight_shape is {tensor.tolist()}, no rows and columns", TOGETHER)
     rows, columns = tensor.tolist()
     return rows, columns
 
@@ -283,7 +284,7 @@ def _layer_scheme(title: str, group: Any) -> LayerScheme:
     if not grouped and groupsize is None:
         groupsize = -1
     if not isinstance(groupsize, int) or not (groupsize > 0 if grouped else groupsize == -1):
-        raise ModelError(f"{title} has a {weights['strategy']} of {groupsize} columns", REMEDY)
+        raise ModelError(f"{title} has a {weights['strategy']} of {groupsize} columns", TOGETHER)
     # "dynamic" was a second name of "group", "static" is one of "weight".
     actorder = grouped and weights.get("actorder") in ("group", "dynamic")
     return LayerScheme(weights["num_bits"], groupsize, weights["symmetric"], actorder)
@@ -292,7 +293,7 @@ def _layer_scheme(title: str, group: Any) -> LayerScheme:
 def _patterns(what: str, patterns: Any) -> list[str]:
     """Names, ``re:`` expressions and ``Linear``, checked."""
     if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
-        raise ModelError(f"{what} is no list of names", REMEDY)
+        raise ModelError(f"{what} is no list of names", TOGETHER)
     for pattern in patterns:
         if what != "ignore" and pattern != "Linear" and re.fullmatch(r"[A-Z]\w*", pattern):
             # Names on disk do not tell which modules are of a class.
@@ -300,7 +301,7 @@ def _patterns(what: str, patterns: Any) -> list[str]:
         try:
             _matches(pattern, "")
         except re.error as error:
-            raise ModelError(f"{what} holds {pattern}: {error}", REMEDY) from error
+            raise ModelError(f"{what} holds {pattern}: {error}", TOGETHER) from error
     return patterns
 
 

@@ -6,16 +6,16 @@ from collections import Counter
 from typing import Any
 
 from optq.formats import detect
-from optq.formats.reader import quantized_layers
-from optq.model.checkpoint import Checkpoint, tensor_sizes
+from optq.formats.reader import packed_tensors, quantized_layers
+from optq.model.checkpoint import Checkpoint
 from optq.record import FILE, RunRecord
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Format, settings, sizes in bytes, and the records of the layers if OPTQ wrote them."""
     config = checkpoint.config()
-    sizes = tensor_sizes(checkpoint)
-    found = detect(config)
+    sizes = {name: tensor.nbytes for name, tensor in checkpoint.layout.items()}
+    found = detect(checkpoint)
     what: dict[str, Any] = {
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "files": len(set(checkpoint.files.values())),
@@ -37,12 +37,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "sym": common.sym,
             "desc_act": common.actorder,
         }
-    suffixes = found.form.suffixes + found.form.optional
-    parts = [f"{name}.{suffix}" for name in packed for suffix in suffixes]
     what |= {
         "other_schemes": len(schemes) - 1,
         "quantized_layers": len(packed),
-        "quantized_bytes": sum(sizes.get(part, 0) for part in parts),
+        "quantized_bytes": sum(sizes[name] for name in packed_tensors(checkpoint)),
     }
     record = checkpoint.folder / FILE
     if record.is_file():

@@ -6,16 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from optq.core.weight import QuantizedWeight
-from optq.formats import detect
-from optq.formats.reader import quantized_layers, read_layer
+from optq.formats import detect, quantization
+from optq.formats.reader import packed_tensors, quantized_layers, read_layer
 from optq.formats.scheme import Format, LayerScheme
 from optq.formats.writer import Writer, place_of
-from optq.model.blocks import find_blocks, linears_outside
+from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
-from optq.model.source import as_on_disk, disk_names, empty_model
+from optq.model.source import dense_layers, disk_names, empty_model
 
 
 def export(
@@ -33,31 +31,23 @@ def export(
     ``target``; :class:`ModelError` where ``checkpoint`` is not quantized.
     """
     names = quantized_layers(checkpoint)
-    scheme = detect(checkpoint.config())
+    scheme, settings = detect(checkpoint), quantization(checkpoint) or {}
     assert scheme is not None  # quantized_layers has refused a plain model
     skeleton = empty_model(checkpoint)
     blocks = find_blocks(skeleton)
-    conv1d = {layer.name for block in blocks for layer in block.layers if layer.transposed}
-    on_disk = disk_names(skeleton, [*checkpoint.files, *(f"{name}.weight" for name in names)])
-    inside = as_on_disk(on_disk, (name for block in blocks for name in block.linears))
-    outside = as_on_disk(on_disk, linears_outside(skeleton, blocks))
-    packed, turned = set(names), set(as_on_disk(on_disk, conv1d))
-    dtype = skeleton.config.dtype or torch.float32  # a skeleton's own is torch's default
-    settings = checkpoint.config()["quantization_config"]
-    parts = [f"{n}.{s}" for n in names for s in scheme.form.suffixes + scheme.form.optional]
+    on_disk = disk_names(skeleton, [f"{name}.weight" for name in names])
+    conv1d = [layer.name for block in blocks for layer in block.layers if layer.transposed]
+    turned = {on_disk.get(f"{name}.weight", "").removesuffix(".weight") for name in conv1d}
+    dense, outside = dense_layers(checkpoint, skeleton, blocks, set(names))
     with place_of(target, checkpoint, force, notice) as place:
-        writer = Writer(place, checkpoint, form, dtype)
+        writer = Writer(place, checkpoint, form, skeleton.config.dtype)
         for index, name in enumerate(names):  # one at a time: memory holds one layer
             weight = read_layer(checkpoint, name, scheme)
             layer = _as_it_is(scheme.layer(name), weight)
             form.check(name, weight.rows, weight.cols, layer, name in turned)
             writer.commit(index, {name: (weight, layer)}, [])
-        writer.finish(
-            [name for name in inside if name not in packed],
-            settings.get("damp_percent", 0.0),
-            outside=[name for name in outside if name not in packed],
-            packed=parts,
-        )
+        percdamp, packed = settings.get("damp_percent", 0.0), packed_tensors(checkpoint)
+        writer.finish(dense, percdamp, outside=outside, packed=packed)
     return len(names)
 
 

@@ -32,11 +32,12 @@ from torch import Tensor
 
 from optq import __version__
 from optq.errors import ModelError, OutputError
+from optq.formats import detect
 from optq.formats.gguf_blocks import choose, encode
 from optq.formats.gguf_vocabulary import add_vocabulary
-from optq.formats.reader import quantized_layers, read_layer
+from optq.formats.reader import packed_tensors, quantized_layers, read_layer
 from optq.formats.whole import Whole, writing
-from optq.model.checkpoint import Checkpoint
+from optq.model.checkpoint import TOGETHER, Checkpoint
 from optq.model.source import disk_names, empty_model, load_tokenizer
 
 FAMILIES = {  # by the model_type of config.json
@@ -45,7 +46,6 @@ FAMILIES = {  # by the model_type of config.json
     "qwen2": MODEL_ARCH.QWEN2,
     "qwen3": MODEL_ARCH.QWEN3,
 }
-TOGETHER = "check that config.json and the weights belong together"
 DENSE = {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16, torch.float32: Kind.F32}
 
 
@@ -74,13 +74,15 @@ def export_gguf(
 
     ``notice`` is told of what a run that was cut off has left beside ``target``.
 
-    Returns ``file``, ``bytes``, ``tensors`` (how many of each type) and ``minimum_moved``: the
-    largest distance by which fp16 moved a minimum ``m`` of Q4_1, as a fraction of its scale.
+    Returns ``file``, ``bytes``, ``tensors`` (how many of each type), ``minimum_moved``: the
+    largest distance by which fp16 moved a minimum ``m`` of Q4_1, as a fraction of its scale, and
+    ``left_out``: tensors, if there are any, that neither transformers nor llama.cpp takes.
     Raises :class:`ModelError` for a model that llama.cpp would not run as it is,
     :class:`SettingError` for codes that none of the three types holds, :class:`OutputError`
     where the target exists (without ``force``), is no place for a file, or does not read back.
     """
     _check_target(target, force)
+    detect(checkpoint)  # refuses what nobody can read
     kind = checkpoint.config().get("model_type")
     if kind not in FAMILIES:
         raise ModelError(
@@ -95,7 +97,7 @@ def _export(checkpoint: Checkpoint, arch: MODEL_ARCH, place: Whole) -> dict[str,
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
     _add_settings(writer, model.config, arch)
     add_vocabulary(writer, load_tokenizer(checkpoint), model.config)
-    tensors, moved = _tensors(checkpoint, model, arch)
+    tensors, moved, left_out = _tensors(checkpoint, model, arch)
     count = Counter(tensor.kind for tensor in tensors)
     writer.add_name(target.stem)
     writer.add_quantized_by(f"optq {__version__}")
@@ -109,7 +111,7 @@ def _export(checkpoint: Checkpoint, arch: MODEL_ARCH, place: Whole) -> dict[str,
         "bytes": target.stat().st_size,
         "tensors": {kind.name: number for kind, number in sorted(count.items())},
         "minimum_moved": moved,
-    }
+    } | ({"left_out": left_out} if left_out else {})
 
 
 # The model: its settings and its tensors by llama.cpp's names.
@@ -183,23 +185,22 @@ def _order(name: str, config: Any, arch: MODEL_ARCH) -> Tensor | slice:
     return rows.view(count, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def _tensors(checkpoint: Checkpoint, model: Any, arch: MODEL_ARCH) -> tuple[list[_Tensor], float]:
-    """What goes into the file, and how far a minimum moves. Reads every layer once.
+def _tensors(
+    checkpoint: Checkpoint, model: Any, arch: MODEL_ARCH
+) -> tuple[list[_Tensor], float, list[str]]:
+    """What goes into the file, how far a minimum moves, and what is left out.
 
     Raises :class:`ModelError` where tensors and config do not belong together.
     """
     config = model.config
     packed = [f"{name}.weight" for name in quantized_layers(checkpoint)]
-    inside = {name.removesuffix("weight") for name in packed}
     in_model = disk_names(model, [*checkpoint.files, *packed])
-    on_disk = {name: place for place, name in in_model.items()}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    left = {
-        name
-        for name in {*checkpoint.files} - {*on_disk}
-        if name.rpartition(".")[0] + "." not in inside and not name.endswith("rotary_emb.inv_freq")
-    }
-    for what, names in (("lacks", {*model.state_dict()} - {*in_model} - tied), ("also has", left)):
+    left = {*checkpoint.files} - {*in_model.values(), *packed_tensors(checkpoint)}
+    of_packed = [name for name in left if f"{name.rpartition('.')[0]}.weight" in packed]
+    added = {name for name, tensor in checkpoint.tensors(of_packed) if tensor.count_nonzero()}
+    added |= {*packed} - {*in_model.values()}
+    for what, names in (("lacks", {*model.state_dict()} - {*in_model} - tied), ("also has", added)):
         if names:
             raise ModelError(f"{checkpoint.folder} {what} {min(names)}", TOGETHER)
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -223,7 +224,7 @@ def _tensors(checkpoint: Checkpoint, model: Any, arch: MODEL_ARCH) -> tuple[list
         title = known.get_name(place, (".weight", ".bias"))
         assert title is not None, place  # of every tensor of the families above
         tensors.append(_Tensor(title, kind, shape, read))
-    return tensors, farthest
+    return tensors, farthest, sorted(n for n in left if not n.endswith("rotary_emb.inv_freq"))
 
 
 def _read_layer(checkpoint: Checkpoint, name: str, kind: Kind, rows: Tensor | slice) -> Tensor:

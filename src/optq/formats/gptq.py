@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from optq.core.packing import pack, unpack
 from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError, SettingError
 from optq.formats.scheme import LayerScheme, Scheme
+from optq.model.checkpoint import TOGETHER
 
-REMEDY = "check that config.json and the weights belong together"
+DOTTED = "{}.{}".format
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class GPTQFormat:
                 raise ModelError(
                     f"{name}.{suffix} is {tensor.dtype} {list(tensor.shape)} where {dtypes[0]} with"
                     f" {axes} axes belongs",
-                    REMEDY,
+                    TOGETHER,
                 )
         words, rows = tensors["qweight"].shape
         columns = words * 32 // bits
@@ -112,7 +114,7 @@ class GPTQFormat:
                 raise ModelError(
                     f"{name}.{suffix} is {list(tensors[suffix].shape)} where {list(shape)} fits"
                     f" {bits} bits and groups of {layer.groupsize}",
-                    REMEDY,
+                    TOGETHER,
                 )
         g_idx = tensors["g_idx"]
         if g_idx.min() < 0 or g_idx.max() >= groups:
@@ -138,7 +140,11 @@ class GPTQFormat:
         percdamp: float,
         outside: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The ``quantization_config``: the commonest scheme, and a rule for each exception."""
+        """The ``quantization_config``: the commonest scheme, and a rule for each exception.
+
+        Outside, a rule covers all that lies below the first name with nothing packed in it
+        (``mtp``, ``model.layers.61``): readers fuse layers, and then look for other names.
+        """
         base = Counter(layers.values()).most_common(1)[0][0]
         config: dict[str, Any] = {
             **_settings(base),
@@ -151,10 +157,16 @@ class GPTQFormat:
             "meta": {"quantizer": [f"optq:{__version__}"]},
         }
         rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in dense}
+        packed = {above for name in layers for above in accumulate(name.split("."), DOTTED)}
+        for name in outside:
+            if not name.endswith("lm_head"):  # which has a key of its own
+                above = accumulate(name.split("."), DOTTED)
+                whole = next((place for place in above if place not in packed), name)
+                rules[rf"-:^{re.escape(whole)}(\.|$)"] = {}
         for name, layer in layers.items():
             if layer != base:
                 rules[f"+:^{re.escape(name)}$"] = _settings(layer)
-        if dense:
+        if any(rule.startswith("-:") for rule in rules):
             inside = {re.sub(r"^.*?\.\d+\.", "", name, count=1): None for name in layers}
             config["modules_in_block_to_quantize"] = [[name] for name in inside]
         if rules:
@@ -185,7 +197,8 @@ class GPTQFormat:
                 for rule, changes in changes_of.items()
             ]
         except re.error as error:
-            raise ModelError(f"a dynamic rule is no regular expression: {error}", REMEDY) from error
+            cause = f"a dynamic rule is no regular expression: {error}"
+            raise ModelError(cause, TOGETHER) from error
 
         def layer(name: str) -> LayerScheme | None:
             """The first rule that matches decides, as in GPTQModel."""
@@ -211,7 +224,7 @@ def _scheme(settings: dict[str, Any]) -> LayerScheme:
     if type(bits) is not int or bits not in BITS:
         raise ModelError(f"the checkpoint says it has {bits} bits", "give one of 2, 3, 4 or 8 bits")
     if not isinstance(groupsize, int) or (groupsize < 1 and groupsize != -1):
-        raise ModelError(f"the checkpoint says it has groups of {groupsize}", REMEDY)
+        raise ModelError(f"the checkpoint says it has groups of {groupsize}", TOGETHER)
     sym, actorder = bool(settings.get("sym", True)), bool(settings.get("desc_act", False))
     return LayerScheme(bits, groupsize, sym, actorder)
 

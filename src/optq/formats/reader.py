@@ -10,7 +10,7 @@ from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError
 from optq.formats import detect
 from optq.formats.scheme import Format, Scheme
-from optq.model.checkpoint import Checkpoint
+from optq.model.checkpoint import TOGETHER, Checkpoint
 from optq.model.linear import fill, make_room
 from optq.model.source import load_model
 
@@ -21,9 +21,9 @@ def load(checkpoint: Checkpoint, device: torch.device = CPU) -> Any:
     """The model on ``device``; quantized layers are :class:`optq.model.linear.QuantizedLinear`.
 
     One layer at a time is in memory unpacked. Raises :class:`ModelError` for a tensor that is
-    missing, left over, or at odds with the config.
+    missing, at odds with the config, or left over of a packed layer.
     """
-    scheme = detect(checkpoint.config())
+    scheme = detect(checkpoint)
     if scheme is None:
         return load_model(checkpoint).to(device)
     names = quantized_layers(checkpoint)
@@ -32,7 +32,7 @@ def load(checkpoint: Checkpoint, device: torch.device = CPU) -> Any:
 
     def prepare(skeleton: Any) -> set[str]:
         """Room for packed layers, and what their tensors are called, on disk or renamed."""
-        places.update(make_room(skeleton, names))
+        places.update(make_room(skeleton, names, checkpoint.files))
         return {f"{name}.{s}" for pair in places.items() for name in pair for s in suffixes}
 
     model = load_model(checkpoint, prepare)
@@ -52,7 +52,7 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
     if not names:
         raise ModelError(
             f"config.json says {form.name}, and no layer of {checkpoint.folder} is packed",
-            "check that config.json and the weights belong together",
+            TOGETHER,
         )
     for name in names:
         for suffix in form.suffixes:
@@ -67,6 +67,12 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
     return list(names)
 
 
+def packed_tensors(checkpoint: Checkpoint) -> list[str]:
+    """The names of all tensors that the quantized layers are kept in."""
+    form, names = _scheme(checkpoint).form, quantized_layers(checkpoint)
+    return [part for name in names for part in _parts(checkpoint, name, form)]
+
+
 def read_layer(checkpoint: Checkpoint, name: str, scheme: Scheme | None = None) -> QuantizedWeight:
     """One quantized layer by its name on disk."""
     scheme = scheme or _scheme(checkpoint)
@@ -74,7 +80,7 @@ def read_layer(checkpoint: Checkpoint, name: str, scheme: Scheme | None = None) 
     if layer is None:
         raise ModelError(
             f"{name} is packed, and config.json says that it is not",
-            "check that config.json and the weights belong together",
+            TOGETHER,
         )
     wanted = _parts(checkpoint, name, scheme.form)
     tensors = {key.rpartition(".")[2]: value for key, value in checkpoint.tensors(wanted)}
@@ -85,7 +91,7 @@ def read_layer(checkpoint: Checkpoint, name: str, scheme: Scheme | None = None) 
 
 
 def _scheme(checkpoint: Checkpoint) -> Scheme:
-    scheme = detect(checkpoint.config())
+    scheme = detect(checkpoint)
     if scheme is None:
         raise ModelError(f"{checkpoint.folder} is not quantized", "give what optq quantize wrote")
     return scheme

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,40 +17,53 @@ from torch import Tensor
 
 from optq.errors import ModelError
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+TOGETHER = "check that config.json and the weights belong together"
+NAMES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER = "adapter_config.json"
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".npz"),
+    *(".onnx", ".onnx_data", ".tflite", ".gguf"),
+)
+# What speaks of weights that are not in the output: an adapter's, another program's, a trainer's.
+STAY_BEHIND = (
+    *(ADAPTER, ".*", "config.json", "*.index.json", "params.json", "openvino_*.xml"),
+    *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml"),
+    "trainer_state.json",
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with ``config.json`` and weights; ``files`` maps each tensor to its file."""
+    """A folder with ``config.json`` and weights; ``files`` maps each tensor to its file.
+
+    ``layout`` has each tensor's dtype and shape, as a tensor without values.
+    """
 
     folder: Path
     files: dict[str, str]
+    layout: dict[str, Tensor]
 
     @classmethod
     def open(cls, model_id: str) -> Checkpoint:
         """Open a folder, or fetch a hub id. Raises :class:`ModelError` if it is not whole."""
         folder = Path(model_id).expanduser()
         if folder.is_file():
-            raise ModelError(f"{model_id} is a file", "give the folder that it lies in")
+            what = "a GGUF file, for llama.cpp" if folder.suffix == ".gguf" else "a file"
+            raise ModelError(f"{model_id} is {what}", "give the folder of a model for transformers")
         if not folder.is_dir():
             folder = _fetch(model_id)
         if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"{model_id} has no config.json", "give a folder that save_pretrained has written"
-            )
-        return cls(folder, _tensor_files(folder))
+            raise _no_model(model_id, folder)
+        checkpoint = cls(folder, {}, {})
+        for name in _weight_files(folder):
+            found = _layout(folder / name)
+            checkpoint.layout.update(found)
+            checkpoint.files.update(dict.fromkeys(found, name))
+        return checkpoint
 
     def config(self) -> dict[str, Any]:
         """``config.json`` as it stands."""
-        path = self.folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise ModelError(f"{path} is not JSON: {error}", "copy the file again") from error
-        if not isinstance(config, dict):
-            raise ModelError(f"{path} is not a configuration", "copy the file again")
-        return config
+        return read_settings(self.folder / "config.json")
 
     def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The named tensors (default: all), file by file, each read when its turn comes."""
@@ -57,26 +72,51 @@ class Checkpoint:
         for name in wanted:
             by_file.setdefault(self.files[name], []).append(name)
         for file, members in sorted(by_file.items()):
-            with _open_weights(self.folder / file) as get:
+            with _open_weights(self.folder / file) as (_, get):
                 for name in members:
                     yield name, get(name)
 
     def companions(self) -> list[Path]:
-        """All but weights and config: tokenizer, chat template, generation config, .."""
+        """All but weights and what speaks of them: tokenizer, chat template, licence, .."""
         return [
             path
             for path in sorted(self.folder.iterdir())
             if (path.is_file() or path.name == "additional_chat_templates")
-            and not path.name.startswith(".")
             and path.suffix not in WEIGHT_SUFFIXES
-            and not path.name.endswith(".index.json")
-            and path.name not in ("config.json", "quantize_config.json")
+            and not any(fnmatch(path.name, pattern) for pattern in STAY_BEHIND)
         ]
 
 
-def tensor_sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of each tensor. Reads no weights: the files are mapped, not read."""
-    return {name: tensor.nbytes for name, tensor in checkpoint.tensors()}
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a JSON file of settings says."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}", "copy the file again") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path} is not a configuration", "copy the file again")
+    return settings
+
+
+def _no_model(model_id: str, folder: Path) -> ModelError:
+    """What a folder without ``config.json`` is, and what to give in its place."""
+    cause = f"{model_id} has no config.json"
+    remedy = "give a folder that save_pretrained has written"
+    if (folder / ADAPTER).is_file():
+        base = read_settings(folder / ADAPTER).get("base_model_name_or_path") or "a model"
+        cause = f"{model_id} is an adapter of {base}"
+        remedy = (
+            f"merge it first: peft.AutoPeftModelForCausalLM.from_pretrained({model_id!r})"
+            ".merge_and_unload().save_pretrained(FOLDER), and copy the tokenizer's files"
+        )
+    elif (folder / "params.json").is_file() or list(folder.glob("consolidated*")):
+        cause += ", and weights in the layout of their makers"
+    elif list(folder.glob("*.gguf")):
+        cause += ", and GGUF files, made for llama.cpp"
+    elif inner := sorted(folder.glob("*/config.json")):
+        cause += f", and {inner[0].parent.name} inside it has"
+        remedy = f"give {inner[0].parent}"
+    return ModelError(cause, remedy)
 
 
 def _fetch(model_id: str) -> Path:
@@ -99,72 +139,58 @@ def _fetch(model_id: str) -> Path:
         ) from error
 
 
-def _tensor_files(folder: Path) -> dict[str, str]:
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / single).is_file():  # first, as in transformers
-            names = {single}
-        elif (folder / index).is_file():
+def _weight_files(folder: Path) -> list[str]:
+    """The files that hold the tensors: where transformers looks, or the only ones there are."""
+    names = [f"{name}{end}" for name in NAMES for end in ("", ".index.json")]  # as transformers
+    for pattern in ("*.safetensors.index.json", "*.safetensors"):  # gptq_model-4bit-128g, ..
+        found = sorted(path.name for path in folder.glob(pattern))
+        found = [name for name in found if not name.startswith(("adapter_model", "consolidated"))]
+        if len(found) == 1:
+            names += found
+    for path in (folder / name for name in names):
+        if path.is_file() and path.suffix != ".json":
+            return [path.name]
+        if path.is_file():
             try:
-                names = set(json.loads((folder / index).read_text())["weight_map"].values())
-                names = {str(Path(name)) for name in names}
+                members = set(json.loads(path.read_text())["weight_map"].values())
+                return sorted({str(Path(name)) for name in members})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(
-                    f"{folder / index} is not an index", "copy the file again"
-                ) from error
-        else:
-            continue
-        files: dict[str, str] = {}
-        for name in sorted(names):
-            files |= dict.fromkeys(_names_in(folder / name), name)
-        return files
+                raise ModelError(f"{path} is not an index", "copy the file again") from error
+    cause = f"{folder} has {', '.join(found)}, and no index of them"
     raise ModelError(
-        f"{folder} has no weights", "give a folder with model.safetensors or pytorch_model.bin"
+        cause if found else f"{folder} has no weights", f"give a folder with {' or '.join(NAMES)}"
     )
 
 
-def _names_in(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
+def _layout(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
 
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return list(file.keys())
-        return list(_load_pickle(path))
+        with _open_weights(path) as (names, get):
+            return {name: get(name).to("meta") for name in names}
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing", "copy the model again, with all files") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ModelError(
             f"{path} is truncated or corrupt: {first_line(error)}", "copy the file again"
         ) from error
+    except (AttributeError, TypeError) as error:  # a pickle can hold anything
+        raise ModelError(f"{path} does not hold tensors by name", TOGETHER) from error
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def _open_weights(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
+    """The names of a file's tensors, and a function that gives one; they are mapped, not read."""
+    from safetensors import safe_open
+
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            yield list(file.keys()), file.get_tensor
+        return
     # Files of torch before 1.6 are no zip archives, and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
-    return torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
-
-
-class _open_weights:  # noqa: N801  reads like the function it is
-    """A context that gives a function from a tensor's name to the tensor."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        from safetensors import safe_open
-
-        if self.path.suffix == ".safetensors":
-            self.file: Any = safe_open(self.path, "pt").__enter__()
-            return self.file.get_tensor
-        self.file = None
-        return _load_pickle(self.path).__getitem__
-
-    def __exit__(self, *error: Any) -> None:
-        if self.file is not None:
-            self.file.__exit__(*error)
+    state = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
+    yield list(state), state.__getitem__
 
 
 def first_line(error: BaseException) -> str:

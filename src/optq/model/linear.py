@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError
 from optq.kernels.product import Product
 from optq.kernels.table import pick
+from optq.model.checkpoint import TOGETHER
 from optq.model.source import disk_names
-
-REMEDY = "check that config.json and the weights belong together"
 
 
 class QuantizedLinear(nn.Module):
@@ -70,8 +70,11 @@ class QuantizedLinear(nn.Module):
         super()._save_to_state_dict(*arguments)
 
 
-def make_room(model: Any, names_on_disk: list[str]) -> dict[str, str]:
-    """Put empty :class:`QuantizedLinear` in the places of layers; their names in the model."""
+def make_room(model: Any, names_on_disk: list[str], tensors: Collection[str]) -> dict[str, str]:
+    """Put empty :class:`QuantizedLinear` in the places of layers; their names in the model.
+
+    One gets a bias if the file has one for it (among ``tensors``): AutoGPTQ gave every layer one.
+    """
     from transformers.pytorch_utils import Conv1D
 
     wanted = [f"{name}.weight" for name in names_on_disk]
@@ -83,16 +86,12 @@ def make_room(model: Any, names_on_disk: list[str]) -> dict[str, str]:
         if not isinstance(old, nn.Linear | Conv1D):
             raise ModelError(
                 f"{name} is no linear layer of {type(model).__name__}",
-                f"{REMEDY}; sparse experts cannot be loaded yet",
-            )
-        if old is model.get_output_embeddings() and model.config.tie_word_embeddings:
-            raise ModelError(
-                f"{name} is packed, and config.json ties it to the embedding",
-                "set tie_word_embeddings to false, or quantize the model again",
+                f"{TOGETHER}; sparse experts cannot be loaded yet",
             )
         rows, columns = old.weight.T.shape if isinstance(old, Conv1D) else old.weight.shape
         parent, _, attribute = place.rpartition(".")
-        new = QuantizedLinear(columns, rows, old.bias is not None)
+        biased = old.bias is not None or f"{name}.bias" in tensors
+        new = QuantizedLinear(columns, rows, biased)
         setattr(model.get_submodule(parent), attribute, new)
         places[name] = place
     return places
@@ -105,7 +104,7 @@ def fill(model: Any, place: str, name_on_disk: str, weight: QuantizedWeight) -> 
         raise ModelError(
             f"{name_on_disk} is {weight.rows} x {weight.cols} where the model has"
             f" {layer.out_features} x {layer.in_features}",
-            REMEDY,
+            TOGETHER,
         )
     layer.fill(weight, model.dtype)
 

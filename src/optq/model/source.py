@@ -1,9 +1,10 @@
 """The transformers model that a checkpoint on disk stands for.
 
-``from_pretrained`` on the CPU maps safetensors files into memory instead of reading them: a
-weight arrives when it is first touched, and until it is written to, the system may drop its pages
-again. So one block's weights at a time are in memory without any code of ours, and transformers'
-own renamings and conversions hold for every architecture.
+Safetensors files are mapped into memory instead of read: a weight arrives when it is first
+touched, and until it is written to, the system may drop its pages again. ``from_pretrained`` on
+the CPU takes such tensors as they are, so one block's weights at a time are in memory, and its own
+renamings and conversions hold for every architecture. It is given tensors, not the folder: which
+files hold them is asked once, and an adapter that lies beside them does not get into the model.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ import torch
 from torch import Tensor
 
 from optq.errors import DataError, ModelError
-from optq.model.checkpoint import Checkpoint, first_line
+from optq.model.blocks import Block, linears_outside
+from optq.model.checkpoint import TOGETHER, Checkpoint, first_line
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
     """The model without weights: its modules and shapes only."""
-    import transformers
-
-    config, name = _configuration(checkpoint)
+    config, plain = _configuration(checkpoint)
     with torch.device("meta"):
-        return getattr(transformers, name)(config)
+        return plain(config)
 
 
 def load_model(
@@ -35,15 +35,16 @@ def load_model(
     """The transformers model in evaluation mode, on the CPU, in the checkpoint's own dtype.
 
     ``prepare`` may change the skeleton before weights arrive; it returns the names of those
-    tensors that are then not for transformers to load, and no others may be left over. Raises
+    tensors that are then not for transformers to load, and their modules may have no others left
+    over. Tensors of modules that the model does not have are ignored, as transformers does. Raises
     :class:`ModelError` for a model that does not predict the next token, and where a tensor is
     missing, left over, or of the wrong shape.
     """
     import transformers
     from safetensors import SafetensorError
 
-    config, name = _configuration(checkpoint)
-    plain, skipped = getattr(transformers, name), set[str]()
+    config, plain = _configuration(checkpoint)
+    skipped = set[str]()
 
     def build(model: Any, *arguments: Any, **options: Any) -> None:
         plain.__init__(model, *arguments, **options)
@@ -55,27 +56,30 @@ def load_model(
     with _quiet(transformers.logging):
         try:
             model, report = own.from_pretrained(
-                checkpoint.folder,
+                None,
                 config=config,
-                dtype=config.dtype or "auto",
+                state_dict=dict(checkpoint.tensors()),
+                dtype=config.dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
             )
+            if (checkpoint.folder / "generation_config.json").is_file():
+                kind = transformers.GenerationConfig
+                model.generation_config = kind.from_pretrained(checkpoint.folder)
         except (SafetensorError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
             raise ModelError(
                 f"{checkpoint.folder} cannot be loaded: {first_line(error)}",
-                "check that config.json and the weights belong together, or copy the model again",
+                f"{TOGETHER}, or copy the model again",
             ) from error
     model.__class__ = plain
     problems = {kind: {*map(str, report[f"{kind}_keys"])} for kind in ("missing", "mismatched")}
-    if prepare:  # a plain checkpoint may hold more than the model, a quantized one not
-        problems["unexpected"] = {*map(str, report["unexpected_keys"])} - skipped
+    packed = {name.rpartition(".")[0] for name in skipped}
+    left = {*map(str, report["unexpected_keys"])} - skipped
+    problems["unexpected"] = {name for name in left if name.rpartition(".")[0] in packed}
     for kind, names in problems.items():
         if names:
-            raise ModelError(
-                f"the weights in {checkpoint.folder} do not fit {name}: {kind} {min(names)}",
-                "check that config.json and the weights belong together",
-            )
+            what = f"the weights in {checkpoint.folder} do not fit {plain.__name__}"
+            raise ModelError(f"{what}: {kind} {min(names)}", TOGETHER)
     return model.eval()
 
 
@@ -116,9 +120,24 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def as_on_disk(names: dict[str, str], layers: Iterable[str]) -> list[str]:
-    """The layers' names on disk, by the ``names`` of :func:`disk_names`."""
-    return [names.get(f"{layer}.weight", layer).removesuffix(".weight") for layer in layers]
+def dense_layers(
+    checkpoint: Checkpoint, model: Any, blocks: list[Block], packed: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """The names on disk of the linear layers that stay dense: inside the blocks, and elsewhere.
+
+    ``packed`` are the names on disk of the others. Elsewhere are the head, towers, projections,
+    and each matrix on disk that the model does not load: layers for drafts, a value head.
+    """
+    on_disk = disk_names(model, [*checkpoint.files, *(f"{name}.weight" for name in packed)])
+    matrices = [n for n, t in checkpoint.layout.items() if n.endswith(".weight") and t.ndim == 2]
+    others = sorted({*matrices} - {*on_disk.values()})
+
+    def dense(linears: Iterable[str]) -> list[str]:
+        names = [on_disk.get(f"{n}.weight", n).removesuffix(".weight") for n in linears]
+        return [name for name in names if name not in packed]
+
+    inside = dense(name for block in blocks for name in block.linears)
+    return inside, dense([*linears_outside(model, blocks), *others])
 
 
 def check_vocabulary(model: Any, tokens: Tensor) -> None:
@@ -141,24 +160,48 @@ def positions(model: Any) -> int | None:
     return None
 
 
-def _configuration(checkpoint: Checkpoint) -> tuple[Any, str]:
-    """The configuration, as of a plain model, and the name of the class it is for."""
+def _configuration(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The configuration, as of a plain model and true to the file, and the class it is for."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    raw = checkpoint.config()
     # A configuration runs code of its own on whatever the file says.
-    errors = (ValueError, LookupError, TypeError, ArithmeticError, OSError, StrictDataclassError)
+    errors = (ValueError, LookupError, TypeError, ArithmeticError, OSError, RuntimeError)
+    raw = checkpoint.config()
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-    except errors as error:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = getattr(transformers, _architecture(raw, config))
+        if getattr(config, "tie_word_embeddings", False):
+            with torch.device("meta"):
+                skeleton = plain(config)
+            config.tie_word_embeddings = not _has_own_head(skeleton, checkpoint)
+    except (*errors, StrictDataclassError) as error:
         raise ModelError(
             f"transformers cannot read {checkpoint.folder / 'config.json'}: {first_line(error)}",
             "update transformers, or check the file",
         ) from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config, _architecture(raw, config)
+    if config.dtype is None:
+        dtypes = [tensor.dtype for n, tensor in checkpoint.layout.items() if n.endswith("weight")]
+        config.dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    return config, plain
+
+
+def _has_own_head(model: Any, checkpoint: Checkpoint) -> bool:
+    """Whether the file has a head that is not the embedding, though ``config.json`` ties the two.
+
+    transformers takes the file's; a packed one is never the embedding.
+    """
+    modules = {name.rpartition(".")[0] for name in checkpoint.files if not name.endswith("bias")}
+    on_disk = disk_names(model, [f"{module}.weight" for module in modules])
+    for pair in model.all_tied_weights_keys.items():
+        if on_disk.keys() >= {*pair}:
+            dense = [on_disk[name] for name in pair if on_disk[name] in checkpoint.files]
+            tensors = [tensor for _, tensor in checkpoint.tensors(dense)]
+            if len(tensors) < 2 or not torch.equal(*tensors):
+                return True
+    return False
 
 
 def _architecture(raw: dict[str, Any], config: Any) -> str:
