@@ -96,7 +96,7 @@ def test_records_that_are_all_empty(tmp_path):
         read_text(path, "evaluation").whole()
 
 
-@pytest.mark.parametrize("spec", ["wikitext", "c4.json", "demo:train", "", "a:b:c:", "readme.md"])
+@pytest.mark.parametrize("spec", ["wikitext", "c4.csv", "demo:train", "", "a:b:c:", "readme.md"])
 def test_an_unknown_name_lists_the_choices(spec):
     remedy = refusal(spec).remedy
     for choice in ("demo", "wikitext2", "ptb", "c4", ".txt", ".jsonl", "NAME:SPLIT:COLUMN"):

@@ -49,7 +49,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     record = checkpoint.folder / RECORD
     if record.is_file():
         try:
-            made = json.loads(record.read_text())
+            made = json.loads(record.read_text(encoding="utf-8"))
             keys = ("method", "quantizer", "qep", "calibration", "layers")
             what |= {key: made[key] for key in keys}
             what["bits_per_weight"] = round(made["bits_per_weight"], 3)

@@ -93,7 +93,8 @@ class Writer:
             contents = {"config.json": config, self.form.settings_file: settings, RECORD: record}
             for file, content in contents.items():
                 if file is not None and content is not None:
-                    (self.folder / file).write_text(json.dumps(content, indent=2) + "\n")
+                    path = self.folder / file
+                    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             for path in self.source.companions():
                 if path.is_dir():
                     shutil.copytree(path, self.folder / path.name)
@@ -145,7 +146,7 @@ class Writer:
         if count > 1:
             index_file = {"metadata": {"total_size": self._total}, "weight_map": where}
             path = self.folder / "model.safetensors.index.json"
-            path.write_text(json.dumps(index_file, indent=2) + "\n")
+            path.write_text(json.dumps(index_file, indent=2) + "\n", encoding="utf-8")
 
     def _rename(self) -> None:
         """One rename; with ``force`` the old folder steps aside first and goes last."""

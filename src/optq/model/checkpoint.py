@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optq.boundary import first_line, library, short
 from optq.errors import ModelError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -20,13 +21,18 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".o
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with ``config.json`` and weights; ``files`` maps each tensor to its file."""
+    """A folder with ``config.json`` and weights; ``files`` maps each tensor to its file.
+
+    ``dtype``: what the model runs in, and is to be run in, where that is not what its config says.
+    Its tensors on disk stay as they are: whoever loads them casts them, and to the same values.
+    """
 
     folder: Path
     files: dict[str, str]
+    dtype: torch.dtype | None = None
 
     @classmethod
-    def open(cls, model_id: str) -> Checkpoint:
+    def open(cls, model_id: str, dtype: torch.dtype | None = None) -> Checkpoint:
         """Open a folder, or fetch a hub id. Raises :class:`ModelError` if it is not whole."""
         folder = Path(model_id).expanduser()
         if folder.is_file():
@@ -37,18 +43,19 @@ class Checkpoint:
             raise ModelError(
                 f"{model_id} has no config.json", "give a folder that save_pretrained has written"
             )
-        return cls(folder, _tensor_files(folder))
+        return cls(folder, _tensor_files(folder), dtype)
 
     def config(self) -> dict[str, Any]:
-        """``config.json`` as it stands."""
+        """``config.json`` as it stands, but for :attr:`dtype`."""
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ModelError(f"{path} is not JSON: {error}", "copy the file again") from error
+            remedy = "copy the file again, or save it as UTF-8 without a byte-order mark"
+            raise ModelError(f"{path} is not JSON: {first_line(error)}", remedy) from error
         if not isinstance(config, dict):
             raise ModelError(f"{path} is not a configuration", "copy the file again")
-        return config
+        return config if self.dtype is None else _in_dtype(config, self.dtype)
 
     def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The named tensors (default: all), file by file, each read when its turn comes."""
@@ -74,6 +81,17 @@ class Checkpoint:
         ]
 
 
+def _in_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The config, and those inside it, with another dtype."""
+    name = "dtype" if "dtype" in config else "torch_dtype"  # which older programs read as well
+    inner = {
+        key: _in_dtype(value, dtype)
+        for key, value in config.items()
+        if isinstance(value, dict) and key.endswith("_config") and key != "quantization_config"
+    }
+    return config | inner | {name: str(dtype).removeprefix("torch.")}
+
+
 def tensor_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of each tensor. Reads no weights: the files are mapped, not read."""
     return {name: tensor.nbytes for name, tensor in checkpoint.tensors()}
@@ -82,21 +100,22 @@ def tensor_sizes(checkpoint: Checkpoint) -> dict[str, int]:
 def _fetch(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:
+        cause = f"{short(model_id, 200)} does not exist"
+        raise ModelError(cause, "give a model folder or a hub id") from error
     others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]
     others += ["consolidated*", "original/*", "onnx/*"]
-    try:
+    cause = f"there is no folder {short(model_id, 200)}, and the hub does not give it"
+    remedy = "give a model folder, or check the id, your access to it, and the network"
+    with library(ModelError, cause, remedy):
         folder = Path(snapshot_download(model_id, ignore_patterns=others))
         if not list(folder.glob("*.safetensors")):
             snapshot_download(model_id, allow_patterns=["*.bin", "*.bin.index.json"])
-        return folder
-    except HFValidationError as error:
-        raise ModelError(f"{model_id} does not exist", "give a model folder or a hub id") from error
-    except OSError as error:
-        raise ModelError(
-            f"there is no folder {model_id}, and the hub does not give it",
-            "give a model folder, or check the id, your access to it, and the network",
-        ) from error
+    return folder
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
@@ -108,8 +127,8 @@ def _tensor_files(folder: Path) -> dict[str, str]:
             names = {single}
         elif (folder / index).is_file():
             try:
-                names = set(json.loads((folder / index).read_text())["weight_map"].values())
-                names = {str(Path(name)) for name in names}
+                whole = json.loads((folder / index).read_text(encoding="utf-8"))
+                names = {str(Path(name)) for name in whole["weight_map"].values()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(
                     f"{folder / index} is not an index", "copy the file again"
@@ -165,11 +184,3 @@ class _open_weights:  # noqa: N801  reads like the function it is
     def __exit__(self, *error: Any) -> None:
         if self.file is not None:
             self.file.__exit__(*error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first sentence of an error's text, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].endswith(":"):
-        lines = [" ".join(lines[:2])]
-    return lines[0] if lines else type(error).__name__
