@@ -12,7 +12,10 @@ from optq.errors import DataError, ModelError
 
 
 def turned(error, **options):
-    with pytest.raises(ModelError) as caught, library(ModelError, "it failed", "mend it", **options):
+    with (
+        pytest.raises(ModelError) as caught,
+        library(ModelError, "it failed", "mend it", **options),
+    ):
         raise error
     assert caught.value.__cause__ is error
     return caught.value

@@ -45,9 +45,9 @@ def test_conversations():
     expected = Text("list of 2 texts", [messages, "plain"], "\n\n")
     assert given([messages, "plain"], chat=True) == expected
     assert given([{"messages": messages, "text": "x"}, {"text": "plain"}], chat=True) == expected
-    with pytest.raises(DataError, match="list of 1 texts: record 1 .*\n.*--chat"):
+    with pytest.raises(DataError, match=r"list of 1 texts: record 1 .*\n.*--chat"):
         given([{"messages": messages}])
-    with pytest.raises(DataError, match="list of 1 texts: record 1 .*\n.*--chat"):
+    with pytest.raises(DataError, match=r"list of 1 texts: record 1 .*\n.*--chat"):
         windows([messages])
 
 

@@ -217,7 +217,9 @@ def test_c4_documents_of_too_few_bytes_are_drawn_but_not_tokenized(chatty, monke
     with pytest.raises(DataError, match="more than 4000 tokens; the longest has "):
         calibration_tokens("c4", Counting(), 1, 4000, 0, chat)
     assert not any("short" in text for text in asked)
-    expected = max(len(Counting()(chat_of(chatty, d) if chat else d)["input_ids"]) for d in documents)
+    expected = max(
+        len(Counting()(chat_of(chatty, d) if chat else d)["input_ids"]) for d in documents
+    )
     with pytest.raises(DataError, match=f"the longest has {expected}\n"):
         calibration_tokens("c4", Counting(), 1, 4000, 0, chat)
 
