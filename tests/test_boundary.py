@@ -1,5 +1,6 @@
 """What libraries raise: turned into two lines with the cause kept, and what must pass."""
 
+import json
 import os
 import subprocess
 import sys
@@ -72,8 +73,9 @@ def test_files_are_utf_8_whatever_the_locale_says(tmp_path):
     (tmp_path / "config.json").write_text('{"of": "Köln"}', encoding="utf-8")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"key": "ö", "method": "rtn", "wbits": 4, "groupsize": 32, "bits_per_weight": 4,'
-                    ' "bytes": 1, "perplexity": 1.0}\n', encoding="utf-8")  # fmt: skip
+    row = {"key": "ö", "method": "rtn", "wbits": 4, "groupsize": 32, "bits_per_weight": 4}
+    row |= {"bytes": 1, "perplexity": 1.0}
+    rows.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     program = (
         "import sys, locale; from pathlib import Path; from optq.compare import Kept\n"
         "from optq.model.checkpoint import Checkpoint\n"

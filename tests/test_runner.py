@@ -218,7 +218,7 @@ def test_a_float16_that_overflows_is_run_in_another_dtype(overflowing, tmp_path,
     text.write_text(TEXT)
     with pytest.raises(NumericsError, match="--dtype bfloat16 or float32"):
         quantize(overflowing, output=tmp_path / "out")
-    with pytest.raises(NumericsError, match="not finite.*\n.*--dtype bfloat16 or float32"):
+    with pytest.raises(NumericsError, match=r"not finite.*\n.*--dtype bfloat16 or float32"):
         measure(ModelConfig(str(overflowing), "cpu"), str(text), 16)
     config = ModelConfig(str(overflowing), "cpu", dtype)
     expected = measure(config, str(text), 16)[0].perplexity

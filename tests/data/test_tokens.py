@@ -290,7 +290,7 @@ def test_whatever_a_template_raises_names_the_record(tokenizer, tmp_path, templa
     tokenizer.chat_template = template
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "the end"}')
-    with pytest.raises(DataError, match="a.jsonl: the chat template refuses record 1: ") as caught:
+    with pytest.raises(DataError, match=r"a.jsonl: the chat template refuses record 1: ") as caught:
         calibration_tokens(str(path), tokenizer, 1, 8, seed=0, chat=True)
     assert caught.value.__cause__ is not None
 

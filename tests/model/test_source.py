@@ -279,7 +279,7 @@ def test_a_models_own_code_is_refused_and_not_asked_about(tmp_path, monkeypatch,
 def test_a_byte_order_mark(tmp_path):
     folder = saved("llama", tmp_path)
     (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
-    with pytest.raises(ModelError, match="not JSON.*\n.*without a byte-order mark"):
+    with pytest.raises(ModelError, match=r"not JSON.*\n.*without a byte-order mark"):
         load_model(Checkpoint.open(str(folder)))
 
 
