@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import decoder
 import numpy as np
 import pytest
@@ -183,6 +184,20 @@ def test_a_list_of_texts_is_calibrated_on_as_a_file_of_them(folder_of, tmp_path,
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     file = quantize(folder_of("llama"), calib=tmp_path / "text.jsonl", **options)
     assert result.record["layers"] == file.record["layers"]
+
+
+def test_reading_c4_says_how_far_it_is(folder_of, monkeypatch):
+    documents = datasets.Dataset.from_dict({"text": [TEXT, "short"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: documents)
+    steps = []
+    options = {"calib": "c4", "nsamples": 3, "seqlen": 16}
+    quantize(folder_of("llama"), reading=lambda *step: steps.append(step), **options)
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    notes = []
+    config = ModelConfig(str(folder_of("llama")), "cpu")
+    measure(config, "c4", 16, lambda done, total, note: notes.append(note))
+    assert notes[:256] == [f"reading text: {n} of 256" for n in range(1, 257)]
+    assert set(notes[256:]) == {"256 windows of 16 tokens"}
 
 
 def test_a_list_of_ids(folder_of):

@@ -203,10 +203,12 @@ def measure(
     """Perplexity of a model on a text, and the length of its windows."""
     model, tokenizer = config.load()
     seqlen = sequence_length(model, seqlen)
-    windows = evaluation_tokens(text, tokenizer, seqlen)
+    show = progress or (lambda *_: None)
+    windows = evaluation_tokens(
+        text, tokenizer, seqlen, lambda done, of: show(0, of, f"reading text: {done} of {of}")
+    )
     note = f"{len(windows)} windows of {seqlen} tokens"
-    report = None if progress is None else (lambda done, total: progress(done, total, note))
-    return _finite(model, windows, report), seqlen
+    return _finite(model, windows, lambda done, total: show(done, total, note)), seqlen
 
 
 def demo_rows(device: str, progress: Progress) -> list[Row]:

@@ -148,30 +148,30 @@ def _render(text: Text, tokenizer: PreTrainedTokenizerBase, document: Document, 
         with library(DataError, cause, remedy):
             whole = str(tokenizer.apply_chat_template(conversation, tokenize=False))
         # A template made for strings may print a list of parts, as Python does, and not fail.
-        if any(str(parts) in whole for parts in map(_parts, conversation) if parts):
+        lists = [each["content"] for each in conversation if isinstance(each.get("content"), list)]
+        if any(parts and str(parts) in whole for parts in lists):
             raise DataError(f"{cause}, whose content is a list", remedy)
         return whole
 
     try:
         return rendered(conversation)
     except DataError:
-        texts = [
-            [part.get("text") if isinstance(part, dict) else part for part in _parts(message)]
-            for message in conversation
-        ]
-        if not any(texts) or not all(isinstance(each, str) for parts in texts for each in parts):
+        joined = [_joined(message) for message in conversation]
+        if joined == conversation:
             raise
-    joined = [
-        message | {"content": "".join(map(str, parts))} if parts else message
-        for message, parts in zip(conversation, texts, strict=True)
-    ]
     return rendered(joined)
 
 
-def _parts(message: dict[str, Any]) -> list[Any]:
-    """The typed parts of a message's content, where it is not one string."""
-    content = message.get("content")
-    return content if isinstance(content, list) else []
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its typed parts as one string; as it is where one of them is no text."""
+    parts = message.get("content")
+    texts = [
+        part.get("text") if isinstance(part, dict) else part
+        for part in (parts if isinstance(parts, list) else [None])
+    ]
+    if not all(isinstance(text, str) for text in texts):
+        return message
+    return message | {"content": "".join(map(str, texts))}
 
 
 def _checked(ids: Tensor) -> Int64[Tensor, "samples seqlen"]:
