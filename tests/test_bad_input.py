@@ -286,6 +286,17 @@ def infinity_in_a_norm(model):
     return "model.layers.2.self_attn.q_proj (block 2) holds NaN or infinity for calibration sample"
 
 
+def a_newer_kind_of_tokenizer(model):
+    whole = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(whole | {"pre_tokenizer": {"type": "New"}}))
+    return "no tokenizer that transformers can read: data did not match"
+
+
+def a_model_of_its_own_code(model):
+    change_config(model, model_type="unheard", auto_map={"AutoConfig": "configuration_x.X"})
+    return "custom code"
+
+
 def a_shape_that_cannot_be_packed(model):
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=72, num_hidden_layers=1,
@@ -315,6 +326,7 @@ BROKEN = [
     a_config_of_another_width, a_config_of_more_blocks, half_the_weights, no_bytes_of_weights,
     corrupt_weights, a_shard_that_is_missing, nan_in_a_weight, infinity_in_a_norm,
     a_shape_that_cannot_be_packed, an_adapter, codes_without_settings,
+    a_newer_kind_of_tokenizer, a_model_of_its_own_code,
 ]  # fmt: skip
 
 
@@ -365,6 +377,38 @@ TEXTS = [
 def test_a_bad_text(refused, folder_of, tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content.encode("latin-1"))
     assert expected in refused(folder_of("llama"), "--calib", tmp_path / name)[0]
+
+
+def test_a_chat_template_that_fails(refused, model, tmp_path):
+    (model / "chat_template.jinja").write_text("{{ messages[0]['content'] + 1 }}")
+    (tmp_path / "talk.jsonl").write_text('{"text": "the end"}')
+    cause, _ = refused(model, "--calib", tmp_path / "talk.jsonl", "--chat")
+    assert "talk.jsonl: the chat template refuses record 1: " in cause
+
+
+def test_a_text_in_the_place_of_its_name(optq_says, refused, folder_of):
+    assert len(refused(folder_of("llama"), "--calib", TEXT)[0]) < 100
+    for command in ("compare", "eval"):
+        words = ["--text", TEXT, *(["--groupsize", "32"] if command == "compare" else [])]
+        assert len(optq_says(command, folder_of("llama"), *words)[0]) < 100
+
+
+def test_a_damaged_weight_of_a_float32_model_is_not_for_another_dtype(refused, model):
+    infinity_in_a_norm(model)
+    _, remedy = refused(model)
+    assert "copy the model again" in remedy and "dtype" not in remedy
+
+
+def test_a_dtype_that_is_not_offered(refused, folder_of):
+    assert refused(folder_of("llama"), "--dtype", "float16") == (
+        "the dtype is float16",
+        "choose bfloat16 or float32",
+    )
+
+
+def test_a_prompt_that_is_no_text(optq_says, folder_of):
+    """What the shell hands over of bytes that are not UTF-8."""
+    assert "refuses the prompt" in optq_says("generate", folder_of("llama"), "caf\udce9")[0]
 
 
 def test_a_text_that_is_not_there(refused, folder_of, tmp_path):

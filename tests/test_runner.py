@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import decoder
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import optq.quantize
 import optq.runner
 from optq import GPTQ, OBQ, QEP, RTN, ModelConfig, Runner
+from optq.compare import measure
 from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
 from optq.formats import reader, writer
 from optq.model.checkpoint import Checkpoint
@@ -171,6 +173,92 @@ def test_the_same_seed_gives_the_same_bytes(folder_of, tmp_path, quantizer, qep)
     }
     for path in (tmp_path / "one").glob("*.json"):
         assert str(tmp_path) not in path.read_text()
+
+
+@pytest.mark.parametrize("made", [list, json.dumps], ids=["objects", "lines"])
+def test_a_list_of_texts_is_calibrated_on_as_a_file_of_them(folder_of, tmp_path, made):
+    """Three blocks of the table's model, the same layers, errors and bytes."""
+    texts = [TEXT[start:] for start in range(0, 500, 100)]
+    (tmp_path / "text.json").write_text(json.dumps(texts))
+    options = {"nsamples": 4, "seqlen": 16}
+    calib = tmp_path / "text.json" if made is json.dumps else texts
+    result = quantize(folder_of("llama"), calib=calib, **options)
+    expected = "text.json" if made is json.dumps else "list of 5 texts"
+    assert result.record["calibration"]["text"] == expected
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    file = quantize(folder_of("llama"), calib=tmp_path / "text.jsonl", **options)
+    assert result.record["layers"] == file.record["layers"]
+
+
+def test_reading_c4_says_how_far_it_is(folder_of, monkeypatch):
+    documents = datasets.Dataset.from_dict({"text": [TEXT, "short"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: documents)
+    steps = []
+    options = {"calib": "c4", "nsamples": 3, "seqlen": 16}
+    quantize(folder_of("llama"), reading=lambda *step: steps.append(step), **options)
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    notes = []
+    config = ModelConfig(str(folder_of("llama")), "cpu")
+    measure(config, "c4", 16, lambda done, total, note: notes.append(note))
+    assert notes[:256] == [f"reading text: {n} of 256" for n in range(1, 257)]
+    assert set(notes[256:]) == {"256 windows of 16 tokens"}
+
+
+def test_a_list_of_ids(folder_of):
+    result = quantize(folder_of("llama"), calib=[{"input_ids": row[None]} for row in CALIB])
+    expected = quantize(folder_of("llama"))
+    assert result.record == expected.record
+    assert result.record["calibration"] == {"text": "token ids", "samples": 4, "seqlen": 24}
+
+
+def test_a_list_is_refused_before_work_starts(folder_of, monkeypatch):
+    monkeypatch.setattr("optq.runner.load_model", lambda *_: pytest.fail("the run has begun"))
+    with pytest.raises(DataError, match="padded"):
+        quantize(folder_of("llama"), calib=[{"input_ids": [5, 0], "attention_mask": [1, 0]}])
+    with pytest.raises(DataError, match="list of calibration texts is empty"):
+        quantize(folder_of("llama"), calib=[])
+
+
+@pytest.fixture
+def overflowing(tmp_path):
+    """A float16 model whose activations go beyond float16; bfloat16 holds them."""
+    model = BY_NAME["llama"].build().half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 6e4
+        model.model.layers[1].mlp.down_proj.weight *= 1e-4
+    model.save_pretrained(tmp_path / "source")
+    zoo.tokenizer().save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_float16_that_overflows_is_run_in_another_dtype(overflowing, tmp_path, dtype):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    with pytest.raises(NumericsError, match="--dtype bfloat16 or float32"):
+        quantize(overflowing, output=tmp_path / "out")
+    with pytest.raises(NumericsError, match=r"not finite.*\n.*--dtype bfloat16 or float32"):
+        measure(ModelConfig(str(overflowing), "cpu"), str(text), 16)
+    config = ModelConfig(str(overflowing), "cpu", dtype)
+    expected = measure(config, str(text), 16)[0].perplexity
+
+    plain = Runner(config, GPTQ(8, 32), calib=CALIB).run()
+    result = Runner(config, GPTQ(8, 32), calib=CALIB, output=tmp_path / "out").run()
+    assert plain.model.dtype == result.model.dtype == getattr(torch, dtype)
+    check_reload(plain, overflowing, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    written = measure(ModelConfig(str(tmp_path / "out"), "cpu"), str(text), 16)[0].perplexity
+    assert written == pytest.approx(expected, rel=0.05)
+    source, out = load_file(overflowing / "model.safetensors"), tmp_path / "out"
+    for name, tensor in load_file(out / "model.safetensors").items():
+        if name in source:  # dense: whoever loads it casts it
+            assert torch.equal(tensor, source[name]) and tensor.dtype == torch.float16
+
+
+def test_a_dtype_that_is_not_offered(folder_of):
+    config = ModelConfig(str(folder_of("llama")), "cpu", "float8")
+    with pytest.raises(SettingError, match="dtype is float8\nchoose bfloat16 or float32"):
+        Runner(config, FOUR_BITS, calib=CALIB).run()
 
 
 def test_batches_do_not_matter(folder_of, monkeypatch):

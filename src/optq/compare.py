@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -145,10 +146,10 @@ class Comparison:
         """Of everything but the setting that a row depends on."""
         files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir()]
         for spec in (self.calib, self.text):
-            if Path(spec).is_file():
+            if os.path.isfile(spec):  # which takes a text too long for a name as well
                 files.append((spec, Path(spec).stat().st_size, Path(spec).stat().st_mtime_ns))
         numbers = (self.nsamples, self.seqlen, self.seed, self.calib, self.text)
-        where = (__version__, self.config.torch_device().type)
+        where = (__version__, self.config.torch_device().type, self.config.dtype)
         return hashlib.sha256(repr((sorted(files), numbers, where)).encode()).hexdigest()[:16]
 
 
@@ -163,7 +164,7 @@ class Kept:
         whole = ""
         try:
             if path.exists():
-                text = path.read_text()
+                text = path.read_text(encoding="utf-8")
                 whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line short
                 for line in whole.splitlines():
                     entry = json.loads(line)
@@ -185,7 +186,7 @@ class Kept:
         if self.path is None:
             return
         try:
-            with self.path.open(mode) as file:
+            with self.path.open(mode, encoding="utf-8") as file:
                 file.write(text)
                 if mode == "r+":
                     file.truncate()
@@ -201,10 +202,12 @@ def measure(
     """Perplexity of a model on a text, and the length of its windows."""
     model, tokenizer = config.load()
     seqlen = sequence_length(model, seqlen)
-    windows = evaluation_tokens(text, tokenizer, seqlen)
+    show = progress or (lambda *_: None)
+    windows = evaluation_tokens(
+        text, tokenizer, seqlen, lambda done, of: show(0, of, f"reading text: {done} of {of}")
+    )
     note = f"{len(windows)} windows of {seqlen} tokens"
-    report = None if progress is None else (lambda done, total: progress(done, total, note))
-    return _finite(model, windows, report), seqlen
+    return _finite(model, windows, lambda done, total: show(done, total, note)), seqlen
 
 
 def demo_rows(device: str, progress: Progress) -> list[Row]:

@@ -33,5 +33,12 @@ class NumericsError(OptqError):
     """A NaN or infinity in a weight or an activation."""
 
 
+def not_finite_remedy(dtype: object) -> str:
+    """What to do where a model that runs in ``dtype`` (torch's) gives NaN or infinity."""
+    if str(dtype) == "torch.float16":
+        return "choose --dtype bfloat16 or float32, which hold more; else copy the model again"
+    return "copy the model again: a weight may be damaged"
+
+
 class OutputError(OptqError):
     """A place that cannot be written to: it exists, is read-only, or is full."""

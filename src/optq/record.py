@@ -59,7 +59,7 @@ class RunRecord(BaseModel):
         """The record in a file. Raises :class:`ModelError` for a damaged one, or a newer version"""
         lost = "only its errors by layer are lost"
         try:
-            made = json.loads(path.read_text())
+            made = json.loads(path.read_text(encoding="utf-8"))
             if made.get("version", VERSION) > VERSION:
                 raise ModelError(
                     f"{path} is of version {made['version']}, newer than this OPTQ",

@@ -11,7 +11,7 @@ model, so that everything behind them sees the error made so far. Codes go to di
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,8 @@ from optq import __version__
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
+from optq.data.given import given
+from optq.data.text import Text
 from optq.errors import SettingError
 from optq.formats import FORMATS, reader, require_plain
 from optq.formats.scheme import Format
@@ -41,17 +43,21 @@ from optq.model.source import (
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.record import LayerRecord, RunRecord
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model, and where it is quantized.
 
     ``model_id``: a folder, a hub id, or ``demo``. ``device``: ``auto`` (the first GPU, else the
-    CPU) or what ``torch.device`` takes.
+    CPU) or what ``torch.device`` takes. ``dtype``: ``bfloat16`` or ``float32`` instead of the
+    checkpoint's own, such as a float16 that the activations overflow; what is written names it.
     """
 
     model_id: str
     device: str = "auto"
+    dtype: str | None = None
 
     @property
     def is_demo(self) -> bool:
@@ -59,11 +65,12 @@ class ModelConfig:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint on disk."""
-        if self.is_demo:
-            from optq.demo import MODEL
+        from optq.demo import MODEL
 
-            return Checkpoint.open(str(MODEL))
-        return Checkpoint.open(str(self.model_id))
+        if self.dtype not in (None, *DTYPES):
+            raise SettingError(f"the dtype is {self.dtype}", f"choose {' or '.join(DTYPES)}")
+        folder = MODEL if self.is_demo else self.model_id
+        return Checkpoint.open(str(folder), DTYPES.get(self.dtype or ""))
 
     def load(self) -> tuple[Any, Any]:
         """The model on its device, quantized or not, and its tokenizer."""
@@ -125,19 +132,20 @@ class Result:
 class Runner:
     """One quantization run.
 
-    ``calib`` is a SPEC of :mod:`optq.data` (default: ``c4``, and ``demo`` for the bundled model)
-    or token ids ``[samples, tokens]``; ``output`` a folder to write as the run goes (without it
-    the result keeps everything and can ``save``); ``seqlen`` defaults to 2048, or to the model's
-    positions if those are fewer; ``skip`` is a regular expression of layers to leave dense;
-    ``chat`` passes the text through the tokenizer's chat template; ``qep`` is True or a
-    :class:`QEP`; ``progress`` is called after each site, ``notice`` for what a dead run has left
-    beside the output.
+    ``calib`` is a SPEC of :mod:`optq.data` (default: ``c4``, and ``demo`` for the bundled model),
+    token ids ``[samples, tokens]``, or what :func:`optq.data.given.given` takes; ``output`` a
+    folder to write as the run goes (without it the result keeps everything and can ``save``);
+    ``seqlen`` defaults to 2048, or to the model's positions if those are fewer; ``skip`` is a
+    regular expression of layers to leave dense; ``chat`` passes the text through the tokenizer's
+    chat template; ``qep`` is True or a :class:`QEP`; ``progress`` is called after each site,
+    ``reading(done, total)`` with the windows drawn from ``c4``, ``notice`` for what a dead run has
+    left beside the output.
     """
 
     model_config: ModelConfig
     quantizer: Solver
     qep: bool | QEP = False
-    calib: str | Path | Tensor | None = None
+    calib: str | Path | Tensor | Iterable[Any] | None = None
     output: str | Path | None = None
     nsamples: int = 128
     seqlen: int | None = None
@@ -148,6 +156,7 @@ class Runner:
     force: bool = False
     progress: Callable[[Progress], None] = lambda _: None
     notice: Callable[[str], None] = lambda _: None
+    reading: Callable[[int, int], None] | None = None
 
     def run(self) -> Result:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
@@ -166,12 +175,12 @@ class Runner:
     def _run(
         self, checkpoint: Checkpoint, form: Format, place: Whole | None, started: float
     ) -> Result:
-        device, quantizer = self.model_config.torch_device(), self.quantizer
+        device, quantizer, calib = self.model_config.torch_device(), self.quantizer, self._calib()
         model = load_model(checkpoint)
         blocks = find_blocks(model, self.skip)
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
         qep = QEP() if self.qep is True else self.qep or None
-        tokens = self._tokens(checkpoint, model)
+        tokens = self._tokens(calib, checkpoint, model)
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink = Kept(form, dtype) if place is None else Writer(place, checkpoint, form, dtype)
         work = Quantization(
@@ -194,7 +203,7 @@ class Runner:
             method=type(quantizer).__name__.lower(),
             quantizer=asdict(quantizer),  # type: ignore[call-overload]
             qep=None if qep is None else asdict(qep),
-            calibration=self._calibration(tokens),
+            calibration=self._calibration(calib, tokens),
             bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
             bytes=sink.bytes,
             dense=[name for block in blocks for name in block.linears if name not in solved],
@@ -228,27 +237,28 @@ class Runner:
             _write=save,
         )
 
-    def _tokens(self, checkpoint: Checkpoint, model: Any) -> Tensor:
-        if isinstance(self.calib, Tensor):
-            tokens = calibration_tokens(self.calib, None, 1, 1, self.seed)
+    def _calib(self) -> str | Text | Tensor:
+        if isinstance(self.calib, str | Path | None):
+            return str(self.calib or ("demo" if self.model_config.is_demo else "c4"))
+        return given(self.calib, self.chat)
+
+    def _tokens(self, calib: str | Text | Tensor, checkpoint: Checkpoint, model: Any) -> Tensor:
+        if isinstance(calib, Tensor):
+            tokens = calibration_tokens(calib, None, 1, 1, self.seed)
             sequence_length(model, tokens.shape[1])
         else:
             seqlen, tokenizer = sequence_length(model, self.seqlen), load_tokenizer(checkpoint)
-            tokens = calibration_tokens(
-                self._calib_name(), tokenizer, self.nsamples, seqlen, self.seed, chat=self.chat
-            )
+            how = (self.nsamples, seqlen, self.seed, self.chat, self.reading)
+            tokens = calibration_tokens(calib, tokenizer, *how)
         check_vocabulary(model, tokens)
         return tokens
 
-    def _calib_name(self) -> str:
-        return str(self.calib or ("demo" if self.model_config.is_demo else "c4"))
-
-    def _calibration(self, tokens: Tensor) -> dict[str, Any]:
+    def _calibration(self, calib: str | Text | Tensor, tokens: Tensor) -> dict[str, Any]:
         """What the checkpoint says of its calibration: a file's name, not where it lay."""
         size = {"samples": tokens.shape[0], "seqlen": tokens.shape[1]}
-        if isinstance(self.calib, Tensor):
+        if isinstance(calib, Tensor):
             return {"text": "token ids", **size}
-        name = self._calib_name()
+        name = calib.name if isinstance(calib, Text) else calib
         text = Path(name).name if Path(name).is_file() else name
         return {"text": text, **size, "seed": self.seed, "chat": self.chat}
 

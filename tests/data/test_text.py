@@ -67,6 +67,31 @@ def test_a_broken_jsonl_line_is_named(tmp_path):
         assert "line 3" in error.cause and complaint in error.cause
 
 
+def test_a_json_file_is_an_array_or_lines(tmp_path):
+    messages = [{"role": "user", "content": "hi"}]
+    records = ["one", {"text": "two\nlines"}, {"text": "three", "messages": messages}]
+    path = write(tmp_path / "a.json", json.dumps(records, indent=1))
+    assert read_text(path, "evaluation").whole() == "one\n\ntwo\nlines\n\nthree"
+    assert list(read_text(path, "calibration", chat=True).documents)[2] == messages
+    path = write(tmp_path / "b.json", '{"text": "x"}\n\n{"text": "y"}\n')
+    assert read_text(path, "evaluation").whole() == "x\n\ny"
+    for content, complaint in {
+        '["x", ': "b.json is not JSON",
+        '["x", 5]': "b.json, record 2 has no field `text`",
+        '{"text": "x"}\n{': "b.json, line 2 is not JSON",
+        '{\n"text": "x"}': "b.json, line 1 is not JSON",
+        "[]": "b.json has no text",
+    }.items():
+        with pytest.raises(DataError, match=complaint):
+            read_text(write(tmp_path / "b.json", content), "calibration").whole()
+
+
+def test_a_text_in_the_place_of_a_name_is_not_repeated(hub, tmp_path):
+    for spec in ("one word and another " * 500, "x" * 5000 + ".txt"):
+        error = refusal(spec)
+        assert len(error.cause) < 300 and spec[:20] in error.cause
+
+
 def test_conversations_are_for_chat(tmp_path):
     messages = [{"role": "user", "content": "hi"}]
     line = json.dumps({"messages": messages, "text": "plain"})
@@ -96,7 +121,7 @@ def test_records_that_are_all_empty(tmp_path):
         read_text(path, "evaluation").whole()
 
 
-@pytest.mark.parametrize("spec", ["wikitext", "c4.json", "demo:train", "", "a:b:c:", "readme.md"])
+@pytest.mark.parametrize("spec", ["wikitext", "c4.csv", "demo:train", "", "a:b:c:", "readme.md"])
 def test_an_unknown_name_lists_the_choices(spec):
     remedy = refusal(spec).remedy
     for choice in ("demo", "wikitext2", "ptb", "c4", ".txt", ".jsonl", "NAME:SPLIT:COLUMN"):

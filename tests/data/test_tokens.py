@@ -188,6 +188,113 @@ def test_c4_without_a_long_document(tokenizer, monkeypatch):
     assert calibration_tokens("c4", tokenizer, 1, longest - 1, seed=0).shape == (1, longest - 1)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_c4_documents_of_too_few_bytes_are_drawn_but_not_tokenized(chatty, monkeypatch, chat):
+    """Bytes and not characters: a tokenizer may fall back on them."""
+    asked = []
+
+    class Counting:
+        chat_template, apply_chat_template = TEMPLATE, staticmethod(chatty.apply_chat_template)
+
+        def __call__(self, text, **options):
+            asked.append(text)
+            bytes_alone = "ü" in text
+            return {"input_ids": [*text.encode()] if bytes_alone else [*text.encode()][::4]}
+
+    documents = ["short", "x" * 80, "ü" * 40, "y" * 200]  # bytes: 5, 80, 80, 200
+    c4_of(documents, monkeypatch)
+    progress = []
+    windows = calibration_tokens(
+        "c4", Counting(), 30, 48, 5, chat, lambda *step: progress.append(step)
+    )
+    assert windows.shape == (30, 48)
+    assert not any("short" in text for text in asked)
+    assert sum("x" in text for text in asked) == 1  # long enough to ask, then known to be short
+    assert any("ü" in text for text in asked)
+    assert progress == [(done, 30) for done in range(1, 31)]
+
+    asked.clear()
+    with pytest.raises(DataError, match="more than 4000 tokens; the longest has "):
+        calibration_tokens("c4", Counting(), 1, 4000, 0, chat)
+    assert not any("short" in text for text in asked)
+    expected = max(
+        len(Counting()(chat_of(chatty, d) if chat else d)["input_ids"]) for d in documents
+    )
+    with pytest.raises(DataError, match=f"the longest has {expected}\n"):
+        calibration_tokens("c4", Counting(), 1, 4000, 0, chat)
+
+
+def chat_of(tokenizer, text):
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+
+
+def test_half_a_surrogate_pair(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "' + "ab" * 40 + '\\ud83d"}')
+    with pytest.raises(DataError, match=f"the tokenizer refuses {path}: .*\n.*surrogate"):
+        calibration_tokens(str(path), tokenizer, 1, 8, seed=0)
+    c4_of(["ab" * 40], monkeypatch)
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: 1 / 0)
+    with pytest.raises(DataError, match="the tokenizer refuses record 1 of c4: division by zero"):
+        calibration_tokens("c4", tokenizer, 1, 8, seed=0)
+
+
+PARTS = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+JOINING = "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+ITERATING = (
+    "{% for m in messages %}<s>{{ m.role }}: {% for part in m.content %}({{ part.text }})"
+    "{% endfor %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (JOINING, "<s>user: one two\n"),  # raises TypeError on a list
+        (TEMPLATE, "<s>user: one two\n"),  # prints a list as Python does
+        (ITERATING, "<s>user: (one )(two)"),  # is made for lists
+    ],
+    ids=["joining", "printing", "iterating"],
+)
+def test_a_content_of_typed_parts(tokenizer, tmp_path, template, expected):
+    tokenizer.chat_template = template
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": PARTS}]}))
+    ids = tokenizer(expected, add_special_tokens=False)["input_ids"]
+    windows = calibration_tokens(str(path), tokenizer, 1, len(ids), seed=0, chat=True)
+    assert windows.tolist() == [ids]
+
+
+@pytest.mark.parametrize("template", [JOINING, TEMPLATE], ids=["joining", "printing"])
+def test_a_part_that_is_no_text(tokenizer, tmp_path, template):
+    tokenizer.chat_template = template
+    content = [*PARTS, {"type": "image", "url": "x.png"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    with pytest.raises(DataError, match="the chat template refuses record 1") as caught:
+        calibration_tokens(str(path), tokenizer, 1, 8, seed=0, chat=True)
+    assert "x.png" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content + 1 }}",  # TypeError
+        "{{ messages[0].content.pop('x') }}",  # of jinja's: UndefinedError, SecurityError
+        "{{ messages[9].content.x }}",
+        "{{ 1 // 0 }}",  # ZeroDivisionError
+        "{% for %}",  # a syntax error
+    ],
+)
+def test_whatever_a_template_raises_names_the_record(tokenizer, tmp_path, template):
+    tokenizer.chat_template = template
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "the end"}')
+    with pytest.raises(DataError, match=r"a.jsonl: the chat template refuses record 1: ") as caught:
+        calibration_tokens(str(path), tokenizer, 1, 8, seed=0, chat=True)
+    assert caught.value.__cause__ is not None
+
+
 def test_chat_makes_each_document_a_message(chatty, tmp_path):
     path = tmp_path / "a.jsonl"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]

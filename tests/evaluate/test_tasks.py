@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,22 @@ def test_an_unknown_task(harness, llama):
 def test_a_task_whose_data_is_out_of_reach(harness, llama):
     with pytest.raises(DataError, match="cannot be reached"):  # the tests run offline
         zero_shot(llama, zoo.tokenizer(), ["piqa"])
+
+
+def test_whatever_the_harness_raises(llama, monkeypatch):
+    """A stand-in for it: what a task's own files raise is of any kind."""
+    fault = KeyError("choices")
+
+    def fails(**_):
+        raise fault
+
+    whole = {"simple_evaluate": fails, "HFLM": lambda **_: None}
+    whole["TaskManager"] = lambda: SimpleNamespace(match_tasks=lambda tasks: tasks)
+    for module in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**whole))
+    with pytest.raises(DataError, match=r"a task cannot be run, .*: KeyError: 'choices'") as caught:
+        zero_shot(llama, zoo.tokenizer(), ["piqa"])
+    assert caught.value.__cause__ is fault
 
 
 def test_without_the_harness(llama, monkeypatch):

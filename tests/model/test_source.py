@@ -297,8 +297,7 @@ def test_a_config_that_is_not_one(tmp_path, text):
         {"model_type": None},
         {"model_type": "no-such-model", "architectures": ["NoSuchForCausalLM"]},
         {"hidden_size": "wide"},
-        {"architectures": ["NoSuchForCausalLM"]},
-        {"architectures": []},
+        {"architectures": ["LlamaModel"]},
     ],
     ids=str,
 )
@@ -308,10 +307,112 @@ def test_a_config_that_transformers_does_not_know(tmp_path, changes):
     (folder / "config.json").write_text(
         json.dumps({k: v for k, v in config.items() if v is not None})
     )
-    if changes == {"architectures": []}:  # the model type says enough
-        check_reads(folder)
-    else:
-        refusal(folder)
+    refusal(folder)
+
+
+def reconfigured(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": []},
+        {"architectures": ["LLaMAForCausalLM"]},
+        {"auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}},
+        {"auto_map": {"AutoConfig": "x.X"}, "architectures": ["XForCausalLM"]},
+    ],
+    ids=str,
+)
+def test_the_model_type_says_enough(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    folder = reconfigured(saved("llama", tmp_path), **changes)
+    (folder / "configuration_x.py").write_text("raise SystemExit")
+    check_reads(folder)
+    assert load_tokenizer(Checkpoint.open(str(folder)))("the").input_ids
+
+
+def test_a_class_that_is_a_guess_must_take_all_weights(tmp_path):
+    folder = reconfigured(saved("llama", tmp_path), architectures=["LlamaWithMoreForCausalLM"])
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.0.more": torch.ones(2)}, path, {"format": "pt"})
+    assert "do not fit LlamaForCausalLM: unexpected model.layers.0.more" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["bert_masked", "t5"])
+def test_the_model_type_of_another_kind_does_not(tmp_path, name):
+    folder = reconfigured(saved(name, tmp_path), architectures=["MyOwnForCausalLM"])
+    assert "MyOwnForCausalLM is not a causal language model" in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["AutoConfig", "AutoModelForCausalLM"])
+def test_a_models_own_code_is_refused_and_not_asked_about(tmp_path, monkeypatch, part):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    folder = saved("llama", tmp_path)
+    reconfigured(folder, model_type="unheard", auto_map={part: "configuration_x.X"})
+    with pytest.raises(ModelError) as caught:
+        load_model(Checkpoint.open(str(folder)))
+    assert "runs no code that a model brings" in caught.value.remedy
+    assert "converted to a class that transformers has" in caught.value.remedy
+
+
+def test_a_byte_order_mark(tmp_path):
+    folder = saved("llama", tmp_path)
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
+    with pytest.raises(ModelError, match=r"not JSON.*\n.*without a byte-order mark"):
+        load_model(Checkpoint.open(str(folder)))
+
+
+def test_whatever_a_models_class_raises(tmp_path, monkeypatch):
+    checkpoint = Checkpoint.open(str(saved("llama", tmp_path)))
+    fault = ZeroDivisionError("no heads")
+
+    def broken(*_, **__):
+        raise fault
+
+    with pytest.raises(ZeroDivisionError) as defect:  # of OPTQ, called back by transformers
+        load_model(checkpoint, broken)
+    assert defect.value is fault
+    monkeypatch.setattr("transformers.LlamaModel.__init__", broken)
+    for load in (load_model, empty_model):
+        with pytest.raises(ModelError, match="cannot be loaded: no heads") as caught:
+            load(checkpoint)
+        assert caught.value.__cause__ is fault
+    monkeypatch.setattr("transformers.LlamaConfig.from_dict", broken)
+    with pytest.raises(ModelError, match=r"cannot read .*config.json: no heads"):
+        load_model(checkpoint)
+
+
+def test_whatever_the_hub_raises(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("client closed\nlong story")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    assert "no folder nobody/x, and the hub does not give it: client closed" in refusal("nobody/x")
+
+
+def test_another_dtype_than_the_checkpoints(tmp_path):
+    own = saved("llama_bfloat16", tmp_path / "a")
+    checkpoint = Checkpoint.open(str(own), torch.float32)
+    model, before = load_model(checkpoint), load_model(Checkpoint.open(str(own)))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for one, other in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, other.float())
+    assert checkpoint.config()["dtype"] == "float32"
+
+    nested = reconfigured(saved("llava", tmp_path / "b"), quantization_config={"dtype": "int8"})
+    config = json.loads((nested / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")  # as older programs write it
+    (nested / "config.json").write_text(json.dumps(config))
+    changed = Checkpoint.open(str(nested), torch.bfloat16).config()
+    assert changed["torch_dtype"] == "bfloat16" and "dtype" not in changed
+    assert changed["text_config"]["dtype"] == changed["vision_config"]["dtype"] == "bfloat16"
+    assert changed["quantization_config"] == {"dtype": "int8"}
+    del config["torch_dtype"]
+    (nested / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(str(nested), torch.bfloat16).config()["torch_dtype"] == "bfloat16"
 
 
 def test_no_such_folder(tmp_path):
@@ -357,6 +458,65 @@ def test_a_broken_tokenizer(tmp_path, text):
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(ModelError, match="no tokenizer"):
         load_tokenizer(Checkpoint.open(str(folder)))
+
+
+def tokenizer_refusal(folder):
+    with pytest.raises(ModelError, match="no tokenizer that transformers can read: ") as caught:
+        load_tokenizer(Checkpoint.open(str(folder)))
+    assert "\n" not in caught.value.cause + caught.value.remedy
+    return caught.value
+
+
+def test_a_tokenizer_of_a_kind_that_is_not_known_yet(tmp_path):
+    folder = saved("llama", tmp_path)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(whole | {"pre_tokenizer": {"type": "New"}}))
+    error = tokenizer_refusal(folder)  # the Rust package raises a bare Exception
+    assert "did not match any variant" in error.cause and "update transformers" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("said", "file", "packages"),
+    [
+        (ImportError("\nX requires the SentencePiece library but"), None, "sentencepiece"),
+        (ImportError("X requires the protobuf library but"), None, "protobuf"),
+        (ImportError("blobfile is not installed."), None, "blobfile"),
+        (ValueError("`tiktoken` is required"), b"IQ== 0\n", "tiktoken"),
+        (ValueError("`tiktoken` is required"), b"\n\x0e\n\x05<unk>", "sentencepiece protobuf"),
+    ],
+    ids=["sentencepiece", "protobuf", "blobfile", "tiktoken", "blamed"],
+)
+def test_a_package_that_the_tokenizer_needs(tmp_path, monkeypatch, said, file, packages):
+    def fails(*_, **__):
+        try:
+            raise ModuleNotFoundError("No module")
+        except ModuleNotFoundError:
+            raise said  # noqa: B904  as transformers does
+
+    folder = saved("llama", tmp_path)
+    (folder / "tokenizer.json").unlink()
+    if file is not None:
+        (folder / "tokenizer.model").write_bytes(file)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fails)
+    monkeypatch.setattr("optq.model.source.distributions", list)
+    assert f"`pip install {packages}`" in tokenizer_refusal(folder).remedy
+    here = [type("Here", (), {"name": name}) for name in packages.split()]
+    monkeypatch.setattr("optq.model.source.distributions", lambda: here)
+    assert "pip install" not in tokenizer_refusal(folder).remedy
+
+
+def test_a_tokenizer_of_a_models_own_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    folder = saved("llama", tmp_path)
+    whole = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": ["x.My", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(whole | own))
+    error = tokenizer_refusal(folder)
+    assert "no code that a model brings" in error.remedy and "auto_map" in error.remedy
+    del own["auto_map"]  # as the remedy says
+    (folder / "tokenizer_config.json").write_text(json.dumps(whole | own))
+    ids = load_tokenizer(Checkpoint.open(str(folder)))("the end").input_ids
+    assert ids == zoo.tokenizer()("the end").input_ids
 
 
 @pytest.mark.parametrize("row", zoo.ROWS + zoo.MULTIMODAL, ids=lambda row: row.name)

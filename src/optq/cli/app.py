@@ -17,6 +17,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, or 'demo'.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ..")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16 or float32, where the model's own float16 overflows.")
+]
 Seqlen = Annotated[
     int | None, typer.Option(help="Tokens in a sequence: 2048, or the model's positions if fewer.")
 ]

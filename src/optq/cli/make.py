@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optq.cli.app import FORMATS_HELP, Device, Json, Model, Seqlen, app, print_json, say
+from optq.cli.app import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, app, print_json, say
 from optq.errors import SettingError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def quantize(
     calib: Annotated[
         str | None,
         typer.Option(
-            help="demo, a .txt or .jsonl file, wikitext2, ptb, c4, NAME:SPLIT:COLUMN."
+            help="demo, a .txt, .jsonl or .json file, wikitext2, ptb, c4, NAME:SPLIT:COLUMN."
             " Default: c4; demo for the bundled model."
         ),
     ] = None,
@@ -78,6 +78,7 @@ def quantize(
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
     skip: Annotated[str | None, typer.Option(help="Regex of layers to leave dense.")] = None,
     device: Device = "auto",
+    dtype: Dtype = None,
     form: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
@@ -105,7 +106,7 @@ def quantize(
             bar.update(step.block, step.blocks, note)
 
         result = Runner(
-            ModelConfig(model, device),
+            ModelConfig(model, device, dtype),
             quantizer,
             qep=qep,
             calib=calib,
@@ -119,6 +120,7 @@ def quantize(
             force=force,
             progress=solved,
             notice=say,
+            reading=lambda done, total: bar.update(0, 1, f"reading text: {done} of {total}"),
         ).run()
     made = result.record.calibration
     if as_json:
@@ -173,6 +175,7 @@ def compare(
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
     device: Device = "auto",
+    dtype: Dtype = None,
     results: Annotated[
         Path, typer.Option(help="Rows that are done: the same command goes on from them.")
     ] = Path("optq-compare.jsonl"),
@@ -188,7 +191,7 @@ def compare(
 
     if chart is not None:
         check_chart(chart)
-    config = ModelConfig(model, device)
+    config = ModelConfig(model, device, dtype)
     comparison = Comparison(
         config,
         _words("--methods", methods),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from optq.cli.app import FORMATS_HELP, Device, Json, Model, Seqlen, app, print_json, say
+from optq.cli.app import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, app, print_json, say
 from optq.errors import SettingError
 
 
@@ -22,6 +22,7 @@ def evaluate(
     ] = None,
     seqlen: Seqlen = None,
     device: Device = "auto",
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity of MODEL, quantized or not, by the paper's protocol."""
@@ -29,7 +30,7 @@ def evaluate(
     from optq.report import progress, tables
     from optq.runner import ModelConfig
 
-    config = ModelConfig(model, device)
+    config = ModelConfig(model, device, dtype)
     text = text or ("demo" if config.is_demo else "wikitext2")
     with progress.bar("perplexity") as bar:
         result, seqlen = measure(config, text, seqlen, bar.update)
@@ -61,6 +62,7 @@ def generate(
         str | None, typer.Option(help="Another model: both texts and speeds side by side.")
     ] = None,
     device: Device = "auto",
+    dtype: Dtype = None,
 ) -> None:
     """Continue PROMPT with MODEL, quantized or not, taking the likeliest token each time."""
     from optq.evaluate.generate import Completion, Speed
@@ -69,7 +71,7 @@ def generate(
 
     def complete(name: str, show: Callable[[str], object]) -> tuple[str, Speed]:
         """The whole text and its speed; only one model is in memory at a time."""
-        completion = Completion(*ModelConfig(name, device).load(), prompt, max_new_tokens)
+        completion = Completion(*ModelConfig(name, device, dtype).load(), prompt, max_new_tokens)
         return completion.run(show), completion.speed
 
     if compare is not None:

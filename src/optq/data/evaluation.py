@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from optq.data.calibration import windows_in_documents
+from optq.data.calibration import Drawn, windows_in_documents
 from optq.data.text import read_text
 from optq.data.tokens import encode, require_window
 from optq.errors import SettingError
@@ -28,25 +28,23 @@ C4_SEED = 0
 
 
 def evaluation_tokens(
-    spec: str, tokenizer: PreTrainedTokenizerBase, seqlen: int
+    spec: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, progress: Drawn | None = None
 ) -> Int64[Tensor, "windows seqlen"]:
     """The held-out text of ``spec`` (see :mod:`optq.data.text`) in windows, on the CPU.
 
-    Raises ``DataError`` if the text cannot be read or does not fill one window; ``SettingError``
-    if ``seqlen`` is less than 2, because the first token of a window is not predicted.
+    ``progress(done, total)`` is called with the windows drawn, where they are. Raises ``DataError``
+    if the text cannot be read or does not fill one window; ``SettingError`` if ``seqlen`` is less
+    than 2, because the first token of a window is not predicted.
     """
     if seqlen < 2:
         raise SettingError(f"seqlen is {seqlen}", "choose 2 or more")
     text = read_text(spec, "evaluation")
     if text.by_document:
+        generator = random.Random(C4_SEED)
         return windows_in_documents(
-            text,
-            lambda document, index: encode(tokenizer, text.string(document, index)),
-            C4_WINDOWS,
-            seqlen,
-            random.Random(C4_SEED),
+            text, text.string, tokenizer, True, C4_WINDOWS, seqlen, generator, progress
         )
-    stream = encode(tokenizer, text.whole())
+    stream = encode(tokenizer, text.whole(), text.name)
     require_window(text, len(stream), seqlen)
     windows = len(stream) // seqlen
     return stream[: windows * seqlen].view(windows, seqlen)

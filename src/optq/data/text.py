@@ -1,6 +1,6 @@
 """From the name of a text to its documents.
 
-A spec is ``demo``, a ``.txt`` file, a ``.jsonl`` file, ``wikitext2``, ``ptb``, ``c4``, or
+A spec is ``demo``, a ``.txt``, ``.jsonl`` or ``.json`` file, ``wikitext2``, ``ptb``, ``c4``, or
 ``NAME:SPLIT:COLUMN`` of the ``datasets`` package. The named sets are those of the GPTQ paper, read
 and joined as its code does, so that perplexities can be held against published ones. For ``ptb``
 that is the code's later form (test split, joined by spaces), which most papers since report.
@@ -18,17 +18,18 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from optq.boundary import library, short
 from optq.errors import DataError
 
 Use = Literal["calibration", "evaluation"]
 Document = object  # text, or a conversation; files hold anything, so it is checked when it is used
 
-CHOICES = "demo, wikitext2, ptb, c4, a .txt file, a .jsonl file, or NAME:SPLIT:COLUMN of datasets"
+CHOICES = "demo, wikitext2, ptb, c4, a .txt, .jsonl or .json file, or NAME:SPLIT:COLUMN of datasets"
 _NO_NETWORK = "demo, a .txt file or a .jsonl file"
 
 _C4 = {
@@ -114,11 +115,11 @@ def read_text(spec: str, use: Use, chat: bool = False) -> Text:
         return Text(spec, documents, "\n\n", by_document=True)
     if Path(spec).suffix == ".txt":
         return Text(spec, [_read(spec)], "\n\n")
-    if Path(spec).suffix == ".jsonl":
+    if Path(spec).suffix in (".json", ".jsonl"):
         return Text(spec, _records(spec, _read(spec), chat), "\n\n")
     if parts := _DATASET.fullmatch(spec):
         return Text(spec, _dataset(spec, parts["name"], parts["split"], parts["column"]), "\n\n")
-    raise DataError(f"there is no text called {spec!r}", f"choose {CHOICES}")
+    raise DataError(f"there is no text called {short(spec)!r}", f"choose {CHOICES}")
 
 
 def require_text(name: str, text: str) -> str:
@@ -138,42 +139,55 @@ def _read(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}", "check the path") from error
+        raise DataError(f"there is no file {short(path, 200)}", "check the path") from error
     except UnicodeDecodeError as error:
         cause = f"{path} is not UTF-8 text (byte {error.start})"
         raise DataError(cause, "save it as UTF-8") from error
     except OSError as error:
-        cause = f"{path} cannot be read: {error.strerror}"
+        cause = f"{short(path, 200)} cannot be read: {error.strerror}"
         raise DataError(cause, "name a file that can be read") from error
     return require_text(path, text)
 
 
 def _records(path: str, content: str, chat: bool) -> list[Document]:
-    documents: list[Document] = []
+    whole = path.endswith(".json") and content.lstrip().startswith("[")  # else it holds lines too
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends.
-    for number, line in enumerate(content.split("\n"), start=1):
+    lines = [content] if whole else content.split("\n")
+    documents: list[Document] = []
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(
-                f"{path}, line {number} is not JSON", "write one JSON object per line"
-            ) from error
-        fields = record if isinstance(record, dict) else {}
-        if chat and isinstance(fields.get("messages"), list):
-            documents.append(fields["messages"])
-        elif isinstance(fields.get("text"), str):
-            documents.append(fields["text"])
-        else:
-            wanted = "`text` (a string) or `messages` (a list)" if chat else "`text` (a string)"
-            raise DataError(
-                f"{path}, line {number} has no field {wanted}",
-                'write records like {"text": "..."}'
-                if chat or "messages" not in fields
-                else "use --chat, which takes conversations",
-            )
+            where = "" if whole else f", line {number}"
+            remedy = "write one JSON object per line"
+            raise DataError(f"{path}{where} is not JSON", remedy) from error
+        if whole:
+            return [
+                document_in(each, f"{path}, record {index}", chat)
+                for index, each in enumerate(record, start=1)
+            ]
+        documents.append(document_in(record, f"{path}, line {number}", chat))
     return documents
+
+
+def document_in(record: object, where: str, chat: bool) -> Document:
+    """The text or, for ``chat``, the conversation of a record; ``DataError`` if it has neither."""
+    if isinstance(record, str):
+        return record
+    fields = record if isinstance(record, Mapping) else {}
+    if chat and isinstance(fields.get("messages"), list):
+        return fields["messages"]
+    if isinstance(fields.get("text"), str):
+        return fields["text"]
+    wanted = "`text` (a string) or `messages` (a list)" if chat else "`text` (a string)"
+    raise DataError(
+        f"{where} has no field {wanted}",
+        'write records like {"text": "..."}'
+        if chat or "messages" not in fields
+        else "use --chat, which takes conversations",
+    )
 
 
 def _dataset(spec: str, name: str, split: str, column: str) -> Sequence[Document]:
@@ -197,23 +211,16 @@ def _load(spec: str, column: str, *where: str, **options: Any) -> Sequence[Docum
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)
+    remedy = f"check the name and the network, or use what needs none: {_NO_NETWORK}"
     try:
-        dataset = datasets.load_dataset(*where, **options)
-    except Exception as error:
-        # This package's errors have no common class: ConnectionError without a network (or its
-        # web client's own), FileNotFoundError for a wrong name, ValueError for a wrong split,
-        # RuntimeError for a script. What it says goes on, and the traceback with it.
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{spec} cannot be loaded: {first_line}",
-            f"check the name and the network, or use what needs none: {_NO_NETWORK}",
-        ) from error
+        with library(DataError, f"{short(spec, 200)} cannot be loaded", remedy):
+            dataset = datasets.load_dataset(*where, **options)
     finally:
         hub.setLevel(level)
     if column not in dataset.column_names:
         raise DataError(
             f"{spec} has no column {column!r}",
-            f"choose one of its columns: {', '.join(dataset.column_names)}",
+            f"choose one of its columns: {short(', '.join(dataset.column_names), 200)}",
         )
     documents: Sequence[Document] = dataset[column]
     return documents

@@ -9,25 +9,29 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from optq.boundary import library
 from optq.data.text import Text
 from optq.errors import DataError
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True
+    tokenizer: PreTrainedTokenizerBase, text: str, name: str, special: bool = True
 ) -> Int64[Tensor, " tokens"]:
     """The ids of ``text`` in one call, with the special tokens that the tokenizer adds by default.
 
     ``special=False``: with none, for text that has them already (a rendered chat template).
+    Raises ``DataError``, which says ``name``, if the tokenizer does not take the text.
     """
-    # verbose=False: a stream is longer than the model's context by design; no warning is due.
-    encoded = tokenizer(
-        text,
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
+    remedy = "look for half a surrogate pair in the text, and check the tokenizer's files"
+    with library(DataError, f"the tokenizer refuses {name}", remedy):
+        # verbose=False: a stream is longer than the model's context by design; no warning is due.
+        encoded = tokenizer(
+            text,
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 

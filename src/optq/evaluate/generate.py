@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from optq.boundary import library
 from optq.errors import SettingError
 from optq.evaluate.graph import GraphDecoder, capturable
 from optq.model.source import check_vocabulary, positions
@@ -42,7 +43,8 @@ class Completion:
     arrivals: list[float] = field(default_factory=list)  # seconds: the start, then each token
 
     def __post_init__(self) -> None:
-        self.ids = self.tokenizer(self.prompt, return_tensors="pt").to(self.model.device)
+        with library(SettingError, "the tokenizer refuses the prompt", "write it in UTF-8"):
+            self.ids = self.tokenizer(self.prompt, return_tensors="pt").to(self.model.device)
         self.ids.pop("token_type_ids", None)
         length, longest = self.ids["input_ids"].shape[1], positions(self.model)
         if length == 0:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from optq.errors import DataError, NumericsError
+from optq.errors import DataError, NumericsError, not_finite_remedy
 
 POSITIONS = 256  # whose float32 logits are held at one time
 
@@ -68,7 +68,7 @@ def perplexity(
                 if not math.isfinite(loss):
                     raise NumericsError(
                         f"the model's logits are not finite in window {window}",
-                        "load it in bfloat16 or float32, and check its weights for NaN",
+                        not_finite_remedy(model.dtype),
                     )
                 total += loss
             if progress is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optq.boundary import library
 from optq.errors import DataError, OptqError, SettingError
 
 Scores = dict[str, dict[str, float]]
@@ -44,13 +45,16 @@ def zero_shot(
             f"tasks are run by lm-eval, which cannot be imported: {error}",
             "run `pip install optq[tasks]`",
         ) from error
-    manager = TaskManager()
+    cause = "a task cannot be run, or its data cannot be reached"
+    remedy = "check the task and the network, or fetch the data beforehand"
+    with library(DataError, cause, remedy):
+        manager = TaskManager()
     for task in tasks:
         if isinstance(task, str) and not manager.match_tasks([task]):
             raise DataError(
                 f"lm-eval has no task called {task!r}", "`lm-eval ls tasks` lists those it has"
             )
-    try:
+    with library(DataError, cause, remedy):
         run = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer),
             tasks=list(tasks),
@@ -59,10 +63,6 @@ def zero_shot(
             bootstrap_iters=0,  # standard errors, which are not reported here
             task_manager=manager,
         )
-    except ConnectionError as error:
-        raise DataError(
-            f"a task's data cannot be reached: {error}", "check the network, or fetch it beforehand"
-        ) from error
     return {name: _metrics(found) for name, found in run["results"].items()}
 
 

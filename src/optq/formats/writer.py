@@ -100,9 +100,10 @@ class Writer(Kept):
             config = self.source.config() | {"quantization_config": settings}
             for file, content in {"config.json": config, self.form.settings_file: settings}.items():
                 if file is not None:
-                    (self.folder / file).write_text(json.dumps(content, indent=2) + "\n")
+                    text = json.dumps(content, indent=2) + "\n"
+                    (self.folder / file).write_text(text, encoding="utf-8")
             if record is not None:
-                (self.folder / FILE).write_text(record.text())
+                (self.folder / FILE).write_text(record.text(), encoding="utf-8")
             for path in self.source.companions():
                 if path.is_dir():
                     shutil.copytree(path, self.folder / path.name)
@@ -158,7 +159,7 @@ class Writer(Kept):
         if count > 1:
             index_file = {"metadata": {"total_size": self._total}, "weight_map": where}
             path = self.folder / "model.safetensors.index.json"
-            path.write_text(json.dumps(index_file, indent=2) + "\n")
+            path.write_text(json.dumps(index_file, indent=2) + "\n", encoding="utf-8")
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optq.boundary import first_line, library, short
 from optq.errors import ModelError
 
 TOGETHER = "check that config.json and the weights belong together"
@@ -36,15 +37,18 @@ STAY_BEHIND = (
 class Checkpoint:
     """A folder with ``config.json`` and weights; ``files`` maps each tensor to its file.
 
-    ``layout`` has each tensor's dtype and shape, as a tensor without values.
+    ``layout`` has each tensor's dtype and shape, as a tensor without values. ``dtype``: what the
+    model is to be run in, where that is not what its config says. Its tensors on disk stay as they
+    are: whoever loads them casts them, and to the same values.
     """
 
     folder: Path
     files: dict[str, str]
     layout: dict[str, Tensor]
+    dtype: torch.dtype | None = None
 
     @classmethod
-    def open(cls, model_id: str) -> Checkpoint:
+    def open(cls, model_id: str, dtype: torch.dtype | None = None) -> Checkpoint:
         """Open a folder, or fetch a hub id. Raises :class:`ModelError` if it is not whole."""
         folder = Path(model_id).expanduser()
         if folder.is_file():
@@ -54,7 +58,7 @@ class Checkpoint:
             folder = _fetch(model_id)
         if not (folder / "config.json").is_file():
             raise _no_model(model_id, folder)
-        checkpoint = cls(folder, {}, {})
+        checkpoint = cls(folder, {}, {}, dtype)
         for name in _weight_files(folder):
             found = _layout(folder / name)
             checkpoint.layout.update(found)
@@ -62,8 +66,9 @@ class Checkpoint:
         return checkpoint
 
     def config(self) -> dict[str, Any]:
-        """``config.json`` as it stands."""
-        return read_settings(self.folder / "config.json")
+        """``config.json`` as it stands, but for :attr:`dtype`."""
+        config = read_settings(self.folder / "config.json")
+        return config if self.dtype is None else _in_dtype(config, self.dtype)
 
     def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The named tensors (default: all), file by file, each read when its turn comes."""
@@ -92,10 +97,22 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}", "copy the file again") from error
+        remedy = "copy the file again, or save it as UTF-8 without a byte-order mark"
+        raise ModelError(f"{path} is not JSON: {first_line(error)}", remedy) from error
     if not isinstance(settings, dict):
         raise ModelError(f"{path} is not a configuration", "copy the file again")
     return settings
+
+
+def _in_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The config, and those inside it, with another dtype."""
+    name = "dtype" if "dtype" in config else "torch_dtype"  # which older programs read as well
+    inner = {
+        key: _in_dtype(value, dtype)
+        for key, value in config.items()
+        if isinstance(value, dict) and key.endswith("_config") and key != "quantization_config"
+    }
+    return config | inner | {name: str(dtype).removeprefix("torch.")}
 
 
 def _no_model(model_id: str, folder: Path) -> ModelError:
@@ -122,21 +139,22 @@ def _no_model(model_id: str, folder: Path) -> ModelError:
 def _fetch(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:
+        cause = f"{short(model_id, 200)} does not exist"
+        raise ModelError(cause, "give a model folder or a hub id") from error
     others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]
     others += ["consolidated*", "original/*", "onnx/*"]
-    try:
+    cause = f"there is no folder {short(model_id, 200)}, and the hub does not give it"
+    remedy = "give a model folder, or check the id, your access to it, and the network"
+    with library(ModelError, cause, remedy):
         folder = Path(snapshot_download(model_id, ignore_patterns=others))
         if not list(folder.glob("*.safetensors")):
             snapshot_download(model_id, allow_patterns=["*.bin", "*.bin.index.json"])
-        return folder
-    except HFValidationError as error:
-        raise ModelError(f"{model_id} does not exist", "give a model folder or a hub id") from error
-    except OSError as error:
-        raise ModelError(
-            f"there is no folder {model_id}, and the hub does not give it",
-            "give a model folder, or check the id, your access to it, and the network",
-        ) from error
+    return folder
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -152,7 +170,7 @@ def _weight_files(folder: Path) -> list[str]:
             return [path.name]
         if path.is_file():
             try:
-                members = set(json.loads(path.read_text())["weight_map"].values())
+                members = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
                 return sorted({str(Path(name)) for name in members})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(f"{path} is not an index", "copy the file again") from error
@@ -191,11 +209,3 @@ def _open_weights(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tenso
     mapped = zipfile.is_zipfile(path)
     state = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
     yield list(state), state.__getitem__
-
-
-def first_line(error: BaseException) -> str:
-    """The first sentence of an error's text, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].endswith(":"):
-        lines = [" ".join(lines[:2])]
-    return lines[0] if lines else type(error).__name__

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optq.core.hessian import Hessian, add_drift
-from optq.errors import NumericsError
+from optq.errors import NumericsError, not_finite_remedy
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def _blame(where: str, batches: list[Handed]) -> None:
             which = f"sample {batch.first_sample + int(bad) // batch.ids.shape[1]}"
         raise NumericsError(
             f"the input of {where} holds NaN or infinity for calibration {which}",
-            "check the weights before it, or load the model in bfloat16 or float32",
+            not_finite_remedy(batch.x.dtype),
         )
     raise NumericsError(
         f"the Hessian of {where} overflows float32",
-        "look for extreme activations in the calibration text",
+        "leave the layer dense with --skip, or choose another calibration text",
     )

@@ -11,21 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from pickle import UnpicklingError
+from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optq.boundary import library
 from optq.errors import DataError, ModelError
 from optq.model.blocks import Block, linears_outside
-from optq.model.checkpoint import TOGETHER, Checkpoint, first_line
+from optq.model.checkpoint import TOGETHER, Checkpoint
+
+NO_CODE = "OPTQ runs no code that a model brings"
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
     """The model without weights: its modules and shapes only."""
     config, plain = _configuration(checkpoint)
-    with torch.device("meta"):
+    with torch.device("meta"), library(*_unloadable(checkpoint)):
         return plain(config)
 
 
@@ -41,41 +45,39 @@ def load_model(
     missing, left over, or of the wrong shape.
     """
     import transformers
-    from safetensors import SafetensorError
 
     config, plain = _configuration(checkpoint)
-    skipped = set[str]()
+    skipped, failed = set[str](), list[Exception]()
 
     def build(model: Any, *arguments: Any, **options: Any) -> None:
         plain.__init__(model, *arguments, **options)
-        if prepare is not None:
-            skipped.update(prepare(model))
+        try:
+            skipped.update(prepare(model) if prepare else ())
+        except Exception as error:
+            failed.append(error)
+            raise
 
     # transformers makes the skeleton itself, so a class of its own is how to reach it.
     own: Any = type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
-    with _quiet(transformers.logging):
-        try:
-            model, report = own.from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(checkpoint.tensors()),
-                dtype=config.dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
-            )
-            if (checkpoint.folder / "generation_config.json").is_file():
-                kind = transformers.GenerationConfig
-                model.generation_config = kind.from_pretrained(checkpoint.folder)
-        except (SafetensorError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
-            raise ModelError(
-                f"{checkpoint.folder} cannot be loaded: {first_line(error)}",
-                f"{TOGETHER}, or copy the model again",
-            ) from error
+    with _quiet(), library(*_unloadable(checkpoint), failed):
+        model, report = own.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(checkpoint.tensors()),
+            dtype=config.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+        )
+        if (checkpoint.folder / "generation_config.json").is_file():
+            kind = transformers.GenerationConfig
+            model.generation_config = kind.from_pretrained(checkpoint.folder)
     model.__class__ = plain
     problems = {kind: {*map(str, report[f"{kind}_keys"])} for kind in ("missing", "mismatched")}
     packed = {name.rpartition(".")[0] for name in skipped}
     left = {*map(str, report["unexpected_keys"])} - skipped
-    problems["unexpected"] = {name for name in left if name.rpartition(".")[0] in packed}
+    # A checkpoint may hold more than the model, but not if the class is a guess.
+    guessed = config.architectures and plain.__name__ not in config.architectures
+    problems["unexpected"] = {n for n in left if guessed or n.rpartition(".")[0] in packed}
     for kind, names in problems.items():
         if names:
             what = f"the weights in {checkpoint.folder} do not fit {plain.__name__}"
@@ -83,17 +85,40 @@ def load_model(
     return model.eval()
 
 
+def _unloadable(checkpoint: Checkpoint) -> tuple[type[ModelError], str, str]:
+    remedy = "check that config.json and the weights belong together, or copy the model again"
+    return ModelError, f"{checkpoint.folder} cannot be loaded", remedy
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises :class:`ModelError` where it has none."""
     import transformers
 
-    try:
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{checkpoint.folder} has no tokenizer that transformers can read",
-            "copy the tokenizer's files of the model into that folder",
-        ) from error
+    folder = checkpoint.folder
+
+    def remedy(error: Exception) -> str:
+        if lacking := _lacking(folder, error):
+            return f"run `pip install {' '.join(lacking)}`, which its file needs"
+        if "trust_remote_code" in str(error):
+            return f"{NO_CODE}: give it a tokenizer.json, and no auto_map in tokenizer_config.json"
+        return "copy the tokenizer's files of the model there, or update transformers"
+
+    cause = f"{folder} has no tokenizer that transformers can read"
+    with _quiet(), library(ModelError, cause, remedy):
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _lacking(folder: Path, error: Exception) -> list[str]:
+    """The packages for want of which a tokenizer was not read."""
+    causes = (error, error.__context__)
+    said = str(error).lower() if any(isinstance(each, ImportError) for each in causes) else ""
+    # What SentencePiece wrote begins with a line end. Without it transformers blames tiktoken.
+    models = [] if (folder / "tokenizer.json").exists() else folder.glob("*.model")
+    if any(path.read_bytes()[:1] == b"\n" for path in models):
+        said = "sentencepiece protobuf"
+    here = {each.name for each in distributions()}
+    needed = ("sentencepiece", "protobuf", "tiktoken", "blobfile")
+    return [package for package in needed if package in said and package not in here]
 
 
 def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
@@ -163,28 +188,29 @@ def positions(model: Any) -> int | None:
 def _configuration(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The configuration, as of a plain model and true to the file, and the class it is for."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
-    # A configuration runs code of its own on whatever the file says.
-    errors = (ValueError, LookupError, TypeError, ArithmeticError, OSError, RuntimeError)
     raw = checkpoint.config()
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        plain = getattr(transformers, _architecture(raw, config))
-        if getattr(config, "tie_word_embeddings", False):
-            with torch.device("meta"):
-                skeleton = plain(config)
-            config.tie_word_embeddings = not _has_own_head(skeleton, checkpoint)
-    except (*errors, StrictDataclassError) as error:
-        raise ModelError(
-            f"transformers cannot read {checkpoint.folder / 'config.json'}: {first_line(error)}",
-            "update transformers, or check the file",
-        ) from error
+
+    def remedy(error: Exception) -> str:
+        if raw.get("auto_map") and str(raw.get("model_type")) not in transformers.CONFIG_MAPPING:
+            return f"{NO_CODE}: look for a copy converted to a class that transformers has"
+        return "update transformers, or check the file"
+
+    cause = f"transformers cannot read {checkpoint.folder / 'config.json'}"
+    with _quiet(), library(ModelError, cause, remedy):
+        # Where transformers has a class, it takes that one; else it refuses, and asks nobody.
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = getattr(transformers, _architecture(raw, config))
+    if getattr(config, "tie_word_embeddings", False):
+        with torch.device("meta"), library(*_unloadable(checkpoint)):
+            skeleton = plain(config)
+        config.tie_word_embeddings = not _has_own_head(skeleton, checkpoint)
     if config.dtype is None:
         dtypes = [tensor.dtype for n, tensor in checkpoint.layout.items() if n.endswith("weight")]
         config.dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    config.dtype = checkpoint.dtype or config.dtype
     return config, plain
 
 
@@ -205,27 +231,32 @@ def _has_own_head(model: Any, checkpoint: Checkpoint) -> bool:
 
 
 def _architecture(raw: dict[str, Any], config: Any) -> str:
+    import transformers
     from transformers.models.auto import modeling_auto as auto
 
     causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     known = {*causal.values(), *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     names = raw.get("architectures") or []
-    names = [names] if isinstance(names, str) else names
-    if not names and config.model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        names = [causal.get(config.model_type)]
+    names = [str(name) for name in names] if isinstance(names, list) else [str(names)]
+    # No name, an old one or one of the model's own code: the model type says enough.
+    unheard = not {*names}.intersection(dir(transformers))
+    if unheard and config.model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        names.append(causal.get(config.model_type, config.model_type))
     if not config.is_encoder_decoder:
         for name in names:
             if name in known:
                 return name
     raise ModelError(
-        f"{names[0] if names else config.model_type} is not a causal language model",
+        f"{[*names, config.model_type][0]} is not a causal language model",
         "give a decoder-only model that transformers knows, such as a ...ForCausalLM",
     )
 
 
 @contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """No progress bar and no load report: what matters in them becomes an error."""
+    from transformers import logging
+
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
