@@ -1,10 +1,9 @@
-"""Measure models, and compare quantizers by the perplexity that they leave."""
+"""Compare quantizers by the perplexity that they leave."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,17 +18,17 @@ from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
-from optq.errors import DataError, ModelError, NumericsError, OutputError, SettingError
-from optq.evaluate.perplexity import Perplexity, perplexity
-from optq.formats import FORMATS, detect
+from optq.errors import DataError, OutputError, SettingError
+from optq.evaluate.perplexity import perplexity
+from optq.formats import FORMATS
 from optq.model.blocks import find_blocks
+from optq.model.source import sequence_length
 from optq.quantize import Quantizer, layer_scheme
-from optq.report.chart import bars
-from optq.runner import ModelConfig, Runner, sequence_length
+from optq.runner import ModelConfig, Runner
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
 DEMO_SAMPLES = 64
-Progress = Callable[[float, float, str], None]
+Update = Callable[[float, float, str], None]  # done, total, note
 
 # What `optq compare --methods` names; "gptq" propagates errors where that is the default.
 COMPARED: dict[str, Callable[[int, int], Quantizer]] = {
@@ -68,7 +67,7 @@ class Comparison:
     seqlen: int | None = None
     seed: int = 0
 
-    def run(self, results: Path | None = None, progress: Progress = lambda *_: None) -> list[Row]:
+    def run(self, results: Path | None = None, progress: Update = lambda *_: None) -> list[Row]:
         """All rows, the full-precision model first.
 
         Each is added to the JSON lines of ``results`` as soon as it is there, and one that is
@@ -77,10 +76,7 @@ class Comparison:
         """
         settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in self.methods]
         quantizers = {setting: self._quantizer(*setting) for setting in settings}
-        checkpoint = self.config.checkpoint()
-        if detect(checkpoint.config()):
-            raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
-        common = self._key(checkpoint.folder)
+        common = self._key(self.config.plain_checkpoint().folder)
         kept = Kept(results)
         keys = {
             s: f"{common} {s} {q!r} {self._propagates(s) and QEP()!r}"
@@ -102,7 +98,7 @@ class Comparison:
         size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
         full = kept.get(common)
         if full is None:
-            full = Row("none", bits, -1, bits, size, _finite(model, windows).perplexity)
+            full = Row("none", bits, -1, bits, size, perplexity(model, windows).perplexity)
             kept.add(common, full)
         del model, layers
         rows = [full]
@@ -130,7 +126,7 @@ class Comparison:
         result = Runner(self.config, quantizer, propagates, calib=tokens).run()
         seconds = time.perf_counter() - start
         model = result.model.to(self.config.torch_device())
-        measured = _finite(model, windows).perplexity
+        measured = perplexity(model, windows).perplexity
         rise = measured - full.perplexity
         return Row(*setting, result.bits_per_weight, result.bytes, measured, rise, seconds)
 
@@ -196,19 +192,7 @@ class Kept:
             ) from error
 
 
-def measure(
-    config: ModelConfig, text: str, seqlen: int | None = None, progress: Progress | None = None
-) -> tuple[Perplexity, int]:
-    """Perplexity of a model on a text, and the length of its windows."""
-    model, tokenizer = config.load()
-    seqlen = sequence_length(model, seqlen)
-    windows = evaluation_tokens(text, tokenizer, seqlen)
-    note = f"{len(windows)} windows of {seqlen} tokens"
-    report = None if progress is None else (lambda done, total: progress(done, total, note))
-    return _finite(model, windows, report), seqlen
-
-
-def demo_rows(device: str, progress: Progress) -> list[Row]:
+def demo_rows(device: str, progress: Update) -> list[Row]:
     """The bundled model as it is, rounded, and with GPTQ, at 4, 3 and 2 bits."""
     comparison = Comparison(
         ModelConfig("demo", device),
@@ -221,33 +205,3 @@ def demo_rows(device: str, progress: Progress) -> list[Row]:
         seqlen=DEMO_SEQLEN,
     )
     return comparison.run(progress=progress)
-
-
-def check_chart(path: Path) -> None:
-    """Refuse, before any work, a chart that could not be written."""
-    if path.suffix.lower() != ".svg":
-        raise SettingError(f"the chart {path} is not an .svg", "name it so: charts are SVG")
-    if not path.parent.is_dir():
-        raise OutputError(f"there is no folder {path.parent}", "make it, or name another one")
-
-
-def write_chart(path: Path, title: str, rows: list[Row]) -> None:
-    """The bar chart of a comparison, as SVG."""
-    try:
-        path.write_text(bars(title, [asdict(row) for row in rows]), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}", "name another file with --chart"
-        ) from error
-
-
-def _finite(
-    model: object, windows: Tensor, report: Callable[[int, int], None] | None = None
-) -> Perplexity:
-    result = perplexity(model, windows, progress=report)
-    if not math.isfinite(result.perplexity):
-        raise NumericsError(
-            f"the perplexity is beyond floating point: the mean loss is {result.nll:.4g} nats",
-            "check that tokenizer and weights belong together",
-        )
-    return result

@@ -30,7 +30,7 @@ from optq.formats import FORMATS, detect, reader
 from optq.formats.writer import Writer, check_target
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
-from optq.model.source import check_vocabulary, load_model, load_tokenizer, positions
+from optq.model.source import check_vocabulary, load_model, load_tokenizer, sequence_length
 from optq.quantize import LayerRecord, Progress, Quantization, Quantizer
 
 METHODS = {"rtn": RTN, "gptq": GPTQ, "obq": OBQ}
@@ -58,6 +58,13 @@ class ModelConfig:
 
             return Checkpoint.open(str(MODEL))
         return Checkpoint.open(str(self.model_id))
+
+    def plain_checkpoint(self) -> Checkpoint:
+        """The same. Raises :class:`ModelError` where it is quantized already."""
+        checkpoint = self.checkpoint()
+        if detect(checkpoint.config()):
+            raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
+        return checkpoint
 
     def load(self) -> tuple[Any, Any]:
         """The model on its device, quantized or not, and its tokenizer."""
@@ -149,9 +156,7 @@ class Runner:
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
             )
         form, device = FORMATS[self.format], self.model_config.torch_device()
-        checkpoint = self.model_config.checkpoint()
-        if detect(checkpoint.config()):
-            raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
+        checkpoint = self.model_config.plain_checkpoint()
         if self.output is not None:
             check_target(Path(self.output), checkpoint, self.force)
         model = load_model(checkpoint)
@@ -216,16 +221,3 @@ class Runner:
         name = self._calib_name()
         text = Path(name).name if Path(name).is_file() else name
         return {"text": text, **size, "seed": self.seed, "chat": self.chat}
-
-
-def sequence_length(model: Any, seqlen: int | None) -> int:
-    """``seqlen``, checked against the model's positions; 2048 by default, if it has so many."""
-    longest = positions(model)
-    if seqlen is None:
-        return min(2048, longest or 2048)
-    if longest is not None and seqlen > longest:
-        raise SettingError(
-            f"seqlen {seqlen} is more than the model's {longest} positions",
-            f"choose {longest} or less",
-        )
-    return seqlen

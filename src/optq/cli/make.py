@@ -184,12 +184,13 @@ def compare(
     """Many settings on MODEL with one calibration: size, perplexity, rise, seconds."""
     from dataclasses import asdict
 
-    from optq.compare import Comparison, check_chart, write_chart
+    from optq.compare import Comparison
+    from optq.report import chart as svg
     from optq.report import progress, tables
     from optq.runner import ModelConfig
 
     if chart is not None:
-        check_chart(chart)
+        svg.check(chart)
     config = ModelConfig(model, device)
     comparison = Comparison(
         config,
@@ -203,13 +204,13 @@ def compare(
         seed,
     )
     with progress.bar("optq compare") as bar:
-        rows = comparison.run(results, bar.update)
+        rows = [asdict(row) for row in comparison.run(results, bar.update)]
     if chart is not None:
-        write_chart(chart, model, rows)
+        svg.write(chart, model, rows)
     if as_json:
-        print_json({"model": model, "rows": [asdict(row) for row in rows]})
+        print_json({"model": model, "rows": rows})
     else:
-        tables.compared([asdict(row) for row in rows])
+        tables.compared(rows)
 
 
 def _quantizer(

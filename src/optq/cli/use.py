@@ -25,14 +25,20 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity of MODEL, quantized or not, by the paper's protocol."""
-    from optq.compare import measure
+    from optq.data.evaluation import evaluation_tokens
+    from optq.evaluate.perplexity import perplexity
+    from optq.model.source import sequence_length
     from optq.report import progress, tables
     from optq.runner import ModelConfig
 
     config = ModelConfig(model, device)
     text = text or ("demo" if config.is_demo else "wikitext2")
     with progress.bar("perplexity") as bar:
-        result, seqlen = measure(config, text, seqlen, bar.update)
+        loaded, tokenizer = config.load()
+        seqlen = sequence_length(loaded, seqlen)
+        windows = evaluation_tokens(text, tokenizer, seqlen)
+        note = f"{len(windows)} windows of {seqlen} tokens"
+        result = perplexity(loaded, windows, progress=lambda n, of: bar.update(n, of, note))
     if as_json:
         print_json(
             {
@@ -47,7 +53,7 @@ def evaluate(
     tables.facts(
         {
             "perplexity": f"{result.perplexity:.4f}",
-            "text": f"{text}, {result.windows} windows of {seqlen} tokens",
+            "text": f"{text}, {note}",
         }
     )
 
