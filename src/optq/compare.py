@@ -21,6 +21,7 @@ from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, OutputError, SettingError
 from optq.evaluate.perplexity import perplexity
 from optq.formats import FORMATS
+from optq.formats.fit import check_layers
 from optq.model.blocks import find_blocks
 from optq.model.source import sequence_length
 from optq.quantize import Quantizer, layer_scheme
@@ -66,6 +67,7 @@ class Comparison:
     nsamples: int = 128
     seqlen: int | None = None
     seed: int = 0
+    skip: str | None = None
 
     def run(self, results: Path | None = None, progress: Update = lambda *_: None) -> list[Row]:
         """All rows, the full-precision model first.
@@ -85,11 +87,10 @@ class Comparison:
         model, tokenizer = self.config.load()
         seqlen = sequence_length(model, self.seqlen)
         windows = evaluation_tokens(self.text, tokenizer, seqlen)
-        layers = [layer for block in find_blocks(model) for layer in block.layers]
+        blocks = find_blocks(model, self.skip)
+        layers = [layer for block in blocks for layer in block.layers]
         for quantizer in quantizers.values():
-            for layer in layers:
-                scheme = layer_scheme(quantizer)
-                FORMATS["gptq"].check(layer.name, *layer.shape, scheme, layer.transposed)
+            check_layers(FORMATS["gptq"], blocks, layer_scheme(quantizer))
         tokens = None
         if any(kept.get(key) is None for key in keys.values()):  # one calibration for all
             tokens = calibration_tokens(self.calib, tokenizer, self.nsamples, seqlen, self.seed)
@@ -100,7 +101,7 @@ class Comparison:
         if full is None:
             full = Row("none", bits, -1, bits, size, perplexity(model, windows).perplexity)
             kept.add(common, full)
-        del model, layers
+        del model, blocks, layers
         rows = [full]
         for step, setting in enumerate(settings, start=1):
             method, wbits, groupsize = setting
@@ -123,7 +124,7 @@ class Comparison:
     ) -> Row:
         start = time.perf_counter()
         propagates = self._propagates(setting)
-        result = Runner(self.config, quantizer, propagates, calib=tokens).run()
+        result = Runner(self.config, quantizer, propagates, calib=tokens, skip=self.skip).run()
         seconds = time.perf_counter() - start
         model = result.model.to(self.config.torch_device())
         measured = perplexity(model, windows).perplexity
@@ -144,7 +145,7 @@ class Comparison:
         for spec in (self.calib, self.text):
             if Path(spec).is_file():
                 files.append((spec, Path(spec).stat().st_size, Path(spec).stat().st_mtime_ns))
-        numbers = (self.nsamples, self.seqlen, self.seed, self.calib, self.text)
+        numbers = (self.nsamples, self.seqlen, self.seed, self.calib, self.text, self.skip)
         where = (__version__, self.config.torch_device().type)
         return hashlib.sha256(repr((sorted(files), numbers, where)).encode()).hexdigest()[:16]
 

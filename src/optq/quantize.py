@@ -21,6 +21,7 @@ from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.core.solution import Solution
 from optq.errors import ModelError, NumericsError
+from optq.formats.fit import check_layers
 from optq.formats.scheme import Format, LayerScheme
 from optq.formats.writer import Writer
 from optq.model.blocks import Block, Layer, linears_outside, release
@@ -84,8 +85,8 @@ class Quantization:
         self.storage: Storage = form.storage(model.dtype)
         self.scheme = layer_scheme(quantizer)
         self.names = disk_names(model, checkpoint.files)
+        check_layers(form, blocks, self.scheme)
         for layer in (layer for block in blocks for layer in block.layers):
-            form.check(layer.name, *layer.shape, self.scheme, layer.transposed)
             if f"{layer.name}.weight" not in self.names:
                 raise ModelError(
                     f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"

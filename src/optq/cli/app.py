@@ -1,11 +1,14 @@
-"""The command's options and helpers, which its modules share."""
+"""The command, and helpers that its modules share."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Any
 
 import typer
+
+from optq.errors import SettingError
 
 app = typer.Typer(
     name="optq",
@@ -14,14 +17,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="A folder, a hub id, or 'demo'.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ..")]
-Seqlen = Annotated[
-    int | None, typer.Option(help="Tokens in a sequence: 2048, or the model's positions if fewer.")
-]
-FORMATS_HELP = "gptq, gptq_v2, compressed-tensors"
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
 
 def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, allow_nan=False))
+
+
+def words(flag: str, text: str, kind: Callable[[str], Any] = str.strip) -> list[Any]:
+    """What stands between the commas, each once; ``kind`` is ``int`` for numbers."""
+    try:
+        found = list(dict.fromkeys(kind(word) for word in text.split(",") if word.strip()))
+    except ValueError:
+        raise SettingError(f"{flag} {text} is no number", "put commas between numbers") from None
+    if not found:
+        raise SettingError(f"{flag} is empty", "give one or more, with commas between")
+    return found
+
+
+def refuse_given(options: dict[str, Any], what: str, remedy: str) -> None:
+    """Refuse an option that ``what`` would ignore. One that was not given is None."""
+    for name, value in options.items():
+        if value is not None:
+            flag = ("no-" if value is False else "") + name.replace("_", "-")
+            raise SettingError(f"{what} has no --{flag}", remedy)
