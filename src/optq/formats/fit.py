@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from optq.core.grid import BITS
 from optq.errors import SettingError
 from optq.formats.scheme import Format, LayerScheme
 from optq.model.blocks import Block, Layer
@@ -25,13 +26,17 @@ def check_layers(form: Format, blocks: Sequence[Block], scheme: LayerScheme) -> 
     error = next(iter(refused.values()))
     ends = {name.rpartition(".")[2]: None for name in refused}
     cause = f"{error.cause} (misfits: {len(refused)} of {len(layers)} layers, {', '.join(ends)})"
-    sizes = [n for n in GROUPSIZES if not _refused(form, layers, replace(scheme, groupsize=n))]
-    remedy = f"choose --groupsize {' or '.join(map(str, sizes))}" if sizes else error.remedy
+    ways = []
+    for option, values in (("groupsize", GROUPSIZES), ("wbits", BITS)):
+        others = {n: replace(scheme, **{option: n}) for n in values}  # type: ignore[arg-type]
+        fitting = [str(n) for n, other in others.items() if not _refused(form, layers, other)]
+        if fitting:
+            ways.append(f"choose --{option} {' or '.join(fitting)}")
     rest = {layer.name for layer in layers} - refused.keys()
-    if rest and len(sizes) < 2:  # the pattern says also what another one has left dense
+    if rest:  # the pattern says also what another one has left dense
         dense = {name for block in blocks for name in block.linears} - rest
-        remedy += f", or leave the misfits dense: --skip '{_pattern(dense, rest)}'"
-    raise SettingError(cause, remedy)
+        ways.append(f"leave the misfits dense: --skip '{_pattern(dense, rest)}'")
+    raise SettingError(cause, ", or ".join(ways) or error.remedy)
 
 
 def _refused(form: Format, layers: Sequence[Layer], scheme: LayerScheme) -> dict[str, SettingError]:
