@@ -131,7 +131,8 @@ class Runner:
     the result keeps everything and can ``save``); ``seqlen`` defaults to 2048, or to the model's
     positions if those are fewer; ``skip`` is a regular expression of layers to leave dense;
     ``chat`` passes the text through the tokenizer's chat template; ``qep`` is True or a
-    :class:`QEP`; ``progress`` is called after each site.
+    :class:`QEP` (off unless asked for, where the command's default below 8 bits is True);
+    ``progress`` is called after each site.
     """
 
     model_config: ModelConfig

@@ -73,7 +73,10 @@ def quantize(
     ] = None,
     qep: Annotated[
         bool | None,
-        typer.Option(help="Error propagation, twice the forward time. Default: below 8 bits."),
+        typer.Option(
+            help="Error propagation, twice the forward time. Default: with gptq below 8 bits,"
+            " unless --plain. (In Python: Runner(.., qep=True).)"
+        ),
     ] = None,
     calib: Annotated[
         str | None,
