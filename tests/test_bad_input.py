@@ -590,6 +590,14 @@ def test_generate_without_tokens(optq_says, folder_of, count):
     assert count in cause
 
 
+def test_generate_after_a_prompt_of_other_bytes(optq_says, folder_of):
+    """As Python hands them on from a terminal that is not UTF-8."""
+    assert (
+        "not UTF-8"
+        in optq_says("generate", folder_of("llama"), b"\xff".decode("utf-8", "surrogateescape"))[0]
+    )
+
+
 def test_generate_without_a_prompt(optq_says, folder_of):
     assert "the prompt is empty" in optq_says("generate", folder_of("llama"), "")[0]
 

@@ -196,7 +196,7 @@ def test_a_group_size_that_fits(optq, words, folder, text, tmp_path):
     """Without --groupsize: 128 does not divide the 64 columns of most layers."""
     at = words.index("--groupsize")
     words = [*words[:at], *words[at + 2 :]]
-    err = "optq: --groupsize 64, because 128 does not fit every layer\n"
+    err = "optq: --groupsize 64: 128 does not fit every layer\n"
     assert optq(*words, "--json", err=err).json["groupsize"] == 64
     assert optq("inspect", tmp_path / "out", "--json").json["group_size"] == 64
     wide = optq(*words, "--skip", "q_proj|k_proj|v_proj|o_proj|up|gate", "--json", "--force").json

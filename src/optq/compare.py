@@ -188,9 +188,7 @@ class Kept:
                 if mode == "r+":
                     file.truncate()
         except OSError as error:
-            raise OutputError(
-                f"{self.path} cannot be written: {error.strerror}", "name another file"
-            ) from error
+            raise OutputError.of(self.path, error, "--results") from error
 
 
 def demo_rows(device: str, progress: Update) -> list[Row]:

@@ -31,10 +31,7 @@ def demo(
 
     with progress.bar("optq demo") as bar:
         rows = [asdict(row) for row in demo_rows(device, bar)]
-    if as_json:
-        print_json({"model": "demo", "rows": rows})
-    else:
-        tables.compared(rows)
+    print_json({"model": "demo", "rows": rows}) if as_json else tables.compared(rows)
 
 
 @app.command()
@@ -45,10 +42,7 @@ def quantize(
     wbits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     groupsize: Annotated[
         int | None,
-        typer.Option(
-            help="Columns that share a scale; -1: one scale to a row."
-            " Default: 128; 64 or 32 where only that fits every layer."
-        ),
+        typer.Option(help="Columns to a scale; -1: the row. Default: 128, or 64 or 32 if it fits."),
     ] = None,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Zero point fixed, or fitted.")] = True,
     plain: Annotated[
@@ -73,10 +67,7 @@ def quantize(
     ] = None,
     qep: Annotated[
         bool | None,
-        typer.Option(
-            help="Error propagation, twice the forward time. Default: with gptq below 8 bits,"
-            " unless --plain. (In Python: Runner(.., qep=True).)"
-        ),
+        typer.Option(help="Error propagation, qep=True in Python. Default: gptq below 8 bits."),
     ] = None,
     calib: Annotated[
         str | None,
@@ -219,10 +210,7 @@ def compare(
         _tell(sizes[0])
     if chart is not None:
         svg.write(chart, model, rows)
-    if as_json:
-        print_json({"model": model, "rows": rows})
-    else:
-        tables.compared(rows)
+    print_json({"model": model, "rows": rows}) if as_json else tables.compared(rows)
 
 
 def _quantizer(
@@ -257,7 +245,4 @@ def _groupsize(config: ModelConfig, skip: str | None) -> int:
 def _tell(groupsize: int) -> None:
     """After the run, so that what refuses it stands alone on stderr."""
     if groupsize != DEFAULT_GROUPSIZE:
-        print(
-            f"optq: --groupsize {groupsize}, because {DEFAULT_GROUPSIZE} does not fit every layer",
-            file=sys.stderr,
-        )
+        print(f"optq: --groupsize {groupsize}: 128 does not fit every layer", file=sys.stderr)

@@ -63,10 +63,7 @@ def evaluate(
         for task, scores in found["tasks"].items():
             for metric, score in scores.items():
                 facts[f"{task} {metric}"] = "-" if score is None else f"{score:.4f}"
-    if as_json:
-        print_json(found)
-    else:
-        tables.facts(facts)
+    print_json(found) if as_json else tables.facts(facts)
 
 
 @app.command()
@@ -111,10 +108,7 @@ def bench(
 
     with progress.bar("optq bench") as bar:
         report = measure_speed(load(model, device), bar)
-    if as_json:
-        print_json({"model": model, **asdict(report)})
-    else:
-        tables.speed(report)
+    print_json({"model": model, **asdict(report)}) if as_json else tables.speed(report)
 
 
 @app.command()
@@ -153,7 +147,4 @@ def inspect(
     from optq.runner import ModelConfig
 
     what = describe(ModelConfig(model).checkpoint())
-    if as_json:
-        print_json(what)
-        return
-    tables.checkpoint(what)
+    print_json(what) if as_json else tables.checkpoint(what)

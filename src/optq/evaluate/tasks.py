@@ -38,13 +38,15 @@ class ZeroShot:
         if self.limit is not None and self.limit < 1:
             raise SettingError(f"limit is {self.limit}", "choose 1 or more, or leave it out")
         try:
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise OptqError(
                 f"tasks are run by lm-eval, which cannot be imported: {error}",
                 "run `pip install optq[tasks]`",
             ) from error
-        self.manager = TaskManager()
+        self.evaluate, self.wrap, self.manager = simple_evaluate, HFLM, TaskManager()
         for task in self.tasks:
             if isinstance(task, str) and not self.manager.match_tasks([task]):
                 raise DataError(
@@ -58,12 +60,9 @@ class ZeroShot:
         the filter follows the metric: ``exact_match,x``. Raises ``DataError`` if a task's data
         cannot be reached.
         """
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
         try:
-            run = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer),
+            run = self.evaluate(
+                model=self.wrap(pretrained=model, tokenizer=tokenizer),
                 tasks=list(self.tasks),
                 num_fewshot=0,
                 limit=self.limit,

@@ -26,9 +26,7 @@ def write(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
         path.write_text(bars(title, rows), encoding="utf-8")
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}", "name another file with --chart"
-        ) from error
+        raise OutputError.of(path, error, "--chart") from error
 
 
 def bars(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
