@@ -42,8 +42,6 @@ class Completion:
     arrivals: list[float] = field(default_factory=list)  # seconds: the start, then each token
 
     def __post_init__(self) -> None:
-        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):  # bytes of a terminal
-            raise SettingError("the prompt is not UTF-8", "write it in UTF-8")
         self.ids = self.tokenizer(self.prompt, return_tensors="pt").to(self.model.device)
         self.ids.pop("token_type_ids", None)
         length, longest = self.ids["input_ids"].shape[1], positions(self.model)

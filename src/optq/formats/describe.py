@@ -12,8 +12,6 @@ from optq.formats.reader import quantized_layers
 from optq.formats.writer import RECORD
 from optq.model.checkpoint import Checkpoint, tensor_sizes
 
-NUMBERS = ("rows", "cols", "error", "relative_error", "rtn_error")  # that a record has of a layer
-
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Format, settings, sizes in bytes, and the records of the layers if OPTQ wrote them."""
@@ -55,8 +53,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             keys = ("method", "quantizer", "qep", "calibration", "layers")
             what |= {key: made[key] for key in keys}
             what["bits_per_weight"] = round(made["bits_per_weight"], 3)
-            for layer in made["layers"]:  # else they fail while they are printed
-                layer["name"].encode(), [float(layer[key]) for key in NUMBERS]
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{record} is damaged", "delete it: only its errors by layer are lost"
