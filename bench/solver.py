@@ -99,7 +99,7 @@ def main() -> None:
     W = 0.02 * torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(SEED))
     gptq = GPTQ.plain(wbits=WBITS, groupsize=GROUPSIZE)
     tools = {
-        "ours": lambda: gptq.solve(W, H),
+        "ours": lambda: gptq.solve(gptq.problem(H), W),
         "plain": lambda: plain_gptq(W, H, WBITS, GROUPSIZE, gptq.percdamp),
     }
     seconds: dict[str, list[float]] = {name: [] for name in tools}

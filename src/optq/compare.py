@@ -16,6 +16,7 @@ from optq.core.best import BEST
 from optq.core.gptq import GPTQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
+from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, OutputError, SettingError
@@ -24,7 +25,6 @@ from optq.formats import FORMATS
 from optq.formats.fit import check_layers
 from optq.model.blocks import find_blocks
 from optq.model.source import sequence_length
-from optq.quantize import Quantizer, layer_scheme
 from optq.runner import ModelConfig, Runner
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
@@ -32,7 +32,7 @@ DEMO_SAMPLES = 64
 Update = Callable[[float, float, str], None]  # done, total, note
 
 # What `optq compare --methods` names; "gptq" propagates errors where that is the default.
-COMPARED: dict[str, Callable[[int, int], Quantizer]] = {
+COMPARED: dict[str, Callable[[int, int], Solver]] = {
     "rtn": RTN,
     "plain": GPTQ.plain,
     "no-qep": GPTQ,
@@ -90,7 +90,7 @@ class Comparison:
         blocks = find_blocks(model, self.skip)
         layers = [layer for block in blocks for layer in block.layers]
         for quantizer in quantizers.values():
-            check_layers(FORMATS["gptq"], blocks, layer_scheme(quantizer))
+            check_layers(FORMATS["gptq"], blocks, quantizer.scheme())
         tokens = None
         if any(kept.get(key) is None for key in keys.values()):  # one calibration for all
             tokens = calibration_tokens(self.calib, tokenizer, self.nsamples, seqlen, self.seed)
@@ -117,7 +117,7 @@ class Comparison:
     def _measure(
         self,
         setting: tuple[str, int, int],
-        quantizer: Quantizer,
+        quantizer: Solver,
         tokens: Tensor,
         windows: Tensor,
         full: Row,
@@ -131,7 +131,7 @@ class Comparison:
         rise = measured - full.perplexity
         return Row(*setting, result.bits_per_weight, result.bytes, measured, rise, seconds)
 
-    def _quantizer(self, method: str, wbits: int, groupsize: int) -> Quantizer:
+    def _quantizer(self, method: str, wbits: int, groupsize: int) -> Solver:
         if method not in COMPARED:
             raise SettingError(f"the method {method} is unknown", f"choose {', '.join(COMPARED)}")
         return COMPARED[method](wbits, groupsize)

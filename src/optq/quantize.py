@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,23 +12,22 @@ from torch import Tensor
 
 from optq import __version__
 from optq.core.error import output_energy
-from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
-from optq.core.hessian import Factor
-from optq.core.obq import OBQ
+from optq.core.problem import Problem
 from optq.core.qep import QEP
-from optq.core.rtn import RTN
 from optq.core.solution import Solution
+from optq.core.solver import Solver
 from optq.errors import ModelError, NumericsError
 from optq.formats.fit import check_layers
-from optq.formats.scheme import Format, LayerScheme
+from optq.formats.scheme import Format
 from optq.formats.writer import Writer
-from optq.model.blocks import Block, Layer, linears_outside, release
+from optq.model.blocks import Block, Layer, Site, linears_outside
 from optq.model.checkpoint import Checkpoint
-from optq.model.flow import Flow, Inputs, Site
+from optq.model.flow import Flow
+from optq.model.inputs import SiteSums
 from optq.model.source import disk_names
+from optq.model.weights import Weights
 
-Quantizer = RTN | GPTQ | OBQ
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
 
 
@@ -52,8 +50,6 @@ class LayerRecord:
     damp_tries: int = 0
     dead_columns: int = 0
     fallback_rows: int = 0
-    polish_gain: float = 0.0  # the part of the site's error that polish took
-    polish_seconds: float = 0.0
     calls: int = 1  # of the layer in one forward; it is calibrated on the first
 
 
@@ -75,7 +71,7 @@ class Quantization:
         model: Any,
         blocks: list[Block],
         checkpoint: Checkpoint,
-        quantizer: Quantizer,
+        quantizer: Solver,
         qep: QEP | None,
         form: Format,
         progress: Callable[[Progress], None],
@@ -83,7 +79,7 @@ class Quantization:
         self.model, self.blocks, self.checkpoint = model, blocks, checkpoint
         self.quantizer, self.qep, self.form, self.progress = quantizer, qep, form, progress
         self.storage: Storage = form.storage(model.dtype)
-        self.scheme = layer_scheme(quantizer)
+        self.scheme = quantizer.scheme()
         self.names = disk_names(model, checkpoint.files)
         check_layers(form, blocks, self.scheme)
         for layer in (layer for block in blocks for layer in block.layers):
@@ -105,12 +101,17 @@ class Quantization:
     def calibrate(self, tokens: Tensor, device: torch.device) -> None:
         """Take all calibration tokens ``[samples, tokens]`` through the model once."""
         batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
+        # What is on its way to disk leaves the memory, block by block.
+        weights = Weights(self.model, self.blocks, device, keep=self.writer is None)
         propagate = self.qep is not None
-        flow = Flow(self.model, self.blocks, batches, device, self.solve, self.done, propagate)
+        flow = Flow(self.model, self.blocks, batches, weights, self.solve, propagate=propagate)
         flow.run()
-        self.seconds |= {"forward": flow.seconds.forward, "hessian": flow.seconds.hessian}
+        # A module that later blocks share is called again after its record was made.
+        calls = {layer.name: layer.calls for block in self.blocks for layer in block.layers}
+        self.records = [replace(each, calls=calls[each.name]) for each in self.records]
+        self.seconds |= flow.seconds
 
-    def solve(self, site: Site, inputs: Inputs) -> None:
+    def solve(self, site: Site, inputs: SiteSums) -> None:
         """Quantize the stacked rows of one site and put the weights back."""
         for layer in site.layers:
             if not torch.isfinite(layer.weight).all():
@@ -120,29 +121,19 @@ class Quantization:
                 )
         rows = [layer.shape[0] for layer in site.layers]
         weight = torch.cat([layer.weight for layer in site.layers])
-        aim, qep = None, self.qep
-        drifted = inputs.drift is not None and bool(inputs.drift.any())  # not at the first site
-        if qep is not None and drifted and any(qep.applies(each.name) for each in site.layers):
-            weight = weight.to(inputs.H.dtype)
-            aim = partial(_target, qep, site, inputs, weight)
-        solution = self.quantizer.solve(weight, inputs.H, self.storage, aim)
+        problem = self.quantizer.problem(inputs.H)
+        aim = None if self.qep is None else _aim(self.qep, problem, site, inputs.drift, weight)
+        solution = self.quantizer.solve(problem, weight, aim, self.storage)
         energies = output_energy(weight, inputs.H).split(rows)
         records = []
         for layer, part, energy in zip(site.layers, solution.split(rows), energies, strict=True):
             layer.put(part.weight)
             self._keep(layer, part)
-            records.append(_record(layer, part, energy.sum().item(), len(weight)))
+            records.append(_record(layer, part, energy.sum().item(), problem, len(weight)))
         self.records += records
-        for stage, seconds in solution.seconds.items():
+        for stage, seconds in problem.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self.progress(Progress(site.block.index, len(self.blocks), site.layers[0].name, records))
-
-    def done(self, block: Block) -> None:
-        """A block that no batch needs any more: what is on its way to disk leaves the memory."""
-        if self.writer is not None:
-            release(block, self.blocks)
-        else:
-            block.module.to("cpu")
 
     def finish(self, writer: Writer, calibration: dict[str, Any]) -> None:
         """Complete a checkpoint, with all layers that :meth:`save` or the run gave it."""
@@ -152,7 +143,7 @@ class Quantization:
             for names in (self.dense(), linears_outside(self.model, self.blocks))
         )
         record = self.record(calibration)
-        percdamp = getattr(self.quantizer, "percdamp", 0.0)
+        percdamp = self.quantizer.percdamp
         writer.finish(dense, percdamp, record, outside)
         self.seconds["write"] += time.perf_counter() - start
 
@@ -172,7 +163,7 @@ class Quantization:
         return {
             "optq": __version__,
             "method": type(self.quantizer).__name__.lower(),
-            "quantizer": asdict(self.quantizer),
+            "quantizer": asdict(self.quantizer),  # type: ignore[call-overload]
             "qep": None if self.qep is None else asdict(self.qep),
             "calibration": calibration,
             "bits_per_weight": self.bits_per_weight,
@@ -197,24 +188,15 @@ class Quantization:
         self.seconds["write"] += time.perf_counter() - start
 
 
-def layer_scheme(quantizer: Quantizer) -> LayerScheme:
-    """What the config of a checkpoint says of each layer that this quantizer solves."""
-    static = getattr(quantizer, "static_groups", False) or quantizer.groupsize == -1
-    actorder = getattr(quantizer, "actorder", False) not in (False, "group") and not static
-    return LayerScheme(quantizer.wbits, quantizer.groupsize, quantizer.sym, actorder)
-
-
-def _target(
-    qep: QEP,
-    site: Site,
-    inputs: Inputs,
-    weight: Tensor,
-    factored: Factor | None,
-    order: Tensor | None,
-) -> Tensor:
-    """What the stacked rows of a site aim at under error propagation."""
-    assert inputs.drift is not None  # the full-precision stream runs
-    target = qep.correct(weight, inputs.H, inputs.drift, factored, order)
+def _aim(
+    qep: QEP, problem: Problem, site: Site, drift: Tensor | None, weight: Tensor
+) -> Tensor | None:
+    """What the stacked rows of a site aim at; None: at themselves, as where nothing drifted."""
+    assert drift is not None  # the full-precision stream runs
+    if not any(qep.applies(layer.name) for layer in site.layers) or not drift.any():
+        return None
+    weight = weight.to(drift.dtype)
+    target = qep.correct(problem, weight, drift)
     rows = [layer.shape[0] for layer in site.layers]
     for layer, kept, moved in zip(site.layers, weight.split(rows), target.split(rows), strict=True):
         if not qep.applies(layer.name):
@@ -222,7 +204,9 @@ def _target(
     return target
 
 
-def _record(layer: Layer, part: Solution, energy: float, site_rows: int) -> LayerRecord:
+def _record(
+    layer: Layer, part: Solution, energy: float, problem: Problem, site_rows: int
+) -> LayerRecord:
     rows, cols = layer.shape
     error = part.error.sum().item()
     return LayerRecord(
@@ -232,12 +216,10 @@ def _record(layer: Layer, part: Solution, energy: float, site_rows: int) -> Laye
         error=error,
         relative_error=error / energy if energy else 0.0,
         rtn_error=part.rtn_error.sum().item(),
-        damp=part.damp,
-        seconds=sum(part.seconds.values()) * rows / site_rows,
-        damp_tries=part.damp_tries,
-        dead_columns=part.dead,
-        fallback_rows=part.fallback_rows,
-        polish_gain=part.polish_gain,
-        polish_seconds=part.seconds.get("polish", 0.0) * rows / site_rows,
-        calls=max(layer.calls, 1),
+        damp=problem.damp,
+        seconds=sum(problem.seconds.values()) * rows / site_rows,
+        damp_tries=problem.damp_tries,
+        dead_columns=int(problem.dead.sum()),
+        fallback_rows=int(part.fell_back.sum()),
+        calls=layer.calls,
     )

@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.core.gptq import GPTQ
-from optq.core.obq import OBQ
 from optq.core.qep import QEP
-from optq.core.rtn import RTN
+from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.errors import ModelError, SettingError
 from optq.formats import FORMATS, detect, reader
@@ -31,9 +29,7 @@ from optq.formats.writer import Writer, check_target
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.source import check_vocabulary, load_model, load_tokenizer, sequence_length
-from optq.quantize import LayerRecord, Progress, Quantization, Quantizer
-
-METHODS = {"rtn": RTN, "gptq": GPTQ, "obq": OBQ}
+from optq.quantize import LayerRecord, Progress, Quantization
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ class Runner:
     """
 
     model_config: ModelConfig
-    quantizer: Quantizer
+    quantizer: Solver
     qep: bool | QEP = False
     calib: str | Path | Tensor | None = None
     output: str | Path | None = None

@@ -4,7 +4,8 @@ import numpy as np
 import oracles
 import torch
 
-from optq.core.grid import GridSpec, Storage
+from optq.core.grid import IntegerGrid, Storage
+from optq.core.problem import Problem
 
 EXACT = Storage(scale_dtypes=())
 STORAGES = (
@@ -12,6 +13,14 @@ STORAGES = (
     Storage(min_zero=1),
     Storage((torch.float16, torch.bfloat16)),
 )
+
+
+def solved(solver, W, H, storage=Storage(), aim=None):
+    """The solution, which knows the problem that it solves."""
+    problem = solver.problem(H)
+    solution = solver.solve(problem, W, aim, storage)
+    object.__setattr__(solution, "problem", problem)
+    return solution
 
 
 def array(tensor):
@@ -57,17 +66,23 @@ def check_solution(solution, p, options, storage, dtype):
     np.testing.assert_allclose(array(solution.weight), Q, rtol=2 * torch.finfo(dtype).eps)
 
     dead = np.diag(p.H) == 0
-    assert solution.dead == dead.sum()
-    assert (Q[:, dead] == 0).all()
+    assert (solution.problem.dead.numpy() == dead).all()
+    # Without evidence a weight is the nearest value of its grid.
+    for n, k in np.argwhere(dead[None, :] & np.ones_like(codes, dtype=bool)):
+        scale, zero = array(solution.scales)[n, g_idx[k]], zeros[n, g_idx[k]]
+        values = scale * (np.arange(2**bits) - zero)
+        least = np.abs(p.W[n, k] - values).min()
+        slack = 8 * torch.finfo(dtype).eps * max(abs(p.W[n, k]), abs(scale))
+        assert abs(p.W[n, k] - Q[n, k]) <= least + slack
 
-    W = oracles.without_dead(p.W, p.H)
+    W, damp = p.W, solution.problem.damp
     error = oracles.row_errors(W, Q, p.H)
-    bound = rounding_bound(W, Q, p.H, solution.damp, dtype)
+    bound = rounding_bound(W, Q, p.H, damp, dtype)
     assert (np.abs(array(solution.error) - error) <= bound).all()
 
     R = rounded_weight(W, p.H, g_idx, options, storage, dtype)
     rounded = oracles.row_errors(W, R, p.H)
-    bound += rounding_bound(W, R, p.H, solution.damp, dtype)
+    bound += rounding_bound(W, R, p.H, damp, dtype)
     assert (error <= rounded + bound).all()
     if dtype == torch.float64:
         assert (np.abs(array(solution.rtn_error) - rounded) <= bound).all()
@@ -80,12 +95,12 @@ def rounded_weight(W, H, g_idx, options, storage, dtype):
     in ``dtype``: in another one a scale or a weight half way between two values, as the largest
     of a symmetric group is, goes the other way.
     """
-    spec = GridSpec(options["wbits"], sym=options["sym"], mse=options["mse"])
-    R = np.empty(W.shape)
+    grid = IntegerGrid(options["wbits"], sym=options["sym"], mse=options["mse"])
+    R, weighs = np.empty(W.shape), Problem(torch.tensor(H, dtype=dtype)).importance
     for g in range(max(g_idx) + 1):
         group = torch.tensor(W[:, g_idx == g], dtype=dtype)
-        importance = torch.tensor(np.diag(H)[g_idx == g], dtype=dtype)[:, None]
-        scale, zero = (grid[:, None] for grid in spec.fit(group.T, storage, importance))
+        importance = weighs[torch.tensor(g_idx == g)]
+        scale, zero = (part[:, None] for part in grid.fit(group.T, storage, importance))
         steps = torch.clamp(torch.round(group / scale), -zero, 2 ** options["wbits"] - 1 - zero)
         R[:, g_idx == g] = array(steps) * array(scale)
     return R

@@ -4,11 +4,12 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from core.checks import solved
 from core.problems import grid_options, problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optq.core.grid import GridSpec, Storage
+from optq.core.grid import IntegerGrid, Storage
 from optq.core.rtn import RTN
 from optq.errors import SettingError
 
@@ -20,7 +21,7 @@ quick = settings(derandomize=True, deadline=None, max_examples=60)
 def fit(W, options, storage=EXACT, dtype=torch.float64):
     """``scale, zero [rows, groups]`` that round-to-nearest fits to ``W [rows, cols]``."""
     weight, alive = torch.tensor(W, dtype=dtype), torch.eye(W.shape[1], dtype=dtype)
-    solution = RTN(**options).solve(weight, alive, storage)
+    solution = solved(RTN(**options), weight, alive, storage)
     return solution.scales.double().numpy(), solution.zeros.double().numpy()
 
 
@@ -45,7 +46,7 @@ def test_min_max_is_the_oracle_s(p, options, min_zero):
 def search(W, H, options, storage=EXACT, dtype=torch.float64):
     """``scale, zero [rows, groups]`` of the range search, the columns weighed by ``diag H``."""
     weight, H = (torch.tensor(x, dtype=dtype) for x in (W, H))
-    solution = RTN(mse=True, **options).solve(weight, H, storage)
+    solution = solved(RTN(mse=True, **options), weight, H, storage)
     return solution.scales.double().numpy(), solution.zeros.double().numpy()
 
 
@@ -68,7 +69,7 @@ def test_the_range_search_is_the_oracle_s(sym, wbits, groupsize, weight, min_zer
 @given(problems(), grid_options(mse=(True,)), st.sampled_from((0, 1)))
 def test_the_range_search_never_loses_to_min_max(p, options, min_zero):
     del options["mse"]
-    W, h = oracles.without_dead(p.W, p.H), np.diag(p.H)
+    W, h = p.W, np.diag(p.H)
     scale, zero = search(W, p.H, options, Storage((), min_zero))
     bits, g_idx = options["wbits"], oracles.group_index(W.shape[1], options["groupsize"])
     for n, g, values in groups(W, options["groupsize"]):
@@ -88,7 +89,7 @@ def test_at_eight_bits_it_does_not_lose_by_storing_the_scale_either(sym, storage
     """A step is so small there that what storing moves a scale by counts."""
     W = size * torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     H = torch.eye(64)
-    searched, minmax = (RTN(8, 32, sym, mse).solve(W, H, storage) for mse in (True, False))
+    searched, minmax = (solved(RTN(8, 32, sym, mse), W, H, storage) for mse in (True, False))
     assert (searched.error <= minmax.error * (1 + 1e-4)).all()
 
 
@@ -211,4 +212,4 @@ def test_fitted_scales_are_exact_in_every_storage_dtype(p, options, storage):
 )
 def test_a_grid_that_does_not_exist_is_refused(options):
     with pytest.raises(SettingError):
-        GridSpec(**options)
+        IntegerGrid(**options)

@@ -1,16 +1,15 @@
-"""OBS and OBQ: every step is the constrained minimum that a dense solver finds."""
+"""OBQ: every step is the constrained minimum that a dense solver finds."""
 
 import numpy as np
 import oracles
 import pytest
 import torch
-from core.checks import EXACT, STORAGES, check_solution, same_codes
+from core.checks import EXACT, STORAGES, check_solution, same_codes, solved
 from core.problems import grid_options, problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optq.core.obq import OBQ
-from optq.core.obs import eliminate, remove
+from optq.core.obq import OBQ, eliminate
 from optq.core.rtn import RTN
 from optq.errors import NumericsError, SettingError
 
@@ -20,38 +19,6 @@ LIVE = ("correlated", "diagonal", "few tokens", "duplicates", "ill-conditioned",
 
 def damped(H, percdamp=0.01):
     return H + oracles.damping(H, percdamp) * np.eye(len(H))
-
-
-# --------------------------------------------------------------------------------------------- OBS
-
-
-@quick
-@given(problems(hessians=LIVE, max_rows=1, max_cols=12), st.randoms(use_true_random=False))
-def test_removing_a_weight_is_the_constrained_minimum(p, random):
-    D, w = damped(p.H), p.W[0]
-    j = random.randrange(len(w))
-    new, cost = remove(torch.tensor(w), torch.tensor(np.linalg.inv(D)), j)
-    best, least = oracles.obs_remove(w, D, j)
-    np.testing.assert_allclose(new, best, rtol=1e-7, atol=1e-9 * np.abs(w).max())
-    assert new[j] == 0
-    assert cost == pytest.approx(least, rel=1e-7, abs=1e-300)
-
-
-@quick
-@given(problems(hessians=LIVE, max_rows=1, max_cols=12), st.randoms(use_true_random=False))
-def test_the_cost_of_a_removal_is_half_the_rise_of_the_error(p, random):
-    D, w = damped(p.H), p.W[0]
-    new, cost = remove(torch.tensor(w), torch.tensor(np.linalg.inv(D)), random.randrange(len(w)))
-    (rise,) = oracles.row_errors(p.W, new.numpy()[None], D)
-    assert cost == pytest.approx(rise / 2, rel=1e-6, abs=1e-300)
-
-
-def test_removal_leaves_its_inputs_alone():
-    p = problem(1, 6)
-    w, inverse = torch.tensor(p.W[0]), torch.tensor(np.linalg.inv(damped(p.H)))
-    before = w.clone(), inverse.clone()
-    remove(w, inverse, 3)
-    assert torch.equal(w, before[0]) and torch.equal(inverse, before[1])
 
 
 def test_elimination_leaves_the_inverse_of_what_is_left():
@@ -74,9 +41,9 @@ def test_elimination_leaves_the_inverse_of_what_is_left():
 
 def compare(p, options):
     """The implementation's codes against a greedy run that solves every step densely."""
-    solution = OBQ(**options).solve(*p.tensors(), EXACT)
-    W = oracles.without_dead(p.W, p.H)
-    D = p.H + solution.damp * np.eye(len(p.H))
+    solution = solved(OBQ(**options), *p.tensors(), EXACT)
+    W = p.W
+    D = p.H + solution.problem.damp * np.eye(len(p.H))
     bits, sym = options["wbits"], options["sym"]
     g_idx = oracles.group_index(W.shape[1], options["groupsize"])
     scales, zeros, _ = oracles.fit_all(W, bits, g_idx, sym)
@@ -124,20 +91,20 @@ def test_every_step_is_the_cheapest_for_any_weight_and_hessian(p, options):
 @pytest.mark.parametrize("groupsize", [-1, 8])
 def test_a_diagonal_hessian_gives_round_to_nearest(groupsize):
     W, H = problem(5, 20, "diagonal", seed=5).tensors()
-    obq, rtn = (s(3, groupsize).solve(W, H, EXACT) for s in (OBQ, RTN))
+    obq, rtn = (solved(s(3, groupsize), W, H, EXACT) for s in (OBQ, RTN))
     assert torch.equal(obq.codes, rtn.codes)
 
 
 def test_one_column_is_round_to_nearest():
     W, H = problem(5, 1, seed=6).tensors()
-    assert torch.equal(OBQ(3).solve(W, H, EXACT).codes, RTN(3).solve(W, H, EXACT).codes)
+    assert torch.equal(solved(OBQ(3), W, H, EXACT).codes, solved(RTN(3), W, H, EXACT).codes)
 
 
 def test_rows_at_work_together_are_solved_as_each_alone(monkeypatch):
     p = problem(7, 12, seed=7)
-    together = OBQ(3, 4).solve(*p.tensors(), EXACT)
+    together = solved(OBQ(3, 4), *p.tensors(), EXACT)
     monkeypatch.setattr("optq.core.obq.ENTRIES_AT_ONCE", 2 * 12**2)
-    assert torch.equal(OBQ(3, 4).solve(*p.tensors(), EXACT).codes, together.codes)
+    assert torch.equal(solved(OBQ(3, 4), *p.tensors(), EXACT).codes, together.codes)
 
 
 # --------------------------------------------------------------------------------------- promises
@@ -152,21 +119,21 @@ def test_rows_at_work_together_are_solved_as_each_alone(monkeypatch):
     st.sampled_from((0.0, 1e-6, 0.01, 0.1)),
 )
 def test_every_solution_keeps_its_promises(p, options, storage, dtype, percdamp):
-    solution = OBQ(percdamp=percdamp, **options).solve(*p.tensors(dtype), storage)
+    solution = solved(OBQ(percdamp=percdamp, **options), *p.tensors(dtype), storage)
     check_solution(solution, p, options, storage, dtype)
 
 
-def test_a_hessian_of_zeros_gives_finite_zeros():
-    W = problem(3, 8).tensors()[0]
-    solution = OBQ(4).solve(W, torch.zeros(8, 8, dtype=torch.float64))
-    assert solution.dead == 8
-    assert (solution.weight == 0).all() and (solution.error == 0).all()
+def test_a_hessian_of_zeros_gives_round_to_nearest():
+    W, H = problem(3, 8).tensors()[0], torch.zeros(8, 8, dtype=torch.float64)
+    solution = solved(OBQ(4), W, H)
+    assert solution.problem.dead.all() and (solution.error == 0).all()
+    assert torch.equal(solution.codes, solved(RTN(4), W, H).codes)
 
 
 def test_solving_leaves_its_inputs_alone():
     W, H = problem(3, 10, "dead columns", seed=8).tensors()
     before = W.clone(), H.clone()
-    OBQ(4, 4).solve(W, H)
+    solved(OBQ(4, 4), W, H)
     assert torch.equal(W, before[0]) and torch.equal(H, before[1])
 
 
@@ -174,7 +141,7 @@ def test_a_hessian_with_a_nan_is_an_error():
     W, H = problem(2, 8).tensors()
     H[1, 1] = float("nan")
     with pytest.raises(NumericsError):
-        OBQ(4).solve(W, H)
+        solved(OBQ(4), W, H)
 
 
 @pytest.mark.parametrize("options", [{"wbits": 6}, {"groupsize": -3}, {"percdamp": 2.0}])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optq.core import hessian
-from optq.core.hessian import factor
+from optq.core.problem import Problem
 from optq.core.qep import QEP
 from optq.errors import SettingError
 
@@ -21,6 +21,10 @@ def streams(shift: float, rows: int = 7):
     return weight, full, full + shift * noise
 
 
+def correct(qep, weight, H, drift):
+    return qep.correct(Problem(H), weight, drift)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 @pytest.mark.parametrize("percdamp", [0.01, 1.0])
 @pytest.mark.parametrize("rows", [7, 40])  # fewer and more than columns
@@ -30,7 +34,7 @@ def test_the_corrected_weights_are_those_of_the_formula(alpha, percdamp, rows):
     damped = H + percdamp * H.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
     difference = (full - quantized).T @ quantized / TOKENS
     expected = weight + alpha * weight @ difference @ torch.linalg.inv(damped)
-    corrected = QEP(alpha, percdamp).correct(weight, H, difference)
+    corrected = correct(QEP(alpha, percdamp), weight, H, difference)
     torch.testing.assert_close(corrected, expected)
 
 
@@ -39,7 +43,7 @@ def test_the_corrected_weights_are_those_of_the_formula(alpha, percdamp, rows):
 def test_in_bfloat16_the_output_is_corrected_as_well(rows, mean, monkeypatch):
     """Also where all inputs share a mean that moves: what rounding adds to a product along it, the
     solve that follows would blow up in all other directions."""
-    monkeypatch.setattr(hessian, "fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("optq.core.precision.fast_bfloat16", lambda device: True)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randn(2, 256, generator=generator, dtype=torch.float64).sign()
     x = torch.randn(2000, 256, generator=generator, dtype=torch.float64) + mean * signs[0]
@@ -47,8 +51,8 @@ def test_in_bfloat16_the_output_is_corrected_as_well(rows, mean, monkeypatch):
     d = 0.02 * mean * signs[1] + 0.05 * torch.randn(2000, 256, generator=generator)
     weight = torch.randn(rows, 256, generator=generator, dtype=torch.float64)
     H, drift = x.T @ x / 2000, d.T @ x / 2000
-    exact = QEP().correct(weight, H, drift) - weight
-    rounded = QEP().correct(weight.float(), H.float(), drift.float()).double() - weight
+    exact = correct(QEP(), weight, H, drift) - weight
+    rounded = correct(QEP(), weight.float(), H.float(), drift.float()).double() - weight
     off, size = (((each @ H) * each).sum() for each in (rounded - exact, exact))
     assert 0 < off < 1e-3 * size
 
@@ -67,7 +71,7 @@ def test_the_drift_in_bfloat16_is_near_enough_to_correct_by(mean, most, monkeypa
         monkeypatch.setattr(hessian, "fast_bfloat16", lambda device, quick=quick: quick)
         drift = torch.zeros(256, 256)
         hessian.add_drift(drift, x, y)
-        shifts.append(QEP().correct(weight, H, drift.double() / 2000) - weight)
+        shifts.append(correct(QEP(), weight, H, drift.double() / 2000) - weight)
     off, size = (((each @ H) * each).sum() for each in (shifts[1] - shifts[0], shifts[0]))
     assert 0 < off < most * size
 
@@ -75,24 +79,25 @@ def test_the_drift_in_bfloat16_is_near_enough_to_correct_by(mean, most, monkeypa
 def test_the_factor_of_a_solver_serves_if_its_damping_is_the_same():
     weight, full, quantized = streams(0.3)
     H, drift = quantized.T @ quantized / TOKENS, (full - quantized).T @ quantized / TOKENS
-    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(1))
     for percdamp in (0.01, 0.1):
-        known = factor(H[order][:, order], percdamp)
-        corrected = QEP().correct(weight, H, drift, known, order)
-        torch.testing.assert_close(corrected, QEP().correct(weight, H, drift))
+        known = Problem(H, percdamp, actorder=True)
+        made = known.factor
+        corrected = QEP().correct(known, weight, drift)
+        assert known.factor is made and known.order is not None
+        torch.testing.assert_close(corrected, correct(QEP(), weight, H, drift))
 
 
 def test_equal_streams_change_nothing():
     weight, full, _ = streams(0.0)
     H = full.T @ full / TOKENS
-    assert torch.equal(QEP().correct(weight, H, torch.zeros_like(H)), weight)
+    assert torch.equal(correct(QEP(), weight, H, torch.zeros_like(H)), weight)
 
 
 def test_full_correction_without_damping_is_least_squares():
     """alpha = 1 and no damping: the best weights on the quantized inputs for the true output."""
     weight, full, quantized = streams(0.3)
     H, drift = quantized.T @ quantized / TOKENS, (full - quantized).T @ quantized / TOKENS
-    corrected = QEP(1.0, 0.0).correct(weight, H, drift)
+    corrected = correct(QEP(1.0, 0.0), weight, H, drift)
     best = torch.linalg.lstsq(quantized, full @ weight.T).solution.T
     torch.testing.assert_close(corrected, best)
 

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import zoo
+from core.checks import solved
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,11 +24,10 @@ from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear
 from optq.model.source import disk_names, load_model
-from optq.quantize import layer_scheme
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL)}
 QUANTIZER = RTN(4, 32)
-SCHEME = layer_scheme(QUANTIZER)
+SCHEME = QUANTIZER.scheme()
 VERSIONS = (GPTQ_V1, GPTQ_V2)
 RECORD = {
     "method": "rtn",
@@ -53,7 +53,7 @@ def solve_all(folder, quantizer=QUANTIZER, form=FORMATS["gptq"], skip=None):
     blocks = find_blocks(model, skip)
     for layer in (layer for block in blocks for layer in block.layers):
         weight = layer.weight.float()
-        solution = quantizer.solve(weight, torch.eye(weight.shape[1]), form.storage(model.dtype))
+        solution = solved(quantizer, weight, torch.eye(weight.shape[1]), form.storage(model.dtype))
         solutions[names[f"{layer.name}.weight"].removesuffix(".weight")] = solution
     linears = [names[f"{n}.weight"].removesuffix(".weight") for b in blocks for n in b.linears]
     return solutions, [name for name in linears if name not in solutions]

@@ -11,6 +11,7 @@ import zoo_configs
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils import match
+from core import checks
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from optq import ModelConfig, Runner, load
@@ -36,7 +37,7 @@ def solved(quantizer, rows=36, columns=96, dtype=torch.float32, seed=0):
     weight[rows // 3 : rows // 2] -= 3
     inputs = torch.randn(2 * columns, columns, generator=generator)
     inputs *= torch.linspace(0.1, 3, columns)[torch.randperm(columns, generator=generator)]
-    return quantizer.solve(weight, inputs.T @ inputs / len(inputs), FORM.storage(dtype))
+    return checks.solved(quantizer, weight, inputs.T @ inputs / len(inputs), FORM.storage(dtype))
 
 
 def fields(words, count, bits):
@@ -110,7 +111,7 @@ def test_scales_are_exact_in_the_model_and_in_float16(dtype):
 
 
 def test_an_asymmetric_layer_keeps_zero_points_that_all_are_the_middle():
-    layer = RTN(4, 32, sym=False).solve(torch.zeros(8, 64), torch.eye(64), Storage())
+    layer = checks.solved(RTN(4, 32, sym=False), torch.zeros(8, 64), torch.eye(64), Storage())
     assert layer.sym
     scheme = LayerScheme(4, 32, sym=False)
     assert torch.equal(
@@ -120,14 +121,14 @@ def test_an_asymmetric_layer_keeps_zero_points_that_all_are_the_middle():
 
 
 def test_encode_refuses_what_would_be_another_model():
-    fine = RTN(4, 32).solve(torch.randn(8, 64), torch.eye(64), Storage((torch.float16,)))
+    fine = checks.solved(RTN(4, 32), torch.randn(8, 64), torch.eye(64), Storage((torch.float16,)))
     with pytest.raises(SettingError, match=r"bfloat16, which cannot hold.*\n.*gptq"):
         FORM.encode(fine, torch.bfloat16, fine.sym)
     ordered = solved(GPTQ.plain(4, 32, actorder=True))
     assert not ordered.consecutive
     with pytest.raises(SettingError, match="would follow act-order"):
         FORM.encode(ordered, torch.float32, True)
-    ragged = RTN(4, 32).solve(torch.randn(8, 80), torch.eye(80), Storage())
+    ragged = checks.solved(RTN(4, 32), torch.randn(8, 80), torch.eye(80), Storage())
     with pytest.raises(SettingError, match="does not divide the 80 columns"):
         FORM.encode(ragged, torch.float32, True)
     FORM.encode(solved(GPTQ.plain(4, 32, actorder=True, static_groups=True)), torch.float32, True)

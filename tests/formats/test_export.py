@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from core.checks import solved
 from safetensors.torch import load_file, save_file
 
 from optq import GPTQ, RTN, ModelConfig, Runner
@@ -163,7 +164,9 @@ def test_a_packed_head(made, tmp_path, form):
     folder = made("llama", RTN(4, 32)).folder
     state = load_file(folder / "model.safetensors")
     head = state.pop("lm_head.weight").float()
-    solution = RTN(4, 32).solve(head, torch.eye(head.shape[1]), FORMATS["gptq"].storage(head.dtype))
+    solution = solved(
+        RTN(4, 32), head, torch.eye(head.shape[1]), FORMATS["gptq"].storage(head.dtype)
+    )
     parts = FORMATS["gptq"].encode(solution, head.dtype, True)
     state |= {f"lm_head.{suffix}": tensor for suffix, tensor in parts.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -7,10 +7,10 @@ import pytest
 import zoo
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from optq.core.weight import LayerScheme
 from optq.errors import SettingError
 from optq.formats import FORMATS
 from optq.formats.fit import check_layers
-from optq.formats.scheme import LayerScheme
 from optq.model.blocks import find_blocks
 
 FOUR_BITS = LayerScheme(4, 128, True)

@@ -6,6 +6,7 @@ import decoder
 import numpy as np
 import pytest
 import torch
+from core.checks import solved
 
 from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
@@ -14,7 +15,6 @@ from optq.errors import ModelError, SettingError
 from optq.formats import detect
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.formats.scheme import LayerScheme
-from optq.quantize import layer_scheme
 
 VERSIONS = pytest.mark.parametrize(
     ("form", "version"), [(GPTQ_V1, 1), (GPTQ_V2, 2)], ids=["v1", "v2"]
@@ -46,7 +46,7 @@ def arrays(tensors):
 def test_round_trip(form, version, bits, sym, order, groupsize, dtype):
     weight, H = problem()
     quantizer = GPTQ.plain(bits, groupsize, sym, order != "plain", static_groups=order == "static")
-    solution = quantizer.solve(weight, H, form.storage(dtype))
+    solution = solved(quantizer, weight, H, form.storage(dtype))
     tensors = form.encode(solution, dtype, sym)
 
     groups = 1 if groupsize == -1 else COLUMNS // groupsize
@@ -59,7 +59,7 @@ def test_round_trip(form, version, bits, sym, order, groupsize, dtype):
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == shapes
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
-    scheme = layer_scheme(quantizer)
+    scheme = quantizer.scheme()
     own = form.decode("X", tensors, scheme)
     assert torch.equal(own.codes, solution.codes)
     assert torch.equal(own.zeros, solution.zeros)
@@ -89,7 +89,7 @@ def test_round_trip(form, version, bits, sym, order, groupsize, dtype):
 def test_symmetric_zero_points_of_version_1(bits, word):
     weight, H = problem()
     tensors = GPTQ_V1.encode(
-        RTN(bits, 32).solve(weight, H, GPTQ_V1.storage(torch.float32)), torch.float32, True
+        solved(RTN(bits, 32), weight, H, GPTQ_V1.storage(torch.float32)), torch.float32, True
     )
     fields = decoder.stream_values(tensors["qzeros"].numpy(), bits)
     assert (fields == word).all()
@@ -102,13 +102,13 @@ def test_version_1_keeps_zero_points_that_it_can_hold():
     for form, least in ((GPTQ_V1, 1), (GPTQ_V2, 0)):
         storage = form.storage(torch.float32)
         assert storage.min_zero == least
-        zeros = RTN(4, 32, sym=False).solve(weight, H, storage).zeros
+        zeros = solved(RTN(4, 32, sym=False), weight, H, storage).zeros
         assert zeros.min() == least
 
 
 def test_version_1_refuses_a_zero_point_of_0():
     weight, H = problem()
-    solution = RTN(4, 32, sym=False).solve(weight, H, Storage())
+    solution = solved(RTN(4, 32, sym=False), weight, H, Storage())
     assert solution.zeros.min() == 0
     with pytest.raises(SettingError, match="gptq cannot hold a zero point of 0"):
         GPTQ_V1.encode(solution, torch.float32, False)
@@ -200,7 +200,7 @@ def test_rules_are_read_as_gptqmodel_reads_them():
     ids=str,
 )
 def test_desc_act_says_whether_g_idx_is_out_of_order(quantizer, desc_act):
-    assert layer_scheme(quantizer).actorder is desc_act
+    assert quantizer.scheme().actorder is desc_act
 
 
 def test_dense_layers_are_named_twice():

@@ -6,15 +6,18 @@ import gc
 import pytest
 import torch
 import zoo
+from core.checks import solved
 from greenlet import getcurrent, greenlet
 from torch import nn
 from transformers import DynamicCache
 
-from optq.core.hessian import reduced_precision
+from optq.core.precision import exact_products
 from optq.core.rtn import RTN
 from optq.errors import ModelError, NumericsError
+from optq.model.batch import Batch
 from optq.model.blocks import find_blocks
-from optq.model.flow import Flow, _Batch
+from optq.model.flow import Flow
+from optq.model.weights import Weights
 
 CPU = torch.device("cpu")
 WIDTH = 32
@@ -31,11 +34,12 @@ class Run:
         self.outcomes = {}  # (kind, first sample) -> what the head would have read
         self.forwards = [0] * len(self.blocks)
         self.own_solve = solve
+        self.weights = Weights(model, self.blocks, CPU)
         self.flow = Flow(
             model,
             self.blocks,
             batches,
-            CPU,
+            self.weights,
             self._solve,
             self.finished.append,
             propagate,
@@ -60,7 +64,7 @@ class Run:
 
     def _at_head(self, module, args):
         batch = getcurrent()
-        if isinstance(batch, _Batch):
+        if isinstance(batch, Batch):
             self.outcomes[batch.kind, batch.first_sample] = args[0].detach().clone()
 
     def _at_block(self, index):
@@ -80,7 +84,7 @@ class Run:
 
 def quantize(site, inputs):
     for layer in site.layers:
-        layer.put(RTN(3).solve(layer.weight.float(), inputs.H).weight)
+        layer.put(solved(RTN(3), layer.weight.float(), inputs.H).weight)
 
 
 def at_head(model, ids):
@@ -100,7 +104,7 @@ def hook_count(model):
 
 
 def living_batches():
-    return [o for o in gc.get_objects() if type(o) is _Batch and o and not o.dead]
+    return [o for o in gc.get_objects() if type(o) is Batch and o and not o.dead]
 
 
 def check_outcomes(run, original=None):
@@ -132,7 +136,6 @@ def test_one_pass_gives_the_sites_and_the_bits_of_a_plain_forward(row):
         assert unsolved == [f"{block.name}.{name}" for name in row.never_called]
         assert all(layer.calls == int(layer.solved) for layer in block.layers)
     assert run.forwards == [len(BATCHES) + 1] * len(run.blocks)  # and the one-sample dry run
-    assert run.flow.passes == [len(BATCHES)] * len(run.blocks)
     assert all(inputs.tokens == 3 * 24 and inputs.drift is None for inputs in run.inputs)
     check_outcomes(run)
     start = ("quantized", 0)
@@ -146,10 +149,9 @@ def test_two_streams_are_the_quantized_and_the_untouched_model(row):
     run = Run(model, BATCHES, propagate=True)
     for block in run.blocks:
         assert run.site_names(block.index) == row.sites_of(block.index)
-    assert run.flow.passes == [2 * len(BATCHES)] * len(run.blocks)
     assert run.forwards == [2 * len(BATCHES) + 1] * len(run.blocks)
     check_outcomes(run, original)
-    assert all(layer.original is None for block in run.blocks for layer in block.layers)
+    assert not run.weights._originals
     assert not living_batches()
     # Up to the first quantized site both streams read the same.
     first, last = run.inputs[0], run.inputs[-1]
@@ -371,7 +373,7 @@ def test_no_gradients_inside_and_the_callers_mode_afterwards():
 
 
 def test_matmul_precision_stays_the_callers():
-    with reduced_precision(False):
+    with exact_products():
         before = torch.get_float32_matmul_precision()
         Run(Tiny(plain()), IDS)
         assert torch.get_float32_matmul_precision() == before
@@ -533,6 +535,193 @@ def test_a_site_that_the_scout_did_not_see():
         assert tokens[f"decoder.blocks.{index}.b"] == 3
         assert tokens[f"decoder.blocks.{index}.c"] == 24, "a batch at a late site was left out"
     check_outcomes(run)
+
+
+def tokens_of_layers(run):
+    """How many tokens each layer was solved from, by its name in the block."""
+    return {
+        layer.name.removeprefix("decoder.blocks.0."): inputs.tokens
+        for site, inputs in zip(run.sites, run.inputs, strict=True)
+        for layer in site.layers
+    }
+
+
+def two_ways(order):
+    """A block that takes way ``a`` or, for a batch with BRANCH, way ``b``; then all take ``c``."""
+
+    def act(self, h, ids):
+        for name in ["b1", "b2", "b3", "b4"] if BRANCH in ids else ["a"]:
+            h = h + getattr(self, name)(h)
+        return self.c(h)
+
+    names = {"a": ("a",), "b": ("b1", "b2", "b3", "b4"), "c": ("c",)}
+    return Block(act, **{name: linear() for way in order for name in names[way]})
+
+
+A_FIRST = [IDS[0], ids_of([1, BRANCH, 3, 4]), IDS[1], ids_of([BRANCH, 2, 3, 4])]
+B_FIRST = [A_FIRST[1], A_FIRST[0], A_FIRST[3], A_FIRST[2]]
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.parametrize("batches", [A_FIRST, B_FIRST], ids=["a", "b"])
+@pytest.mark.parametrize("order", ["abc", "bac", "cba", "cab"])
+def test_what_all_reach_is_solved_from_all_whichever_way_the_scout_took(order, batches, propagate):
+    model = Tiny(two_ways(order))
+    original = copy.deepcopy(model)
+    run = Run(model, batches, propagate=propagate)
+    assert tokens_of_layers(run) == {"a": 12, "b1": 8, "b2": 8, "b3": 8, "b4": 8, "c": 20}
+    check_outcomes(run, original if propagate else None)
+
+
+@pytest.mark.parametrize("batches, order", [(A_FIRST, "acb"), (B_FIRST, "bca")])
+def test_an_order_that_neither_scout_nor_module_tree_tells_is_refused(batches, order):
+    """The way not seen is registered behind what all take: it could as well come after it."""
+    with pytest.raises(ModelError, match=r"blocks\.0\.c is reached by some samples after it was"):
+        Run(Tiny(two_ways(order)), batches)
+    assert not living_batches()
+
+
+@pytest.mark.parametrize("missed", ["ab", "b", "a", ""])
+def test_steps_that_only_some_batches_take_are_solved_from_all_that_take_them(missed):
+    def act(self, h, ids):
+        if 7 in ids:
+            h = h + self.a(h)
+        if 8 in ids:
+            h = h + self.b(h)
+        return self.c(h)
+
+    first = {"ab": [1, 2], "b": [7, 2], "a": [1, 8], "": [7, 8]}[missed]
+    batches = [ids_of(first), ids_of([1, 8]), ids_of([7, 1]), ids_of([7, 8])]
+    run = Run(Tiny(Block(act, **{name: linear() for name in "abc"})), batches)
+    expected = {"c": 8, "a": 4 + 2 * (7 in first), "b": 4 + 2 * (8 in first)}
+    assert tokens_of_layers(run) == expected
+    check_outcomes(run)
+
+
+class Experts(nn.Module):
+    """Top-1: each token goes to the expert of its number. ``order`` is that of registration."""
+
+    def __init__(self, order):
+        super().__init__()
+        for name in order:
+            experts = nn.ModuleList(
+                nn.ModuleDict({"up": linear(), "down": linear()}) for _ in range(5)
+            )
+            self.add_module(name, experts if name == "experts" else linear())
+
+    def forward(self, h, ids):
+        h = h + self.o(h) * self.gate(h)
+        for number, expert in enumerate(self.experts):
+            chosen = ids % 5 == number
+            if chosen.any():
+                h = h.clone()
+                h[chosen] += expert["down"](expert["up"](h[chosen]))
+        return h + self.shared(h)
+
+
+@pytest.mark.parametrize("seen", [[2], [0], [4], [1, 3]], ids=str)
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("o", "gate", "experts", "shared"),
+        ("o", "experts", "gate", "shared"),
+        ("experts", "o", "shared", "gate"),
+        ("shared", "o", "gate", "experts"),
+    ],
+    ids=lambda order: order[0] + order[1],
+)
+def test_experts_that_the_scout_missed_are_solved_from_all_their_tokens(order, seen):
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.tensor([[*seen, seen[0] + 5]])]
+    batches += [torch.randint(60, (1, 3), generator=generator) for _ in range(12)]
+    run = Run(Tiny(Experts(order)), batches)
+    numbers = torch.cat([ids.flatten() for ids in batches]) % 5
+    expected = dict.fromkeys(("o", "gate", "shared"), len(numbers))
+    for number in range(5):
+        for name in ("up", "down"):
+            expected[f"experts.{number}.{name}"] = int((numbers == number).sum())
+    assert tokens_of_layers(run) == expected
+    assert all(layer.calls == 1 for layer in run.blocks[0].layers)
+    check_outcomes(run)
+
+
+def test_an_order_that_depends_on_the_text_is_refused():
+    def act(self, h, ids):
+        return self.b(self.a(h)) if BRANCH in ids else self.a(self.b(h))
+
+    with pytest.raises(
+        ModelError, match=r"blocks\.0\.[ab] is reached by some samples after it was"
+    ):
+        Run(Tiny(Block(act, a=linear(), b=linear())), [IDS[0], ids_of([1, BRANCH])])
+    assert not living_batches()
+
+
+def test_calls_are_those_of_the_batch_that_makes_most():
+    def act(self, h, ids):
+        h = self.a(h)
+        return self.b(self.b(self.a(h))) if BRANCH in ids else h
+
+    block = Block(act, a=linear(), b=linear(), c=linear())
+    run = Run(Tiny(block), [IDS[0], ids_of([1, BRANCH])])
+    assert [layer.calls for layer in run.blocks[0].layers] == [2, 2, 0]
+    assert [layer.solved for layer in run.blocks[0].layers] == [True, True, False]
+    check_outcomes(run)
+
+
+def test_a_layer_whose_first_call_is_outside_its_block_stays_dense():
+    """It has no place among the sites of a block; all others are solved."""
+
+    class Early(Tiny):
+        def forward(self, input_ids, use_cache):
+            h = self.decoder.embed(input_ids)
+            h = h + self.decoder.blocks[0].a(h)
+            for block in self.decoder.blocks:
+                h = block(h, input_ids)
+            return self.head(h)
+
+    act = lambda self, h, ids: h + self.b(self.a(h))  # noqa: E731
+    run = Run(Early(Block(act, a=linear(), b=linear()), plain()), IDS)
+    assert [run.site_names(index) for index in range(2)] == [(("b",),), (("a",),)]
+    check_outcomes(run)
+
+
+def test_a_shared_module_that_its_own_block_does_not_call_is_solved_with_the_next():
+    shared = linear()
+    first = Block(lambda self, h, ids: h + self.a(h), a=linear(), b=shared)
+    second = Block(lambda self, h, ids: h + self.a(self.b(h)), a=linear(), b=shared)
+    run = Run(Tiny(first, second), IDS)
+    names = [[layer.name for layer in site.layers] for site in run.sites]
+    assert names == [["decoder.blocks.0.a"], ["decoder.blocks.0.b"], ["decoder.blocks.1.a"]]
+    check_outcomes(run)
+
+
+def test_the_input_of_a_layer_is_found_among_keywords_by_its_name():
+    class Scaled(nn.Linear):
+        def forward(self, input, scale):
+            return super().forward(input) * scale
+
+    layer = Scaled(WIDTH, WIDTH, bias=False)
+    block = Block(lambda self, h, ids: self.a(scale=h.mean(), input=h), a=layer)
+    run = Run(Tiny(block), IDS)
+    assert [inputs.tokens for inputs in run.inputs] == [12]
+
+
+def test_routed_tokens_without_names_have_no_drift():
+    """As many in both streams, but which ones? Those of ``a`` and ``c`` are all of the batch."""
+    run = Run(routed_model(), WITH_BRANCH, propagate=True)
+    drifted = {
+        layer.name.split(".", 2)[2]: bool(inputs.drift.any())
+        for site, inputs in zip(run.sites, run.inputs, strict=True)
+        for layer in site.layers
+    }
+    assert drifted == {
+        "0.a": False,
+        "0.b": False,
+        "0.c": True,
+        "1.a": True,
+        "1.b": False,
+        "1.c": True,
+    }
 
 
 def test_a_layer_that_only_the_full_precision_stream_reaches_is_not_solved():

@@ -1,6 +1,5 @@
 """Checkpoints on disk: whole, broken, renamed, tied; and models that must be refused."""
 
-import copy
 import json
 import pickle
 import sys
@@ -11,11 +10,10 @@ import torch
 import zoo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optq.errors import ModelError, SettingError
-from optq.model.blocks import find_blocks, release
+from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint, tensor_sizes
 from optq.model.flow import Flow
 from optq.model.source import (
@@ -26,6 +24,7 @@ from optq.model.source import (
     positions,
     sequence_length,
 )
+from optq.model.weights import Weights
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}
 
@@ -406,8 +405,8 @@ def test_what_cannot_be_quantized_is_refused_where_it_is_seen(tmp_path, row):
         reached = "blocks"
         blocks = find_blocks(model)
         reached = "flow"
-        device = torch.device("cpu")
-        Flow(model, blocks, [zoo.token_ids()], device, lambda site, inputs: None).run()
+        weights = Weights(model, blocks, torch.device("cpu"))
+        Flow(model, blocks, [zoo.token_ids()], weights, lambda site, sums: None).run()
     assert reached == stage
     assert "\n" not in caught.value.cause and caught.value.remedy
 
@@ -438,19 +437,6 @@ def test_blocks_and_their_layers_are_found_by_shape(row):
         for layer in block.layers:
             wide = layer.module(torch.zeros(1, layer.shape[1], dtype=row.dtype))
             assert wide.shape[1] == layer.shape[0]
-
-
-def test_release_keeps_what_another_block_shares():
-    model = BY_NAME["llama"].build()
-    blocks = find_blocks(model)
-    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
-    blocks = find_blocks(model)
-    whole = copy.deepcopy(model)
-    release(blocks[0], blocks)
-    for name, parameter in model.model.layers[0].named_parameters():
-        kept = whole.model.layers[0].get_parameter(name).numel() if "up_proj" in name else 0
-        assert parameter.numel() == kept, name
-    assert isinstance(model.model.layers[1].mlp.up_proj, nn.Linear)
 
 
 def anonymous_bytes():

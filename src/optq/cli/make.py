@@ -14,7 +14,6 @@ from optq.cli.options import FORMATS_HELP, Device, Json, Model, Seqlen, Skip
 from optq.errors import SettingError
 
 if TYPE_CHECKING:
-    from optq.quantize import Quantizer
     from optq.runner import ModelConfig
 
 DEFAULT_GROUPSIZE = 128
@@ -90,10 +89,8 @@ def quantize(
     from optq.core.best import BEST
     from optq.quantize import Progress
     from optq.report import progress, tables
-    from optq.runner import METHODS, ModelConfig, Runner
+    from optq.runner import ModelConfig, Runner
 
-    if method not in METHODS:
-        raise SettingError(f"the method {method} is unknown", f"choose {', '.join(METHODS)}")
     config = ModelConfig(model, device)
     options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
     options |= {"actorder": actorder, "static_groups": static_groups}
@@ -132,7 +129,7 @@ def quantize(
     layers, made = result.record["layers"], result.record["calibration"]
     if as_json:
         timed = [
-            record | {"seconds": layer.seconds, "polish_seconds": layer.polish_seconds}
+            record | {"seconds": layer.seconds}
             for record, layer in zip(layers, result.layers, strict=True)
         ]
         settings = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
@@ -215,11 +212,13 @@ def compare(
 
 def _quantizer(
     method: str, wbits: int, groupsize: int, plain: bool, options: dict[str, Any]
-) -> Quantizer:
+) -> Any:
     """The solver, with those options that it has; one that it lacks must not be asked for."""
     from optq.core.gptq import GPTQ
-    from optq.runner import METHODS
+    from optq.core.methods import METHODS
 
+    if method not in METHODS:
+        raise SettingError(f"the method {method} is unknown", f"choose {', '.join(METHODS)}")
     solver, known = METHODS[method], {field.name for field in fields(METHODS[method])}
     if solver is not GPTQ:
         lacking = {name: value for name, value in options.items() if name not in known}

@@ -36,16 +36,19 @@ Everything is held transposed, ``[cols, rows]``: a column is one contiguous vect
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
-from optq.core.error import exact_error
-from optq.core.grid import Storage
-from optq.core.hessian import quick_dtype
+from optq.core.error import undamped_error
+from optq.core.grid import Grid, Storage
+from optq.core.precision import exact_products, quick_dtype
+from optq.core.problem import Problem
+from optq.core.solution import Solution
+from optq.core.tiles import middle
 from optq.core.weight import QuantizedWeight
 
 STEP_COLUMNS = 16  # of them the best one moves
@@ -55,68 +58,59 @@ RIDGE = 1e-3  # of the mean diagonal: keeps a scale still along inputs that were
 ROWS_AT_ONCE = 2048  # on a CPU: fewer are slower, more hold more memory
 
 
-@dataclass(frozen=True)
-class Polished:
-    """``error`` is each row's; ``gain`` the part of the sum that is gone."""
-
-    weight: QuantizedWeight
-    error: Float[Tensor, " rows"]
-    gain: float
-    seconds: float
-
-
+@exact_products()
 def polish(
     target: Float[Tensor, "rows cols"],
-    H: Float[Tensor, "cols cols"],
-    weight: QuantizedWeight,
+    problem: Problem,
+    solution: Solution,
     storage: Storage = Storage(),
     rounds: int = 1,
-    error: Float[Tensor, " rows"] | None = None,
     exact: bool = True,
-) -> Polished:
-    """Lower ``(target - Q) H (target - Q)^T`` row by row, from ``Q = weight``; none ever rises.
+) -> Solution:
+    """Lower ``(target - Q) H (target - Q)^T`` row by row, from ``solution``, whose ``error`` is of
+    ``target``; none ever rises.
 
-    ``H`` is not damped. Zero points and ``g_idx`` stay. ``error`` is what ``weight`` has now,
-    where the caller knows it: it costs ``rows * cols^2 / 2`` to compute. Unless ``exact``, the
-    error afterwards may be taken in bfloat16, and a row rise by what that is off: for a caller who
-    measures the result himself.
+    Zero points and ``g_idx`` stay. Unless ``exact``, the error afterwards may be taken in
+    bfloat16, and a row rise by what that is off: for a caller who measures the result himself.
     """
-    start = time.perf_counter()
-    ordered, order = weight.sorted()
+    start, H, dead = time.perf_counter(), problem.H, problem.dead
+    ordered, order = solution.sorted()
     if order is not None:
-        target, H = target[:, order], H[order][:, order]
-    at_once = weight.rows if H.device.type == "cuda" else ROWS_AT_ONCE
-    descent = _Descent(H, ordered, storage, min(at_once, weight.rows), exact)
+        target, H, dead = target[:, order], H[order][:, order], dead[order]
+    at_once = solution.rows if H.device.type == "cuda" else ROWS_AT_ONCE
+    rows_at_work = min(at_once, solution.rows)
+    descent = _Descent(H, dead, ordered, solution.grid, storage, rows_at_work, exact)
     codes, scales = ordered.codes.clone(), ordered.scales.clone()
-    before, after = [], []
-    for first in range(0, weight.rows, at_once):
-        rows = slice(first, min(first + at_once, weight.rows))
-        known = None if error is None else error[rows]
-        old, new = descent.solve(
-            target[rows], codes[rows], scales[rows], weight.zeros[rows], rounds, known
-        )
-        before.append(old)
-        after.append(new)
+    after = []
+    for first in range(0, solution.rows, at_once):
+        rows = slice(first, min(first + at_once, solution.rows))
+        tensors = (target[rows], codes[rows], scales[rows], solution.zeros[rows])
+        after.append(descent.solve(*tensors, rounds, solution.error[rows]))
     if order is not None:
         codes = codes[:, torch.argsort(order)]
-    old, new = torch.cat(before), torch.cat(after)
-    total = old.sum().item()
-    gain = 1 - new.sum().item() / total if total else 0.0
-    return Polished(replace(weight, codes=codes, scales=scales), new, gain, elapsed(start, H))
+    seconds = problem.seconds
+    seconds["polish"] = seconds.get("polish", 0.0) + elapsed(start, H)
+    return replace(solution, codes=codes, scales=scales, error=torch.cat(after))
 
 
 class _Descent:
     """The rounds over some rows at a time; its tensors are ``[cols, rows]``, and used again.
 
-    Groups are consecutive columns. ``steps`` are ``c - z``, ``gradient`` is ``H (w - q)``.
+    Groups are consecutive columns. ``steps`` are units of the grid, ``gradient`` is ``H (w - q)``.
     """
 
     def __init__(
-        self, H: Tensor, weight: QuantizedWeight, storage: Storage, rows: int, exact: bool
+        self,
+        H: Tensor,
+        dead: Tensor,
+        weight: QuantizedWeight,
+        grid: Grid,
+        storage: Storage,
+        rows: int,
+        exact: bool,
     ) -> None:
-        self.H, self.storage, self.levels, self.exact = H, storage, 2**weight.wbits - 1, exact
-        self.columns = weight.cols
-        self.width = weight.width
+        self.H, self.dead, self.storage, self.exact = H, dead.nonzero().flatten(), storage, exact
+        self.grid, self.columns, self.width = grid, weight.cols, weight.width
         self.narrow = self.width <= BLOCK
         self.group = weight.g_idx.long()
         self.H_quick = H.to(quick_dtype(H))
@@ -136,9 +130,9 @@ class _Descent:
         scales: Float[Tensor, "rows groups"],
         zeros: UInt8[Tensor, "rows groups"],
         rounds: int,
-        known: Float[Tensor, " rows"] | None,
-    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """Lower the error of these rows in place; their errors before and after."""
+        before: Float[Tensor, " rows"],
+    ) -> Float[Tensor, " rows"]:
+        """Lower the error of these rows in place; it was ``before``, and is what is returned."""
         rows = len(codes)
         views = [part[: len(part) // rows * rows].view(-1, rows) for part in self.memory]
         self.steps, self.gradient, self.changes, self.delta = (
@@ -147,22 +141,23 @@ class _Descent:
         # A copy, also of one group or one row, whose transpose is as contiguous as it is.
         self.scale = scales.T.clone(memory_format=torch.contiguous_format)
         self.zero = zeros.T.to(scales.dtype)
-        self.steps.copy_(codes.T).sub_(self.zero[self.group])
+        self.snaps = [self.grid.snapping(zero) for zero in self.zero]
+        self.steps.copy_(self.grid.units(codes.T, self.zero[self.group]))
 
-        miss = self._miss(target)
-        before = exact_error(miss, self.H) if known is None else known
-        self.changes.copy_(miss)
+        self.changes.copy_(self._miss(target))
         self.gradient.copy_(self.H_quick @ self.changes)
         for left in reversed(range(rounds)):
             self._run(0, self.columns, last=left == 0)
-        miss = self._miss(target)
-        after = exact_error(miss, self.H if self.exact else self.H_quick)
+        after = undamped_error(self._miss(target), self.H if self.exact else self.H_quick)
+        group = self.group[self.dead]  # of columns of which nothing is known: they are rounded
+        _, rounded = self.grid.nearest(target.T[self.dead], self.scale[group], self.zero[group])
+        self.steps[self.dead] = rounded.div_(self.scale[group])
 
         better = after < before
-        found = self.steps.add_(self.zero[self.group]).to(torch.uint8).T
+        found = self.grid.code(self.steps, self.zero[self.group]).T
         codes.copy_(torch.where(better[:, None], found, codes))
         scales.copy_(torch.where(better[:, None], self.scale.T, scales))
-        return before, torch.where(better, after, before)
+        return torch.where(better, after, before)
 
     def _miss(self, target: Tensor) -> Tensor:
         """``w - q``, in the memory of the gradient."""
@@ -183,12 +178,11 @@ class _Descent:
         if count <= min(width, BLOCK):
             self._visit(slice(start, stop))
             return
-        unit = width if count > width else BLOCK
-        middle = start + unit * max(1, count // unit // 2)
-        left, right = slice(start, middle), slice(middle, stop)
-        self._run(start, middle, last)
+        half = middle(start, stop, width if count > width else BLOCK)
+        left, right = slice(start, half), slice(half, stop)
+        self._run(start, half, last)
         self._spread(left, right)
-        self._run(middle, stop, last)
+        self._run(half, stop, last)
         if not last:
             self._spread(right, left)
 
@@ -204,7 +198,7 @@ class _Descent:
         group, gradient = block.start // self.width, self.gradient[block]
         delta = self.delta[: block.stop - block.start].zero_()
         inside = self.H[block, block].contiguous()
-        lowest, highest = -self.zero[group], self.levels - self.zero[group]
+        snap = self.snaps[group]
         tensors = (gradient, self.steps[block], self.twice_inverse[block], self.worth[block], delta)
         parts = [*(each.split(STEP_COLUMNS) for each in tensors), inside.split(STEP_COLUMNS, dim=1)]
         for _ in range(PASSES):
@@ -216,8 +210,7 @@ class _Descent:
             for own, codes, twice_inverse, worth, moved, spread in zip(*parts, strict=True):
                 # The change of each code, and (2 G - H_jj n s) n s / s^2, what it gains.
                 wish = (own * twice_inverse).mul_(inverse)
-                steps = torch.add(codes, wish, alpha=0.5).round_()
-                steps = torch.clamp(steps, lowest, highest, out=steps).sub_(codes)
+                steps = snap(torch.add(codes, wish, alpha=0.5)).sub_(codes)
                 gain = wish.sub_(steps).mul_(steps).mul_(worth)
                 best = gain.amax(0).clamp_(min=torch.finfo(gain.dtype).tiny)
                 steps.mul_(gain.sub_(best).sign_().add_(1))  # all but the best stay

@@ -12,35 +12,37 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from optq.core.hessian import TILE, Factor, quick_dtype
+from optq.core.precision import exact_products, quick_dtype
+from optq.core.problem import Factor
+from optq.core.tiles import tiles
 
 
-def row_error(
+def damped_error(
     miss: Float[Tensor, "cols rows"], factored: Factor, exact: bool = True
 ) -> Float[Tensor, " rows"]:
     """``miss^T (H + damp I) miss`` row by row, as ``|U^T miss|^2``; in float32 at least.
 
     ``U`` is triangular, so this is half the work of a product with ``H``. Unless ``exact``, the
-    product may run in bfloat16: see :func:`surely_less`.
+    product may run in bfloat16: see :func:`compare_with_rounding`.
     """
     columns, rows = miss.shape
     dtype = factored.N.dtype if exact else quick_dtype(factored.N)
     N, miss = factored.N.to(dtype), miss.to(dtype)
     total = torch.zeros(rows, dtype=factored.N.dtype, device=miss.device)
-    tile = max(256, columns // 8)
-    for start in range(0, columns, tile):
-        stop = min(start + tile, columns)
-        product = (N[:stop, start:stop].T @ miss[:stop]).to(total.dtype)
-        total += factored.pivots[start:stop].square() @ product.square_()
+    for tile in tiles(columns):
+        product = (N[: tile.stop, tile].T @ miss[: tile.stop]).to(total.dtype)
+        total += factored.squares[tile] @ product.square_()
     return total
 
 
-def undamped_error(miss: Float[Tensor, "cols rows"], factored: Factor) -> Float[Tensor, " rows"]:
+def factored_error(miss: Float[Tensor, "cols rows"], factored: Factor) -> Float[Tensor, " rows"]:
     """``miss^T H miss`` row by row, in full precision."""
-    return (row_error(miss, factored) - factored.damp * miss.square().sum(0)).clamp_(min=0)
+    norm = miss.square().mul_(factored.live[:, None]).sum(0)
+    return (damped_error(miss, factored) - factored.damp * norm).clamp_(min=0)
 
 
-def exact_error(
+@exact_products()
+def undamped_error(
     miss: Float[Tensor, "cols rows"], H: Float[Tensor, "cols cols"]
 ) -> Float[Tensor, " rows"]:
     """``miss^T H miss`` row by row; in full precision, if ``H`` is.
@@ -48,12 +50,10 @@ def exact_error(
     Tiles above the diagonal count twice.
     """
     total, other = miss.new_zeros(miss.shape[1]), miss.to(H.dtype)
-    tile = max(256, len(H) // 8)
-    for start in range(0, len(H), tile):
-        columns = slice(start, min(start + tile, len(H)))
-        product = H[columns, columns] @ other[columns]
-        product.addmm_(H[columns, :start], other[:start], alpha=2)
-        total += product.to(miss.dtype).mul_(miss[columns]).sum(0)
+    for tile in tiles(len(H)):
+        product = H[tile, tile] @ other[tile]
+        product.addmm_(H[tile, : tile.start], other[: tile.start], alpha=2)
+        total += product.to(miss.dtype).mul_(miss[tile]).sum(0)
     return total.clamp_(min=0)
 
 
@@ -64,16 +64,7 @@ def output_energy(
 
     In bfloat16 where that is fast: its rounding averages out to less than 1e-3 of the sum.
     """
-    total = torch.zeros(len(weight), dtype=H.dtype, device=H.device)
-    W = weight.to(quick_dtype(H))
-    width = max(TILE, len(H) // 8)
-    for start in range(0, len(H), width):  # on and above the diagonal; what is above counts twice
-        stop = min(start + width, len(H))
-        tile = 2 * H[:stop, start:stop]
-        tile[start:] /= 2
-        product = W[:, :stop] @ tile.to(W.dtype)
-        total += (product.to(H.dtype) * W[:, start:stop]).sum(1)
-    return total
+    return undamped_error(weight.T.to(H.dtype), H.to(quick_dtype(H)))
 
 
 def weighted_squares(
@@ -87,20 +78,20 @@ def weighted_squares(
     return total
 
 
-def surely_less(
+def compare_with_rounding(
     error: Float[Tensor, " rows"],
     damped: Float[Tensor, " rows"],
     miss: Float[Tensor, "cols rows"],
     factored: Factor,
 ) -> tuple[Bool[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Whether ``error`` is below the error of ``miss``, given :func:`row_error` in bfloat16.
+    """Whether ``error`` is surely below that of ``miss``, given :func:`damped_error` in bfloat16.
 
     Also returns that error, undamped, as good as bfloat16 gives it. Rounding both factors of
     ``U^T miss`` to 8 bits moves its norm by about ``2^-9 sqrt(sum_j miss_j^2 (H + damp I)_jj)``,
     rounding the product by less than ``2^-9`` of itself; what four times the one and twice the
     other could change is not sure.
     """
-    kinds = torch.stack([torch.ones_like(factored.diagonal), factored.diagonal])
+    kinds = torch.stack([factored.live, factored.live * factored.diagonal])
     norm, spread = weighted_squares(kinds, miss)
     other = damped - factored.damp * norm
     least = (1 - 2 * 2**-9) * damped.sqrt() - 4 * 2**-9 * spread.sqrt()

@@ -26,8 +26,7 @@ Departures from the paper:
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,26 +34,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optq.core.best import BEST, OPTIONS, PLAIN
-from optq.core.clock import elapsed
 from optq.core.descent import polish
 from optq.core.error import (
-    exact_error,
-    row_error,
-    surely_less,
+    compare_with_rounding,
+    damped_error,
+    factored_error,
     undamped_error,
     weighted_squares,
 )
-from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import Factor, check_percdamp, factor, quick_dtype
-from optq.core.order import ActOrder, check_actorder, sweep_order
-from optq.core.rtn import Rounded, no_worse, round_groups, working_copy
-from optq.core.solution import Aim, Solution
-from optq.core.weight import dequantize, group_index
+from optq.core.grid import Grid, Storage, is_int
+from optq.core.order import ActOrder, check_actorder
+from optq.core.precision import quick_dtype
+from optq.core.problem import Factor, Problem
+from optq.core.rounding import Rounded, no_worse, round_groups, working_copy
+from optq.core.solution import Solution
+from optq.core.solver import Solver
+from optq.core.tiles import middle
+from optq.core.weight import LayerScheme, dequantize, group_index
 from optq.errors import SettingError
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Solver):
     """The options of GPTQ. Those left at None become the best known for ``wbits``: ``BEST``.
 
     ``wbits``: 2, 3, 4 or 8. ``groupsize``: columns that share a scale; -1: one scale to a row.
@@ -95,92 +96,60 @@ class GPTQ:
         for name in OPTIONS:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(best, name))
-        self.grid  # noqa: B018  refuses bad options here, not an hour later
-        check_percdamp(self.percdamp)
+        super().__post_init__()
         check_actorder(self.actorder)
-        if not isinstance(self.polish, int) or self.polish < 0:
-            raise SettingError(f"polish is {self.polish}", "choose 0 (none) or a few rounds")
-        if self.blocksize < 1:
-            raise SettingError(f"blocksize is {self.blocksize}", "choose 1 or more")
+        if not isinstance(self.static_groups, bool):
+            raise SettingError(f"static_groups is {self.static_groups!r}", "choose True or False")
+        for name, least in (("polish", 0), ("blocksize", 1)):
+            value = getattr(self, name)
+            if not is_int(value) or value < least:
+                raise SettingError(f"{name} is {value!r}", f"choose a whole number from {least}")
 
-    @property
-    def grid(self) -> GridSpec:
-        return GridSpec(self.wbits, self.groupsize, self.sym, self.mse)
+    def scheme(self) -> LayerScheme:
+        static = self.static_groups or self.groupsize == -1
+        follows = self.actorder is True and not static
+        return LayerScheme(self.wbits, self.groupsize, self.sym, follows)
 
-    def solve(
-        self,
-        weight: Float[Tensor, "rows cols"],
-        H: Float[Tensor, "cols cols"],
-        storage: Storage = Storage(),
-        aim: Aim | None = None,
+    def problem(self, H: Float[Tensor, "cols cols"]) -> Problem:
+        return Problem(H, self.percdamp, self.actorder, self.grid.width(len(H)))
+
+    def _solve(
+        self, problem: Problem, weight: Tensor, aim: Tensor | None, storage: Storage
     ) -> Solution:
-        """Codes for ``weight`` (one layer, or all layers of a site stacked) under ``H``, undamped.
-
-        ``aim`` gives what the codes aim at in its place: see :mod:`optq.core.qep`. Errors, the
-        promise about rounding, and grids fitted beforehand stay those of ``weight``. Works in
-        float32, or float64 where both are float64. Raises ``NumericsError`` if ``H`` is not finite.
-        """
-        start = time.perf_counter()
-        columns, grid, importance = H.shape[0], self.grid, H.diagonal()[:, None]
-        order = sweep_order(H.diagonal(), grid.width(columns), self.actorder)
-        factored = factor(H if order is None else H[order][:, order], self.percdamp)
-        factor_seconds = elapsed(start, H)
-
-        start = time.perf_counter()
+        H, order, factored, grid = problem.H, problem.order, problem.factor, self.grid
+        columns, importance = len(H), problem.importance
         group = group_index(columns, grid.width(columns), H.device)
         if order is not None:
             importance = importance[order]
             follows = self.actorder != "group" and not self.static_groups
             group = group if follows else group[order]
-        W = working_copy(weight, factored.dead, order)
+        W = working_copy(weight, order)
         rounded = round_groups(W, group, grid, storage, importance, quick_dtype(W))
-        damped = row_error(rounded.miss, factored, exact=False)
+        damped = damped_error(rounded.miss, factored, exact=False)
 
-        target = weight if aim is None else aim(factored, order)
         if aim is not None:
-            W = working_copy(target, factored.dead, order)
+            W = working_copy(aim, order)
         sweep = _Sweep(W, factored, grid, storage, rounded, group, importance, self.blocksize)
         if self.static_groups or grid.width(columns) == columns:
             sweep.use_grids(rounded.scale, rounded.zero)
         sweep.run(0, columns)
-        places = None if order is None else torch.argsort(order)
-        solution = Solution(
-            wbits=self.wbits,
-            codes=(sweep.codes if places is None else sweep.codes[places]).T.contiguous(),
-            scales=sweep.scale.T.contiguous(),
-            zeros=sweep.zero.to(torch.uint8).T.contiguous(),
-            g_idx=group if places is None else group[places],
-            error=sweep.error(),
-            rtn_error=damped,  # until it is known without damping, below
-            damp=factored.damp,
-            damp_tries=factored.tries,
-            dead=int(factored.dead.sum()),
-        )
-        seconds = {"factor": factor_seconds, "solve": elapsed(start, H)}
+        places = problem.places
+        codes = sweep.codes if places is None else sweep.codes[places]
+        g_idx = group if places is None else group[places]
+        # Of rounding's error, what is damped will do until it is known better, below.
+        solution = self._solution(codes, sweep.scale, sweep.zero, g_idx, sweep.error(), damped)
         if self.polish:
-            polished = polish(
-                target, H, solution, storage, self.polish, solution.error, exact=aim is None
-            )
-            solution = replace(
-                solution,
-                codes=polished.weight.codes,
-                scales=polished.weight.scales,
-                error=polished.error,
-                polish_gain=polished.gain,
-            )
-            seconds["polish"] = polished.seconds
+            target = weight if aim is None else aim
+            solution = polish(target, problem, solution, storage, self.polish, exact=aim is None)
 
-        start = time.perf_counter()
         error = solution.error
         if aim is not None:
-            error = exact_error((weight - solution.weight).T.to(H.dtype).contiguous(), H)
-        better, rtn_error = surely_less(error, damped, rounded.miss, factored)
+            error = undamped_error((weight - solution.weight).T.to(H.dtype).contiguous(), H)
+        better, rtn_error = compare_with_rounding(error, damped, rounded.miss, factored)
         unsure = (~better).nonzero().flatten()
-        W = working_copy(weight[unsure], factored.dead, order)
-        rtn_error[unsure] = _rounding_error(W, rounded, unsure, group, factored)
-        solution = no_worse(solution, rounded, places, error, rtn_error)
-        seconds["solve"] += elapsed(start, H)
-        return replace(solution, seconds=seconds)
+        W = working_copy(weight[unsure], order)
+        rtn_error[unsure] = _rounding_error(W, rounded, unsure, group, grid, factored)
+        return no_worse(solution, rounded, places, error, rtn_error)
 
 
 def _rounding_error(
@@ -188,12 +157,13 @@ def _rounding_error(
     rounded: Rounded,
     rows: Int[Tensor, " some"],
     group: Int[Tensor, " cols"],
+    grid: Grid,
     factored: Factor,
 ) -> Float[Tensor, " some"]:
     """The error of the rounded ``rows``, whose weights these are, in full precision."""
     grids = (rounded.codes, rounded.scale, rounded.zero)
     codes, scale, zero = (each[:, rows].T for each in grids)
-    return undamped_error(W - dequantize(codes, scale, zero, group).T, factored)
+    return factored_error(W - dequantize(codes, scale, zero, group, grid.decode).T, factored)
 
 
 class _Sweep:
@@ -206,7 +176,7 @@ class _Sweep:
         self,
         W: Tensor,
         factored: Factor,
-        grid: GridSpec,
+        grid: Grid,
         storage: Storage,
         near: Rounded,
         group: Tensor,
@@ -218,11 +188,10 @@ class _Sweep:
         self.near = near  # the original weights' grids, where the search for another one starts
         self.codes = torch.empty_like(W, dtype=torch.uint8)
         self.scale = W.new_empty(int(group.max()) + 1, W.shape[1])
-        self.zero, self.lowest, self.highest = (torch.empty_like(self.scale) for _ in range(3))
+        self.zero = torch.zeros_like(self.scale)
         # Views of each group, made once: the column loop is short of time for indexing.
-        self.scales, self.lowests, self.highests = map(
-            list, (self.scale, self.lowest, self.highest)
-        )
+        self.scales = list(self.scale)
+        self.snaps = [grid.snapping(zero) for zero in self.zero]
         self.group_of, self.group = group, group.tolist()
         self.dynamic = True
         self.steps = W.new_empty(blocksize, W.shape[1])
@@ -232,7 +201,8 @@ class _Sweep:
         """Sweep on grids fitted beforehand."""
         self.dynamic = False
         self.scale.copy_(scale)
-        self._set_zero(slice(None), zero)
+        self.zero.copy_(zero)
+        self.snaps = [self.grid.snapping(zero) for zero in self.zero]
 
     def run(self, start: int, stop: int) -> None:
         """Quantize the columns ``start .. stop``; ``W^`` holds all errors before ``start``."""
@@ -242,23 +212,16 @@ class _Sweep:
         if count <= (min(self.blocksize, width) if self.dynamic else self.blocksize):
             self._one_by_one(start, stop)
             return
-        unit = width if self.dynamic and count > width else self.blocksize
-        middle = start + unit * max(1, count // unit // 2)
-        self.run(start, middle)
-        left, right = slice(start, middle), slice(middle, stop)
+        half = middle(start, stop, width if self.dynamic and count > width else self.blocksize)
+        self.run(start, half)
+        left, right = slice(start, half), slice(half, stop)
         self.W_hat[right].addmm_(self.factored.N[left, right].T, self.W[left])
-        self.run(middle, stop)
+        self.run(half, stop)
 
     def error(self) -> Float[Tensor, " rows"]:
         """The error of each row, ``H`` not damped."""
-        ones = torch.ones_like(self.factored.pivots)[None]
-        norm = weighted_squares(ones, self.W)[0]
+        norm = weighted_squares(self.factored.live[None], self.W)[0]
         return (self.residual - self.factored.damp * norm).clamp_(min=0)
-
-    def _set_zero(self, group: int | slice, zero: Tensor) -> None:
-        self.zero[group] = zero
-        self.lowest[group] = -zero
-        self.highest[group] = self.grid.levels - zero
 
     def _fit_group(self, start: int, stop: int) -> None:
         columns, N = slice(start, stop), self.factored.N
@@ -271,8 +234,8 @@ class _Sweep:
         group = self.group[start]
         near = (self.near.scale[group], self.near.zero[group])
         scale, zero = self.grid.fit(updated, self.storage, self.importance[columns], near)
-        self.scale[group] = scale
-        self._set_zero(self.group[start], zero)
+        self.scale[group], self.zero[group] = scale, zero
+        self.snaps[group] = self.grid.snapping(self.zero[group])
 
     def _one_by_one(self, start: int, stop: int) -> None:
         columns = slice(start, stop)
@@ -281,10 +244,9 @@ class _Sweep:
         rows = zip(self.group[columns], block, self.W[columns], steps, N, strict=True)
         for j, (group, w_hat, w, step, spread) in enumerate(rows, start=1):
             scale = self.scales[group]
-            torch.div(w_hat, scale, out=step).round_()
-            torch.clamp(step, self.lowests[group], self.highests[group], out=step)
+            self.snaps[group](torch.div(w_hat, scale, out=step))
             w_hat.addcmul_(step, scale, value=-1)  # w^ - q
             w.addcmul_(step, scale, value=-1)  # e
             block[j:].addr_(spread[j:], w)
-        self.codes[columns] = steps.add_(self.zero[self.group_of[columns]]).to(torch.uint8)
-        self.residual += self.factored.pivots[columns].square() @ block.square()
+        self.codes[columns] = self.grid.code(steps, self.zero[self.group_of[columns]])
+        self.residual += self.factored.squares[columns] @ block.square()

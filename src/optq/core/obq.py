@@ -12,27 +12,25 @@ which a group "starts".
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from optq.core.clock import elapsed
-from optq.core.error import undamped_error
-from optq.core.grid import GridSpec, Storage
-from optq.core.hessian import check_percdamp, factor
-from optq.core.obs import eliminate
-from optq.core.rtn import nearest, no_worse, round_groups, working_copy
-from optq.core.solution import Aim, Solution
+from optq.core.error import factored_error
+from optq.core.grid import Grid, Storage
+from optq.core.problem import Problem
+from optq.core.rounding import no_worse, round_groups, working_copy
+from optq.core.solution import Solution
+from optq.core.solver import Solver
 from optq.core.weight import group_index
 
 ENTRIES_AT_ONCE = 2**26  # of the rows' inverse Hessians: 256 MB in float32
 
 
 @dataclass(frozen=True)
-class OBQ:
+class OBQ(Solver):
     """The options of OBQ; they mean what they mean for :class:`optq.core.gptq.GPTQ`."""
 
     wbits: int
@@ -41,83 +39,61 @@ class OBQ:
     percdamp: float = 0.01
     mse: bool = False
 
-    def __post_init__(self) -> None:
-        self.grid  # noqa: B018  refuses bad options here, not an hour later
-        check_percdamp(self.percdamp)
-
-    @property
-    def grid(self) -> GridSpec:
-        return GridSpec(self.wbits, self.groupsize, self.sym, self.mse)
-
-    def solve(
-        self,
-        weight: Float[Tensor, "rows cols"],
-        H: Float[Tensor, "cols cols"],
-        storage: Storage = Storage(),
-        aim: Aim | None = None,
+    def _solve(
+        self, problem: Problem, weight: Tensor, aim: Tensor | None, storage: Storage
     ) -> Solution:
-        """Codes for ``weight`` or ``aim``, under ``H``, not damped: as :meth:`GPTQ.solve`."""
-        start = time.perf_counter()
-        columns, grid = H.shape[0], self.grid
-        factored = factor(H, self.percdamp)
+        factored, grid = problem.factor, self.grid
         inverse = torch.cholesky_inverse(factored.U.flip(0, 1)).flip(0, 1)
-        factor_seconds = elapsed(start, H)
-
-        start = time.perf_counter()
-        W = working_copy(weight, factored.dead)
-        group = group_index(columns, grid.width(columns), H.device)
-        rounded = round_groups(W, group, grid, storage, H.diagonal()[:, None])
+        W = working_copy(weight)
+        group = group_index(len(W), grid.width(len(W)), W.device)
+        rounded = round_groups(W, group, grid, storage, problem.importance)
         scale, zero = rounded.scale[group], rounded.zero[group]  # of each weight
-        target = W if aim is None else working_copy(aim(factored, None), factored.dead)
-        at_once = max(1, ENTRIES_AT_ONCE // columns**2)
-        steps = torch.cat(
-            [
-                _greedy(w, s, z, inverse, grid.levels)
-                for w, s, z in zip(
-                    *(x.T.split(at_once) for x in (target, scale, zero)), strict=True
-                )
-            ]
-        ).T
-        error = undamped_error(W - steps * scale, factored)
-        rtn_error = undamped_error(rounded.miss, factored)
-        solution = Solution(
-            wbits=self.wbits,
-            codes=(steps + zero).to(torch.uint8).T.contiguous(),
-            scales=rounded.scale.T.contiguous(),
-            zeros=rounded.zero.to(torch.uint8).T.contiguous(),
-            g_idx=group,
-            error=error,
-            rtn_error=rtn_error,
-            damp=factored.damp,
-            damp_tries=factored.tries,
-            dead=int(factored.dead.sum()),
-        )
-        solution = no_worse(solution, rounded, None, error, rtn_error)
-        return replace(solution, seconds={"factor": factor_seconds, "solve": elapsed(start, H)})
+        target = W if aim is None else working_copy(aim)
+        at_once = max(1, ENTRIES_AT_ONCE // len(W) ** 2)
+        parts = zip(*(x.T.split(at_once) for x in (target, scale, zero)), strict=True)
+        codes = torch.cat([_greedy(inverse, grid, *part) for part in parts]).T
+        error = factored_error(W - grid.decode(codes, scale, zero), factored)
+        rtn_error = factored_error(rounded.miss, factored)
+        solution = self._solution(codes, rounded.scale, rounded.zero, group, error, rtn_error)
+        return no_worse(solution, rounded, None, error, rtn_error)
+
+
+def eliminate(inverse: Float[Tensor, "rows cols cols"], p: Int[Tensor, " rows"]) -> None:
+    """Drop weight ``p[r]`` from row ``r``'s inverse Hessian, in place.
+
+    ``H^-1 <- H^-1 - H^-1[:, p] H^-1[p, :] / [H^-1]_pp``: what stays is the inverse of ``H``
+    without row and column ``p``, whose own entries become zero.
+    """
+    rows = torch.arange(len(p), device=p.device)
+    column = inverse[rows, :, p]
+    pivot = inverse[rows, p, p]
+    inverse.baddbmm_((column / pivot[:, None])[:, :, None], column[:, None, :], alpha=-1)
+    inverse[rows, p, :] = 0
+    inverse[rows, :, p] = 0
 
 
 def _greedy(
+    inverse: Float[Tensor, "cols cols"],
+    grid: Grid,
     W: Float[Tensor, "rows cols"],
     scale: Float[Tensor, "rows cols"],
     zero: Float[Tensor, "rows cols"],
-    inverse: Float[Tensor, "cols cols"],
-    levels: int,
-) -> Float[Tensor, "rows cols"]:
-    """The steps from zero ``c - z`` of every weight, each row in its own order."""
+) -> UInt8[Tensor, "rows cols"]:
+    """The code of every weight, each row in its own order."""
     W = W.clone(memory_format=torch.contiguous_format)
     rows, columns = W.shape
     each = torch.arange(rows, device=W.device)
     inverses = inverse.expand(rows, columns, columns).clone(memory_format=torch.contiguous_format)
-    steps = torch.empty_like(W)
+    codes = torch.empty_like(W, dtype=torch.uint8)
     left = torch.ones_like(W, dtype=torch.bool)
     for _ in range(columns):
-        closest = nearest(W, scale, -zero, levels - zero)
+        closest, values = grid.nearest(W, scale, zero)
         pivots = inverses.diagonal(dim1=1, dim2=2)
-        cost = (closest * scale - W).square_() / pivots
+        cost = (values - W).square_() / pivots
         p = cost.masked_fill_(~left, torch.inf).argmin(1)
-        steps[each, p] = closest[each, p]
+        codes[each, p] = closest[each, p]
         left[each, p] = False
-        miss = W[each, p] - (closest * scale)[each, p]
+        miss = W[each, p] - values[each, p]
         W -= (miss / pivots[each, p])[:, None] * inverses[each, :, p]
         eliminate(inverses, p)
-    return steps
+    return codes

@@ -16,10 +16,11 @@ import re
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from optq.core.hessian import Factor, check_percdamp, factor, quick_dtype
+from optq.core.precision import exact_products, quick_dtype
+from optq.core.problem import Problem, check_percdamp
 from optq.errors import SettingError
 
 
@@ -50,33 +51,23 @@ class QEP:
         """Whether the layer called ``name`` is not excluded."""
         return self.exclude is None or re.search(self.exclude, name) is None
 
+    @exact_products()
     def correct(
         self,
+        problem: Problem,
         weight: Float[Tensor, "rows cols"],
-        H: Float[Tensor, "cols cols"],
         drift: Float[Tensor, "cols cols"],
-        factored: Factor | None = None,
-        order: Int[Tensor, " cols"] | None = None,
     ) -> Float[Tensor, "rows cols"]:
-        """``W'`` from ``W``, ``H = X^ X^^T / tokens`` and ``drift = D X^^T / tokens``.
+        """``W'`` from ``W``, the problem of ``H = X^ X^^T / tokens``, and ``drift = D X^^T /
+        tokens``.
 
-        ``factored``, of ``H[order][:, order]``, is used if it was asked for the same ``percdamp``.
-        Raises ``NumericsError`` if ``H`` is not finite.
+        The problem's factor serves where it has the same ``percdamp``. Raises ``NumericsError`` if
+        ``H`` is not finite.
         """
-        if factored is None or factored.percdamp != self.percdamp:
-            factored, order = factor(H, self.percdamp), None
-        if len(weight) < len(H):
-            shift = _solve(factored, order, weight @ drift)
+        factored, order = problem.factor_at(self.percdamp)
+        if len(weight) < len(drift):
+            shift = factored.solve(weight @ drift, order)
         else:  # fewer right-hand sides; and what follows the solve may be bfloat16, where fast
             quick = quick_dtype(weight)
-            shift = (weight.to(quick) @ _solve(factored, order, drift).to(quick)).to(weight.dtype)
+            shift = (weight.to(quick) @ factored.solve(drift, order).to(quick)).to(weight.dtype)
         return torch.add(weight, shift, alpha=self.alpha)
-
-
-def _solve(factored: Factor, order: Tensor | None, right: Float[Tensor, "some cols"]) -> Tensor:
-    """``right (H + d I)^-1``, through ``N diag(pivots)^2 N^T = H + d I``."""
-    N, columns = factored.N, right.T if order is None else right.T.contiguous()[order]
-    solved = torch.linalg.solve_triangular(N, columns, upper=True, unitriangular=True)
-    solved = solved / factored.pivots.square()[:, None]
-    solved = torch.linalg.solve_triangular(N.T, solved, upper=False, unitriangular=True)
-    return (solved if order is None else solved[torch.argsort(order)]).T

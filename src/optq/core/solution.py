@@ -1,52 +1,50 @@
-"""What a solver may aim at, and what it returns: a quantized weight, and its error."""
+"""What a solver returns: a quantized weight, and its error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from optq.core.hessian import Factor
-from optq.core.weight import QuantizedWeight
+from optq.core.grid import Grid
+from optq.core.weight import QuantizedWeight, dequantize
 
-# Weights to aim at in the place of the layer's own, given the factor of ``H[order][:, order]`` and
-# ``order``, where the solver has them.
-Aim = Callable[[Factor | None, Tensor | None], Tensor]
+BY_ROW = ("codes", "scales", "zeros", "error", "rtn_error", "fell_back")
 
 
 @dataclass(frozen=True)
 class Solution(QuantizedWeight):
-    """One layer, or the stacked layers of one site, on their grids.
+    """One layer, or the stacked layers of one site, on the values of ``grid``.
 
     ``error`` is ``(W - Q) H (W - Q)^T`` row by row with ``H`` not damped: the mean squared output
-    error per token; ``rtn_error`` the same of round-to-nearest on a grid with the same options.
+    error per token; ``rtn_error`` the same of round-to-nearest on a grid with the same options;
+    ``fell_back`` marks the rows where rounding was the better of the two.
     """
 
+    grid: Grid
     error: Float[Tensor, " rows"]
     rtn_error: Float[Tensor, " rows"]
-    damp: float = 0.0  # the d of H + d I that was used
-    damp_tries: int = 0  # factorizations that failed before it
-    dead: int = 0  # input columns that are always zero
-    fallback_rows: int = 0  # rows where rounding was better than the sweep
-    polish_gain: float = 0.0  # the part of the error, on what was solved for, that polish took
-    seconds: dict[str, float] = field(default_factory=dict)  # factor, solve, polish
+    fell_back: Bool[Tensor, " rows"]
 
-    def split(self, rows: list[int]) -> list[Solution]:
+    @property
+    def weight(self) -> Float[Tensor, "rows cols"]:
+        """The values of the codes, in the dtype of the scales."""
+        return dequantize(self.codes, self.scales, self.zeros, self.g_idx, self.grid.decode)
+
+    def split(self, rows: Sequence[int]) -> list[Solution]:
         """The solutions of the stacked layers, which have so many rows each."""
-        parts, start = [], 0
-        for count in rows:
-            part = slice(start, start + count)
-            start += count
-            parts.append(
-                replace(
-                    self,
-                    codes=self.codes[part],
-                    scales=self.scales[part],
-                    zeros=self.zeros[part],
-                    error=self.error[part],
-                    rtn_error=self.rtn_error[part],
-                )
-            )
-        return parts
+        parts = zip(*(getattr(self, name).split(rows) for name in BY_ROW), strict=True)
+        return [self._with(part) for part in parts]
+
+    @classmethod
+    def cat(cls, parts: Sequence[Solution]) -> Solution:
+        """The inverse of :meth:`split`: layers of one site, solved one by one, stacked."""
+        return parts[0]._with([torch.cat([getattr(p, name) for p in parts]) for name in BY_ROW])
+
+    def _with(self, tensors: Sequence[Tensor]) -> Solution:
+        changes: dict[str, Any] = dict(zip(BY_ROW, tensors, strict=True))
+        return replace(self, **changes)

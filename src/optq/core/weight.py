@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """How one layer is quantized; ``groupsize=-1`` is one group to a row."""
+
+    wbits: int
+    groupsize: int
+    sym: bool
+    actorder: bool = False  # groups follow the order of quantization, not of the columns
 
 
 @dataclass(frozen=True)
@@ -70,16 +81,26 @@ class QuantizedWeight:
         return replace(self, codes=self.codes[:, order], g_idx=self.g_idx[order]), order
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor) -> Tensor:
-    """``s * (c - z)`` for codes ``[rows, cols]`` and grids ``[rows, groups]``, in ``s``'s dtype."""
+def affine(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """``s * (c - z)`` in the dtype of the scales, which is at least float16: codes are exact."""
+    return codes.to(scales.dtype).sub_(zeros).mul_(scales)
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor,
+    decode: Callable[[Tensor, Tensor, Tensor], Tensor] = affine,
+) -> Tensor:
+    """The values of codes ``[rows, cols]`` on grids ``[rows, groups]``, in the scales' dtype."""
     (rows, columns), groups = codes.shape, scales.shape[1]
-    weight, zeros = codes.to(scales.dtype), zeros.to(scales.dtype)
-    width = -(-columns // groups)
+    zeros, width = zeros.to(scales.dtype), -(-columns // groups)
     if columns == groups * width and torch.equal(g_idx, group_index(columns, width, g_idx.device)):
-        grouped = weight.view(rows, groups, width)  # no copy of the grids for each weight
-        return grouped.sub_(zeros[:, :, None]).mul_(scales[:, :, None]).view(rows, columns)
+        grouped = codes.reshape(rows, groups, width)  # no copy of the grids for each weight
+        return decode(grouped, scales[:, :, None], zeros[:, :, None]).view(rows, columns)
     group = g_idx.long()
-    return weight.sub_(zeros[:, group]).mul_(scales[:, group])
+    return decode(codes, scales[:, group], zeros[:, group])
 
 
 def group_index(columns: int, width: int, device: torch.device) -> Tensor:

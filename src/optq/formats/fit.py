@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from optq.core.grid import BITS
+from optq.core.weight import LayerScheme
 from optq.errors import SettingError
-from optq.formats.scheme import Format, LayerScheme
+from optq.formats.scheme import Format
 from optq.model.blocks import Block, Layer
 
 GROUPSIZES = (256, 128, 64, 32, 16, -1)  # that are proposed

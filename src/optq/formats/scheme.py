@@ -10,17 +10,7 @@ import torch
 from torch import Tensor
 
 from optq.core.grid import Storage
-from optq.core.weight import QuantizedWeight
-
-
-@dataclass(frozen=True)
-class LayerScheme:
-    """How one layer is quantized; ``groupsize=-1`` is one group to a row."""
-
-    wbits: int
-    groupsize: int
-    sym: bool
-    actorder: bool = False  # groups follow the order of quantization, not of the columns
+from optq.core.weight import LayerScheme, QuantizedWeight
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,8 @@ class Layer:
     name: str
     module: nn.Module
     transposed: bool  # Conv1D keeps [columns, rows]
-    calls: int = 0  # by one batch; a layer belongs to its first call
+    calls: int = 0  # in one forward, at most; a layer belongs to its first call
     solved: bool = False
-    original: Tensor | None = None  # the weight before, while the full-precision stream needs it
-    shared: bool = False  # a later block uses the same module
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -57,6 +55,15 @@ class Block:
     module: nn.Module
     layers: list[Layer] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)  # names of all, also of those skipped
+
+
+@dataclass(eq=False)
+class Site:
+    """One distinct input inside a block, with the layers that read it."""
+
+    block: Block
+    layers: list[Layer]
+    place: int = 0  # in the order in which the block's sites are solved
 
 
 def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
@@ -99,7 +106,7 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
     for module in best:
         _refuse_experts(name_of[id(module)], module, linear)
     blocks: list[Block] = []
-    taken: dict[int, Layer] = {}
+    taken: set[int] = set()
     for index, module in enumerate(best):
         prefix = name_of[id(best)] + f".{index}"
         block = Block(index, prefix, module)
@@ -107,12 +114,11 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
             if not isinstance(child, linear):
                 continue
             if id(child) in taken:  # a module shared between blocks belongs to the first
-                taken[id(child)].shared = True
                 continue
-            layer = taken[id(child)] = Layer(name, child, isinstance(child, Conv1D))
+            taken.add(id(child))
             block.linears.append(name)
             if skipped is None or not skipped.search(name):
-                block.layers.append(layer)
+                block.layers.append(Layer(name, child, isinstance(child, Conv1D)))
         blocks.append(block)
     if skipped is not None and not any(
         skipped.search(name) for block in blocks for name in block.linears
@@ -130,14 +136,6 @@ def linears_outside(model: Any, blocks: list[Block]) -> list[str]:
     inside = {id(module) for block in blocks for module in block.module.modules()}
     named = model.named_modules()
     return [n for n, module in named if isinstance(module, nn.Linear) and id(module) not in inside]
-
-
-def release(block: Block, blocks: list[Block]) -> None:
-    """Let go of the weights of a finished block, except those that another block shares."""
-    shared = {id(p) for other in blocks if other is not block for p in other.module.parameters()}
-    for parameter in block.module.parameters():
-        if id(parameter) not in shared:
-            parameter.data = parameter.data.new_empty(0)
 
 
 def _refuse_experts(name: str, block: nn.Module, linear: tuple[type, ...]) -> None:

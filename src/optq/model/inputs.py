@@ -13,10 +13,12 @@ from optq.errors import NumericsError
 
 
 @dataclass(frozen=True)
-class Inputs:
+class SiteSums:
     """``H = X X^T / tokens`` of the quantized model's inputs ``X``, undamped.
 
     ``drift`` is ``(Y - X) X^T / tokens`` with ``Y`` the full-precision model's inputs, if they run.
+    A token of ``X`` that ``Y`` lacks, or that cannot be told from others, counts as not drifted:
+    the layer's aim for it is what it makes of ``X``. So both divide by all tokens of ``X``.
     """
 
     H: Float[Tensor, "cols cols"]
@@ -26,11 +28,21 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Handed:
-    """The input that one batch brought: ``ids`` are its samples, the first one's number first."""
+    """The input that one batch brought: ``ids`` are its samples, the first one's number first.
+
+    ``tokens`` says which of the batch's tokens each row of a routed ``x`` is, none of them twice.
+    """
 
     first_sample: int
     ids: Int[Tensor, "samples tokens"]
     x: Float[Tensor, "*batch cols"]
+    tokens: Int[Tensor, " rows"] | None = None
+
+    def rows(self) -> Int[Tensor, " rows"] | None:
+        """The token of each row: as told, or all in order; None where only some came, unnamed."""
+        if self.tokens is None and self.x.numel() == self.ids.numel() * self.x.shape[-1]:
+            return torch.arange(self.ids.numel(), device=self.x.device)
+        return self.tokens
 
 
 def gather(
@@ -39,39 +51,52 @@ def gather(
     device: torch.device,
     quantized: list[Handed],
     full: list[Handed] | None,
-) -> Inputs:
-    """The inputs of a site called ``where`` in errors; ``full``: the other stream's, if it runs.
+) -> SiteSums:
+    """The sums of a site called ``where`` in errors; ``full``: the other stream's, if it runs.
 
     Raises :class:`NumericsError`, which names the sample, where an input is not finite.
     """
     dtype = torch.promote_types(quantized[0].x.dtype, torch.float32)
     hessian = Hessian(columns, device, dtype)
     drift = None if full is None else torch.zeros(columns, columns, device=device, dtype=dtype)
-    partners = {each.first_sample: each.x for each in full or []}
+    partners = {each.first_sample: each for each in full or []}
     for batch in quantized:
         hessian.add(batch.x)
         partner = partners.get(batch.first_sample)
-        # Streams that took other tokens (experts) have no difference to speak of.
-        if drift is not None and partner is not None and partner.shape == batch.x.shape:
-            add_drift(drift, batch.x, partner)
+        if drift is not None and partner is not None:
+            add_drift(drift, *_common(batch, partner))
     if drift is not None:
         drift /= max(hessian.tokens, 1)
-    inputs = Inputs(hessian.matrix(), hessian.tokens, drift)
-    for matrix in (inputs.H, inputs.drift):
+    sums = SiteSums(hessian.matrix(), hessian.tokens, drift)
+    for matrix in (sums.H, sums.drift):
         if matrix is not None and not torch.isfinite(matrix.sum()):
             _blame(where, [*quantized, *(full or [])])
-    return inputs
+    return sums
+
+
+def _common(batch: Handed, partner: Handed) -> tuple[Tensor, Tensor]:
+    """The rows of both that are the same tokens, in the same order."""
+    x, y = (each.x.reshape(-1, each.x.shape[-1]) for each in (batch, partner))
+    mine, theirs = batch.rows(), partner.rows()
+    if mine is None or theirs is None:
+        return x[:0], y[:0]
+    if batch.tokens is None and partner.tokens is None:
+        return x, y
+    row_of = torch.full((batch.ids.numel(),), -1, device=x.device)
+    row_of[theirs] = torch.arange(len(theirs), device=x.device)
+    rows = row_of[mine]
+    return x[rows >= 0], y[rows[rows >= 0]]
 
 
 def _blame(where: str, batches: list[Handed]) -> None:
     for batch in batches:
         if torch.isfinite(batch.x).all():
             continue
-        samples, columns = len(batch.ids), batch.x.shape[-1]
-        which = f"samples {batch.first_sample} to {batch.first_sample + samples - 1}"
-        if batch.x.numel() == batch.ids.numel() * columns:  # else only some tokens came here
-            bad = (~torch.isfinite(batch.x.reshape(samples, -1))).any(1).nonzero()
-            which = f"sample {batch.first_sample + int(bad[0])}"
+        which = f"samples {batch.first_sample} to {batch.first_sample + len(batch.ids) - 1}"
+        rows = batch.rows()
+        if rows is not None:
+            bad = rows[(~torch.isfinite(batch.x.reshape(len(rows), -1))).any(1)].min()
+            which = f"sample {batch.first_sample + int(bad) // batch.ids.shape[1]}"
         raise NumericsError(
             f"the input of {where} holds NaN or infinity for calibration {which}",
             "check the weights before it, or load the model in bfloat16 or float32",

@@ -1,0 +1,70 @@
+"""A batch as a coroutine (a greenlet): it pauses inside a forward and takes torch's modes along."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from greenlet import GreenletExit, greenlet
+from torch import Tensor
+
+from optq.model.blocks import Block, Layer, Site
+from optq.model.inputs import Handed
+
+
+class Batch(greenlet):
+    """``forward``, whatever it is, of the token ids of some samples; ``kind`` names its stream."""
+
+    def __init__(
+        self, forward: Callable[[Tensor], object], ids: Tensor, first_sample: int, kind: str
+    ) -> None:
+        super().__init__(lambda: forward(ids))
+        self.ids, self.first_sample, self.kind = ids, first_sample, kind
+        # Where it is paused: before a block, or before a site whose input it hands over.
+        self.before: Block | None = None
+        self.site: Site | None = None
+        self.input: Handed | None = None
+        self.handed: dict[Site, weakref.ref[Tensor]] = {}
+        self.calls: Counter[Layer] = Counter()
+
+    def wait(self, block: Block) -> None:
+        """Sleep, inside the coroutine, before ``block``."""
+        self.before = block
+        self._pause()
+
+    def hand(self, site: Site, x: Tensor) -> None:
+        """Sleep, inside the coroutine, until ``site`` is solved from ``x`` and its like."""
+        self.handed[site] = weakref.ref(x)
+        self.site, self.input = site, Handed(self.first_sample, self.ids, x)
+        self._pause()
+
+    def unwind(self) -> None:
+        """Leave the forward where it is paused, if it is."""
+        if self and not self.dead:
+            self.throw(GreenletExit)
+
+    def _pause(self) -> None:
+        with default_modes():
+            self.parent.switch()
+        self.before = self.site = self.input = None  # the input that was handed over may go
+
+
+@contextmanager
+def default_modes() -> Iterator[None]:
+    """No autocast and no gradients inside; whatever was set before is back afterwards.
+
+    They belong to the thread: a forward that pauses inside ``with torch.autocast(..)`` would leave
+    autocast on for the solver and for every other coroutine.
+    """
+    with ExitStack() as stack:
+        for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.no_grad())
+        torch.clear_autocast_cache()  # it holds casts of weights that may change meanwhile
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()

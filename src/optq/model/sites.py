@@ -1,0 +1,146 @@
+"""The sites of the block under way: found by a scout, handed over by the batches.
+
+Which layers share a site is found out, not declared: a scout, a batch of one sample, goes through
+each block just before the others and records which layers read the same tensor: the same object
+at the same version, held alive meanwhile; never equal contents and never an address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from itertools import takewhile
+from typing import Any
+
+from greenlet import GreenletExit, getcurrent
+from torch import Tensor, nn
+
+from optq.errors import ModelError
+from optq.model.batch import Batch
+from optq.model.blocks import Block, Layer, Site
+
+
+class Sites:
+    """What batches meet on their way through the model, as the hooks of its modules see it."""
+
+    def __init__(self, model: Any, blocks: list[Block]) -> None:
+        self.model, self.blocks = model, blocks
+        self.block: Block | None = None  # under way
+        self._of: dict[Layer, Site] = {}
+        self._seen: list[tuple[Tensor, int, Site]] = []  # the scout's inputs, held alive
+
+    def begin(self, block: Block) -> None:
+        """``block`` is under way: the scout goes through it next."""
+        self.block = block
+        self._of.clear()
+
+    def arrange(self, block: Block) -> None:
+        """Give each site its place, before any batch runs; a layer the scout missed is one too.
+
+        A site must be solved after all that can run before it, or it is solved before all batches
+        are there. Sites that the scout saw stand in the order in which it did; a layer that it did
+        not come by follows the layer before it in the module tree, unless the one behind it is
+        closer kin (another expert of one list) or runs earlier than both: then it precedes that.
+        Too early does no harm where all batches pass what should have come first.
+        """
+        order = [site for _, _, site in self._seen]
+        self._seen.clear()
+        before: Layer | None = None
+        for index, layer in enumerate(block.layers):
+            if layer not in self._of:
+                behind = next((each for each in block.layers[index:] if each in self._of), None)
+                after = 0 if before is None else order.index(self._of[before]) + 1
+                ahead = len(order) if behind is None else order.index(self._of[behind])
+                close, closer = _kinship(layer, before), _kinship(layer, behind)
+                first = closer > close or (closer == close and ahead < after - 1)
+                self._of[layer] = site = Site(block, [layer])
+                order.insert(ahead if first else after, site)
+            before = layer
+        for place, site in enumerate(order):
+            site.place = place
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Batches pause before blocks and sites, and end before the output embedding."""
+        handles = []
+        for block in self.blocks:
+            handles.append(_pre_hook(block.module, self._entering, block))
+            handles.extend(_pre_hook(layer.module, self._reading, layer) for layer in block.layers)
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            handles.append(_pre_hook(head, self._leaving, None))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, batch: Batch, block: Block, args: tuple, kwargs: dict) -> None:
+        from transformers import Cache
+
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            raise ModelError(
+                f"{block.name} is given a key-value cache although none was asked for",
+                "report this model: its calibration would not be repeatable",
+            )
+        batch.wait(block)
+
+    def _reading(self, batch: Batch, layer: Layer, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs[next(iter(signature(layer.module.forward).parameters))]
+        batch.calls[layer] += 1
+        layer.calls = max(layer.calls, batch.calls[layer])
+        if batch.calls[layer] > 1 or self.block is None:
+            return  # a layer belongs to its first call
+        if batch.kind == "scout":
+            self._record(self.block, layer, x)
+            return
+        site = self._of.get(layer)
+        if site is None:
+            return  # of an earlier block: solved with it, or dense
+        if site in batch.handed:
+            if batch.handed[site]() is not x:
+                raise ModelError(
+                    f"{layer.name} reads another tensor than {site.layers[0].name}"
+                    " for some samples",
+                    "report this model: its sites depend on the text",
+                )
+        elif not layer.solved:
+            batch.hand(site, x)
+        elif batch.kind == "quantized":  # what the other stream brings late has no part in drift
+            raise ModelError(
+                f"{layer.name} is reached by some samples after it was solved from others",
+                "leave it dense with --skip, and report this model",
+            )
+
+    def _leaving(self, batch: Batch, _: None, args: tuple, kwargs: dict) -> None:
+        raise GreenletExit  # nothing after the blocks is needed
+
+    def _record(self, block: Block, layer: Layer, x: Tensor) -> None:
+        if layer.solved:  # with an earlier block
+            return
+        same = (site for seen, version, site in self._seen if seen is x and version == x._version)
+        site = next(same, None)
+        if site is None:
+            site = Site(block, [])
+            self._seen.append((x, x._version, site))
+        site.layers.append(layer)
+        self._of[layer] = site
+
+
+def _kinship(layer: Layer, other: Layer | None) -> int:
+    """How many modules hold both, from the model down; -1 where there is no other."""
+    if other is None:
+        return -1
+    pairs = zip(layer.name.split("."), other.name.split("."), strict=False)
+    return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+
+
+def _pre_hook(module: nn.Module, act: Callable[..., None], what: Any) -> Any:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        batch = getcurrent()
+        if isinstance(batch, Batch):
+            act(batch, what, args, kwargs)
+        # Returns None: a value would replace the module's arguments.
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)

@@ -1,0 +1,100 @@
+"""Who holds the tensors of a model's blocks, and on which device: nobody else needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optq.errors import ModelError
+from optq.model.blocks import Block, Layer
+
+
+class Weights:
+    """The weights of ``model``: a block's are on ``device`` from its fetch to its drop.
+
+    With ``keep`` they then stay in memory, on the CPU; without it they are let go.
+    """
+
+    def __init__(
+        self, model: Any, blocks: list[Block], device: torch.device, keep: bool = True
+    ) -> None:
+        self.model, self.blocks, self.device, self.keep = model, blocks, device, keep
+        layers = [layer for block in blocks for layer in block.layers]
+        self._versions = {layer: layer.parameter._version for layer in layers}
+        # A module that blocks share is needed until the last of them is done.
+        self._last = {p: block for block in blocks for p in block.module.parameters()}
+        self._originals: dict[Layer, Tensor] = {}
+
+    def fetch(self, block: Block) -> None:
+        """Make the block ready to run, its layers' weights ready to be written to.
+
+        Raises :class:`ModelError` where the model itself has changed them.
+        """
+        for layer in block.layers:
+            if layer.parameter._version != self._versions[layer]:
+                raise ModelError(
+                    f"the model changes {layer.name} while it runs",
+                    "models that rescale their own weights cannot be quantized",
+                )
+            # Memory of its own: what is written to a mapped file's pages stays until the whole
+            # file is let go, and the quantized weights of a model larger than memory with it.
+            if self.device.type == "cpu":
+                layer.parameter.data = layer.parameter.data.clone()
+        block.module.to(self.device)
+
+    def drop(self, block: Block) -> None:
+        """The block is not needed any more."""
+        for layer in [*self._originals]:
+            if self._last[layer.parameter] is block:
+                del self._originals[layer]
+        if self.keep:
+            block.module.to("cpu")
+            return
+        for parameter in block.module.parameters():
+            if self._last[parameter] is block:
+                parameter.data = parameter.data.new_empty(0)
+
+    def hold_originals(self, layers: list[Layer]) -> None:
+        """Keep what the layers hold now, for :meth:`originals`, until their block is dropped."""
+        for layer in layers:
+            self._originals[layer] = layer.parameter.data.clone()
+
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """Inside, every layer has the weights that were held."""
+        self._swap_originals()
+        try:
+            yield
+        finally:
+            self._swap_originals()
+
+    @contextmanager
+    def outside_on_device(self) -> Iterator[None]:
+        """Embeddings, norms and tables, which are needed all the time; but not the head."""
+        skip = {id(m) for block in self.blocks for m in block.module.modules()}
+        skip.add(id(self.model.get_output_embeddings()))
+        outside = [module for module in self.model.modules() if id(module) not in skip]
+        before = [(p, p.data) for module in outside for p in module.parameters(recurse=False)]
+        for parameter, data in before:
+            parameter.data = data.to(self.device)
+        _move_buffers(outside, self.device)
+        try:
+            yield
+        finally:
+            for parameter, data in before:
+                parameter.data = data
+            _move_buffers(self.model.modules(), "cpu")
+
+    def _swap_originals(self) -> None:
+        for layer, data in self._originals.items():
+            self._originals[layer], layer.parameter.data = layer.parameter.data, data
+
+
+def _move_buffers(modules: Iterable[nn.Module], device: torch.device | str) -> None:
+    for module in modules:
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
