@@ -128,6 +128,10 @@ OPTIONS = [
     (["--method", "rtn", "--actorder"], "rtn has no --actorder", "--method gptq"),
     (["--method", "obq", "--actorder"], "obq has no --actorder", "--method gptq"),
     (["--method", "obq", "--static-groups"], "obq has no --static-groups", "--method gptq"),
+    (["--method", "rtn", "--no-actorder"], "rtn has no --no-actorder", "--method gptq"),
+    (["--method", "rtn", "--percdamp", "0.1"], "rtn has no --percdamp", "--method gptq"),
+    (["--method", "rtn", "--plain"], "rtn has no --plain", "--method gptq"),
+    (["--method", "obq", "--polish", "0"], "obq has no --polish", "--method gptq"),
     (["--device", "tpu"], "device tpu is not here", "cpu"),
     (["--device", "meta"], "device meta is not supported", "cpu"),
     (["--device", "cuda:99"], "device cuda:99 is not here", "cpu"),
@@ -667,11 +671,27 @@ def test_a_model_without_a_tokenizer(optq_says, model, command):
         (["--seqlen", "65"], "64 positions"),
         (["--text", "wikitext3"], "wikitext3"),
         (["--device", "tpu"], "tpu"),
+        (["--limit", "5"], "eval without --tasks has no --limit"),
+        (["--tasks", ","], "--tasks is empty"),
+        (["--tasks", "piqa", "--limit", "0"], "limit is 0"),
     ],
     ids=str,
 )
 def test_a_bad_option_of_eval(optq_says, folder_of, words, expected):
     assert expected in optq_says("eval", folder_of("llama"), "--text", "demo", *words)[0]
+
+
+def test_eval_of_tasks_alone_reads_no_text(optq_says, folder_of):
+    words = ["--tasks", "piqa", "--seqlen", "32"]
+    assert (
+        "eval of --tasks alone has no --seqlen" in optq_says("eval", folder_of("llama"), *words)[0]
+    )
+
+
+def test_eval_without_the_harness(optq_says, folder_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    cause, remedy = optq_says("eval", folder_of("llama"), "--tasks", "piqa")
+    assert "lm-eval, which cannot be imported" in cause and "pip install optq[tasks]" in remedy
 
 
 def test_eval_of_a_model_of_nan(optq_says, model, tmp_path):
@@ -709,6 +729,16 @@ def test_running_on_no_device(optq_says, folder_of, command):
         (["--wbits", "four"], "--wbits four is no number"),
         (["--groupsize", "48"], "groupsize 48 does not divide"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--wbits", ""], "--wbits is empty"),
+        (["--groupsize", ""], "--groupsize is empty"),
+        (["--groupsize", "32,-3"], "groupsize is -3"),
+        (["--nsamples", "0"], "nsamples is 0"),
+        (["--seqlen", "1"], "seqlen is 1"),
+        (["--skip", "("], "--skip ( is not a regular expression"),
+        (["--skip", "nothing"], "--skip nothing matches no layer"),
+        (["--chart", "rises.png"], "is not an .svg"),
+        (["--results", "."], ". holds no results"),
+        (["--device", "tpu"], "tpu"),
     ],
     ids=str,
 )

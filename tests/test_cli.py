@@ -1,5 +1,6 @@
 """The command as a user runs it: what it prints where, and that its parts agree."""
 
+import io
 import json
 import logging
 import os
@@ -12,12 +13,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zoo
 from safetensors import safe_open
 
-from optq import cli, compare
+from optq import GPTQ, ModelConfig, Runner, cli, compare
 
 COMMAND = Path(sys.executable).with_name("optq")
 BY_NAME = {row.name: row for row in zoo.ROWS}
@@ -57,7 +59,7 @@ def optq(capfd, monkeypatch):
     """Run the command in this process: a process of its own spends seconds on imports."""
     on_term = signal.getsignal(signal.SIGTERM)
 
-    def run(*words) -> Done:
+    def run(*words, err="") -> Done:
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["optq", *map(str, words)])
         for handler in logging.getLogger("transformers").handlers:
@@ -68,7 +70,7 @@ def optq(capfd, monkeypatch):
         done = Done(end.value.code, *capfd.readouterr())
         assert done.code == 0
         if words[0] != "generate":  # which says there how fast it was
-            assert done.err == ""
+            assert done.err == err
         return done
 
     yield run
@@ -190,6 +192,45 @@ def test_an_option_arrives(optq, words, tmp_path, flags, quantizer, config):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != plain
 
 
+def test_a_group_size_that_fits(optq, words, folder, text, tmp_path):
+    """Without --groupsize: 128 does not divide the 64 columns of most layers."""
+    at = words.index("--groupsize")
+    words = [*words[:at], *words[at + 2 :]]
+    err = "optq: --groupsize 64: 128 does not fit every layer\n"
+    assert optq(*words, "--json", err=err).json["groupsize"] == 64
+    assert optq("inspect", tmp_path / "out", "--json").json["group_size"] == 64
+    wide = optq(*words, "--skip", "q_proj|k_proj|v_proj|o_proj|up|gate", "--json", "--force").json
+    assert wide["groupsize"] == 128  # as down_proj alone has it
+    rows = [
+        "compare", folder, "--methods", "rtn", "--wbits", "4", "--calib", text, "--text", text,
+        "--nsamples", "4", "--seqlen", "32", "--results", tmp_path / "rows.jsonl", "--json",
+    ]  # fmt: skip
+    assert optq(*rows, err=err).json["rows"][1]["groupsize"] == 64
+
+
+def test_a_comparison_of_some_layers(optq, folder, text, tmp_path):
+    rows = [
+        optq(
+            "compare", folder, "--methods", "rtn", "--wbits", "4", "--groupsize", "32",
+            "--calib", text, "--text", text, "--nsamples", "4", "--seqlen", "32",
+            "--results", tmp_path / "rows.jsonl", "--json", *more,
+        ).json["rows"][1]
+        for more in ([], ["--skip", "mlp"])
+    ]  # fmt: skip
+    assert rows[1]["bytes"] < rows[0]["bytes"] and rows[1]["rise"] != rows[0]["rise"]
+
+
+@pytest.mark.parametrize("wbits", [3, 8])
+def test_the_command_and_a_program_write_the_same(optq, words, folder, text, tmp_path, wbits):
+    """Error propagation is on in both: by default below 8 bits, and where it is asked for."""
+    optq(*words, "--wbits", wbits)
+    Runner(
+        ModelConfig(str(folder), "cpu"), GPTQ(wbits, 32), qep=wbits < 8, calib=text, nsamples=4,
+        seqlen=32, output=tmp_path / "other",
+    ).run()  # fmt: skip
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
+
+
 def test_error_propagation(optq, words, tmp_path):
     optq(*words, "--wbits", "8", "--json")
     assert "qep" in (seen := optq("inspect", tmp_path / "out", "--json").json)
@@ -293,6 +334,108 @@ def test_eval_of_both_models(optq, words, folder, text, tmp_path):
     assert shorter["seqlen"] == 16 and shorter["tokens"] % 15 == 0
     person = optq("eval", folder, "--text", text).out
     assert f"{measured[0]:.4f}" in person and "windows of 64 tokens" in person
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """As much of lm-eval as is called; tests/evaluate/test_tasks.py has the whole of it."""
+    asked = []
+
+    class TaskManager:
+        def match_tasks(self, names):
+            return [name for name in names if name in ("piqa", "lambada")]
+
+    class HFLM:
+        def __init__(self, pretrained, tokenizer):
+            assert type(pretrained).__name__ == "LlamaForCausalLM" and tokenizer is not None
+
+    def simple_evaluate(model, **options):
+        assert isinstance(model, HFLM) and isinstance(options["task_manager"], TaskManager)
+        asked.append((options["tasks"], options["limit"]))
+        scores = {
+            "piqa": {"alias": "piqa", "acc,none": 0.25, "acc_stderr,none": 0.1},
+            "lambada": {"acc,none": 1.0, "perplexity,none": float("inf")},
+        }
+        return {"results": {name: scores[name] for name in options["tasks"]}}
+
+    for name, part in (
+        ("lm_eval", {"simple_evaluate": simple_evaluate}),
+        ("lm_eval.tasks", {"TaskManager": TaskManager}),
+        ("lm_eval.models", {}),
+        ("lm_eval.models.huggingface", {"HFLM": HFLM}),
+    ):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**part))
+    return asked
+
+
+def test_eval_of_tasks(optq, harness, folder, text):
+    words = ["eval", folder, "--device", "cpu", "--tasks", "piqa, lambada"]
+    scores = {"piqa": {"acc": 0.25}, "lambada": {"acc": 1.0, "perplexity": None}}
+    alone = optq(*words, "--limit", "5", "--json").json
+    assert alone == {"model": str(folder), "tasks": scores}
+    both = optq(*words, "--text", text, "--json").json
+    assert both["tasks"] == scores and both["perplexity"] > 1 and both["seqlen"] == 64
+    assert harness == [(["piqa", "lambada"], 5), (["piqa", "lambada"], None)]
+    lines = [line.split() for line in optq(*words).out.splitlines()]
+    assert lines == [
+        ["piqa", "acc", "0.2500"], ["lambada", "acc", "1.0000"], ["lambada", "perplexity", "-"],
+    ]  # fmt: skip
+
+
+@pytest.fixture(params=["ascii", "cp1252"])
+def narrow(request, monkeypatch):
+    """Run the command into a pipe that does not take every character."""
+
+    def run(*words) -> str:
+        pipe = io.TextIOWrapper(io.BytesIO(), encoding=request.param)
+        monkeypatch.setattr(sys, "argv", ["optq", *map(str, words)])
+        with monkeypatch.context() as changed, pytest.raises(SystemExit) as end:
+            changed.setattr(sys, "stdout", pipe)
+            cli.main()
+        pipe.flush()
+        assert end.value.code == 0
+        return pipe.buffer.getvalue().decode(request.param)
+
+    on_term = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, on_term)
+
+
+def test_a_pipe_that_takes_few_characters(narrow, words, folder, text, tmp_path):
+    """Bars of number signs, boxes of dashes, and what has no place is written as its number."""
+    out = tmp_path / "\u2192"
+    told = narrow(*words[:2], out, *words[3:])
+    assert re.search(r"\nforward +[\d.]+ +#*", told) and "\\u2192" in told
+    inspected = [line.rstrip() for line in narrow("inspect", out).splitlines()]
+    bars = [line.rpartition("%")[2].strip() for line in inspected if "down_proj" in line]
+    assert len(bars) == 3 and all(set(bar) == {"#"} for bar in bars)
+    every = [line.rpartition("%")[2].strip() for line in inspected if "proj" in line]
+    assert max(map(len, every)) == 20
+    rows = [
+        "compare", folder, "--methods", "rtn,plain", "--wbits", "3", "--groupsize", "32",
+        "--calib", text, "--text", text, "--nsamples", "4", "--seqlen", "32",
+        "--results", tmp_path / "rows.jsonl",
+    ]  # fmt: skip
+    assert "#" * 30 in narrow(*rows)
+    few = ["--max-new-tokens", "2"]
+    assert "\\u2192" in narrow("generate", out, "the \u2192", *few, "--compare", folder)
+    assert narrow("generate", out, "the", *few).endswith("\n")
+
+
+def test_a_model_that_writes_what_the_pipe_does_not_take(narrow, monkeypatch):
+    from optq.evaluate import generate
+
+    class Completion:
+        speed = generate.Speed(prompt=1, new=2, first=0.5, rate=20.0)
+
+        def __init__(self, *_): ...
+
+        def run(self, show):
+            show("\u2192 \U0001f600")
+
+    monkeypatch.setattr(generate, "Completion", Completion)
+    monkeypatch.setattr(ModelConfig, "load", lambda self: (None, None))
+    assert narrow("generate", "any", "the") == "\\u2192 \\U0001f600\n"
 
 
 def test_generate(optq, words, folder, tmp_path):

@@ -1,6 +1,6 @@
-"""Measuring as a program does it; the demo's rows are tested with the command."""
+"""Comparisons as a program makes them; the demo's rows are tested with the command."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from xml.etree import ElementTree
 
 import pytest
@@ -12,6 +12,7 @@ from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, OutputError, SettingError
 from optq.evaluate.perplexity import perplexity
+from optq.report import chart
 
 TEXT = "the other end of the theorem is not as near as it seems, and the rest is read then. " * 40
 
@@ -20,28 +21,6 @@ TEXT = "the other end of the theorem is not as near as it seems, and the rest is
 def config(tmp_path_factory):
     (row,) = (row for row in zoo.ROWS if row.name == "llama")
     return ModelConfig(str(zoo.save(row, tmp_path_factory.mktemp("llama") / "model")), "cpu")
-
-
-def test_measure_reports_progress_to_the_end(config, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    seen = []
-    result, seqlen = compare.measure(
-        config, str(tmp_path / "text.txt"), progress=lambda *step: seen.append(step)
-    )
-    assert seqlen == 64 and result.tokens == result.windows * 63
-    done, total, note = seen[-1]
-    assert done == total > 0 and note == f"{result.windows} windows of 64 tokens"
-    assert [step[0] for step in seen] == sorted(step[0] for step in seen)
-    again, _ = compare.measure(config, str(tmp_path / "text.txt"), seqlen)
-    assert again == result
-
-
-def test_measure_refuses_more_than_the_positions(config):
-    with pytest.raises(SettingError, match="64 positions"):
-        compare.measure(config, "demo", 65)
-
-
-# Comparisons
 
 
 @pytest.fixture
@@ -127,11 +106,11 @@ def test_a_calibration_text_that_is_not_there_is_refused_before_any_work(compari
 
 
 def test_a_chart_is_an_svg_in_a_folder_that_is_there(tmp_path):
-    compare.check_chart(tmp_path / "chart.svg")
+    chart.check(tmp_path / "chart.svg")
     with pytest.raises(SettingError, match=r"chart\.png is not an \.svg"):
-        compare.check_chart(tmp_path / "chart.png")
+        chart.check(tmp_path / "chart.png")
     with pytest.raises(OutputError, match="there is no folder"):
-        compare.check_chart(tmp_path / "nowhere" / "chart.svg")
+        chart.check(tmp_path / "nowhere" / "chart.svg")
 
 
 @pytest.mark.parametrize("content", ["not JSON\n", "[1]\n", '{"key": "x"}\n{"other": 1}\n'])
@@ -146,22 +125,25 @@ def test_a_file_of_something_else_is_refused(comparison, tmp_path, content):
 def test_a_place_that_cannot_be_written(comparison, tmp_path):
     for write in (
         lambda path: replace(comparison, methods=("rtn",)).run(path),
-        lambda path: compare.write_chart(path, "model", ROWS),
+        lambda path: chart.write(path, "model", ROWS),
     ):
         with pytest.raises(OutputError, match="cannot be written"):
             write(tmp_path / "nowhere" / "file")
 
 
 ROWS = [
-    compare.Row("none", 16, -1, 16.0, 1000, 10.0),
-    compare.Row("rtn", 3, 128, 3.2, 200, 14.0, 4.0, 1.0),
-    compare.Row("gptq", 3, 128, 3.2, 200, 11.0, 1.0, 2.0),
-    compare.Row("gptq", 4, 128, 4.2, 250, 9.9, -0.1, 2.0),
+    asdict(row)
+    for row in (
+        compare.Row("none", 16, -1, 16.0, 1000, 10.0),
+        compare.Row("rtn", 3, 128, 3.2, 200, 14.0, 4.0, 1.0),
+        compare.Row("gptq", 3, 128, 3.2, 200, 11.0, 1.0, 2.0),
+        compare.Row("gptq", 4, 128, 4.2, 250, 9.9, -0.1, 2.0),
+    )
 ]
 
 
 def test_the_chart_is_to_scale(tmp_path):
-    compare.write_chart(tmp_path / "chart.svg", "a <model> & more", ROWS)
+    chart.write(tmp_path / "chart.svg", "a <model> & more", ROWS)
     root = ElementTree.parse(tmp_path / "chart.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
     _, rtn, gptq, better = (float(r.get("width")) for r in root.iter(f"{space}rect"))

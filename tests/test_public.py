@@ -1,6 +1,8 @@
 """What `import optq` gives, and what it leaves alone."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -10,6 +12,7 @@ import pytest
 
 import optq
 
+ROOT = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).with_name("optq")
 HEAVY = {"torch", "transformers", "datasets", "numpy", "safetensors", "tokenizers"}
 
@@ -96,3 +99,75 @@ def test_the_module_runs_as_the_command():
     )
     for command in ("demo", "quantize", "eval", "generate", "inspect"):
         assert command in done.stdout
+
+
+# What is said of the command's options, in words and in messages
+
+
+def options_by_command() -> dict[str, list[list[str]]]:
+    """The names of each option of each command, those that turn it off included."""
+    import typer
+
+    from optq import cli
+
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    return {
+        name: [
+            [*parameter.opts, *parameter.secondary_opts]
+            for parameter in command.params
+            if parameter.opts[0].startswith("--") and parameter.opts != ["--help"]
+        ]
+        for name, command in commands.items()
+    }
+
+
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+
+
+def test_the_table_explains_every_option_once():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = lines.index("| option | when to turn it |") + 2
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append(OPTION.findall(line.split("|")[1]))
+    named = [name for row in rows for name in row]
+    assert len(named) == len(set(named)) > 20
+    options = {tuple(names) for each in options_by_command().values() for names in each}
+    explained = {names: [name for name in names if name in named] for names in options}
+    assert {names for names, found in explained.items() if len(found) != 1} <= {
+        ("--actorder", "--no-actorder")  # on, off and left alone are three different things
+    }
+    assert set(named) <= {name for names in options for name in names}
+
+
+def test_commands_that_are_written_down_exist():
+    """In README and docs, every option after `optq COMMAND` is that command's."""
+    options = options_by_command()
+    seen = set()
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        if path.name == "log.md":  # what was run then
+            continue
+        for command, rest in re.findall(r"\boptq ([a-z]+) ([^`#\n]*)", path.read_text()):
+            if command in options:
+                names = {name for each in options[command] for name in each}
+                assert set(OPTION.findall(rest)) <= names, (path.name, command, rest)
+                seen.add(command)
+    assert seen >= {"quantize", "eval", "generate", "bench", "export", "inspect", "compare"}
+
+
+def test_messages_name_options_that_exist():
+    """A remedy that names an option must name one that there is."""
+    options = {name for each in options_by_command().values() for names in each for name in names}
+    options |= {"--version", "--help"}
+    source, seen = ROOT / "src" / "optq", set()
+    for path in sorted(source.rglob("*.py")):
+        if path == source / "demo" / "train.py":  # a program of its own
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = set(OPTION.findall(node.value))
+                assert found <= options, (path.name, node.lineno, found - options)
+                seen |= found
+    assert {"--skip", "--results", "--nsamples"} <= seen

@@ -1,10 +1,9 @@
-"""Measure models, and compare quantizers by the perplexity that they leave."""
+"""Compare quantizers by the perplexity that they leave."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,16 +20,17 @@ from optq.core.rtn import RTN
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
-from optq.errors import DataError, NumericsError, OutputError, SettingError
-from optq.evaluate.perplexity import Perplexity, perplexity
-from optq.formats import FORMATS, require_plain
+from optq.errors import DataError, OutputError, SettingError
+from optq.evaluate.perplexity import perplexity
+from optq.formats import FORMATS
+from optq.formats.fit import check_layers
 from optq.model.blocks import find_blocks
-from optq.report.chart import bars
-from optq.runner import ModelConfig, Runner, sequence_length
+from optq.model.source import sequence_length
+from optq.runner import ModelConfig, Runner
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
 DEMO_SAMPLES = 64
-Progress = Callable[[float, float, str], None]
+Update = Callable[[float, float, str], None]  # done, total, note
 
 # What `optq compare --methods` names; "gptq" propagates errors where that is the default.
 COMPARED: dict[str, Callable[[int, int], Solver]] = {
@@ -68,8 +68,9 @@ class Comparison:
     nsamples: int = 128
     seqlen: int | None = None
     seed: int = 0
+    skip: str | None = None
 
-    def run(self, results: Path | None = None, progress: Progress = lambda *_: None) -> list[Row]:
+    def run(self, results: Path | None = None, progress: Update = lambda *_: None) -> list[Row]:
         """All rows, the full-precision model first.
 
         Each is added to the JSON lines of ``results`` as soon as it is there, and one that is
@@ -78,9 +79,7 @@ class Comparison:
         """
         settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in self.methods]
         quantizers = {setting: self._quantizer(*setting) for setting in settings}
-        checkpoint = self.config.checkpoint()
-        require_plain(checkpoint)
-        common = self._key(checkpoint.folder)
+        common = self._key(self.config.plain_checkpoint().folder)
         kept = Kept(results)
         keys = {
             s: f"{common} {s} {q!r} {self._propagates(s) and QEP()!r}"
@@ -89,11 +88,10 @@ class Comparison:
         model, tokenizer = self.config.load()
         seqlen = sequence_length(model, self.seqlen)
         windows = evaluation_tokens(self.text, tokenizer, seqlen)
-        layers = [layer for block in find_blocks(model) for layer in block.layers]
+        blocks = find_blocks(model, self.skip)
+        layers = [layer for block in blocks for layer in block.layers]
         for quantizer in quantizers.values():
-            for layer in layers:
-                scheme = quantizer.scheme()
-                FORMATS["gptq"].check(layer.name, *layer.shape, scheme, layer.transposed)
+            check_layers(FORMATS["gptq"], blocks, quantizer.scheme())
         tokens = None
         if any(kept.get(key) is None for key in keys.values()):  # one calibration for all
             tokens = calibration_tokens(self.calib, tokenizer, self.nsamples, seqlen, self.seed)
@@ -102,9 +100,9 @@ class Comparison:
         size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
         full = kept.get(common)
         if full is None:
-            full = Row("none", bits, -1, bits, size, _finite(model, windows).perplexity)
+            full = Row("none", bits, -1, bits, size, perplexity(model, windows).perplexity)
             kept.add(common, full)
-        del model, layers
+        del model, blocks, layers
         rows = [full]
         for step, setting in enumerate(settings, start=1):
             method, wbits, groupsize = setting
@@ -127,10 +125,10 @@ class Comparison:
     ) -> Row:
         start = time.perf_counter()
         propagates = self._propagates(setting)
-        result = Runner(self.config, quantizer, propagates, calib=tokens).run()
+        result = Runner(self.config, quantizer, propagates, calib=tokens, skip=self.skip).run()
         seconds = time.perf_counter() - start
         model = result.model.to(self.config.torch_device())
-        measured = _finite(model, windows).perplexity
+        measured = perplexity(model, windows).perplexity
         rise = measured - full.perplexity
         return Row(*setting, result.bits_per_weight, result.bytes, measured, rise, seconds)
 
@@ -148,7 +146,7 @@ class Comparison:
         for spec in (self.calib, self.text):
             if os.path.isfile(spec):  # which takes a text too long for a name as well
                 files.append((spec, Path(spec).stat().st_size, Path(spec).stat().st_mtime_ns))
-        numbers = (self.nsamples, self.seqlen, self.seed, self.calib, self.text)
+        numbers = (self.nsamples, self.seqlen, self.seed, self.calib, self.text, self.skip)
         where = (__version__, self.config.torch_device().type, self.config.dtype)
         return hashlib.sha256(repr((sorted(files), numbers, where)).encode()).hexdigest()[:16]
 
@@ -191,26 +189,10 @@ class Kept:
                 if mode == "r+":
                     file.truncate()
         except OSError as error:
-            raise OutputError(
-                f"{self.path} cannot be written: {error.strerror}", "name another file"
-            ) from error
+            raise OutputError.of(self.path, error, "--results") from error
 
 
-def measure(
-    config: ModelConfig, text: str, seqlen: int | None = None, progress: Progress | None = None
-) -> tuple[Perplexity, int]:
-    """Perplexity of a model on a text, and the length of its windows."""
-    model, tokenizer = config.load()
-    seqlen = sequence_length(model, seqlen)
-    show = progress or (lambda *_: None)
-    windows = evaluation_tokens(
-        text, tokenizer, seqlen, lambda done, of: show(0, of, f"reading text: {done} of {of}")
-    )
-    note = f"{len(windows)} windows of {seqlen} tokens"
-    return _finite(model, windows, lambda done, total: show(done, total, note)), seqlen
-
-
-def demo_rows(device: str, progress: Progress) -> list[Row]:
+def demo_rows(device: str, progress: Update) -> list[Row]:
     """The bundled model as it is, rounded, and with GPTQ, at 4, 3 and 2 bits."""
     comparison = Comparison(
         ModelConfig("demo", device),
@@ -223,33 +205,3 @@ def demo_rows(device: str, progress: Progress) -> list[Row]:
         seqlen=DEMO_SEQLEN,
     )
     return comparison.run(progress=progress)
-
-
-def check_chart(path: Path) -> None:
-    """Refuse, before any work, a chart that could not be written."""
-    if path.suffix.lower() != ".svg":
-        raise SettingError(f"the chart {path} is not an .svg", "name it so: charts are SVG")
-    if not path.parent.is_dir():
-        raise OutputError(f"there is no folder {path.parent}", "make it, or name another one")
-
-
-def write_chart(path: Path, title: str, rows: list[Row]) -> None:
-    """The bar chart of a comparison, as SVG."""
-    try:
-        path.write_text(bars(title, [asdict(row) for row in rows]), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}", "name another file with --chart"
-        ) from error
-
-
-def _finite(
-    model: object, windows: Tensor, report: Callable[[int, int], None] | None = None
-) -> Perplexity:
-    result = perplexity(model, windows, progress=report)
-    if not math.isfinite(result.perplexity):
-        raise NumericsError(
-            f"the perplexity is beyond floating point: the mean loss is {result.nll:.4g} nats",
-            "check that tokenizer and weights belong together",
-        )
-    return result

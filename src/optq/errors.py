@@ -4,6 +4,8 @@ The command prints the two as two lines and exits with status 2. Anything that i
 ``OptqError`` is a defect in OPTQ: it keeps its traceback and exits with status 1.
 """
 
+from __future__ import annotations
+
 
 class OptqError(Exception):
     """Something the user can put right.
@@ -42,3 +44,8 @@ def not_finite_remedy(dtype: object) -> str:
 
 class OutputError(OptqError):
     """A place that cannot be written to: it exists, is read-only, or is full."""
+
+    @classmethod
+    def of(cls, path: object, error: OSError, option: str) -> OutputError:
+        """A file that the system would not write, and the option that names it."""
+        return cls(f"{path} cannot be written: {error.strerror}", f"name another with {option}")

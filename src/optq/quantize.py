@@ -18,6 +18,7 @@ from optq.core.solution import Solution
 from optq.core.solver import Solver
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, NumericsError
+from optq.formats.fit import check_layers
 from optq.formats.scheme import Format, Solved
 from optq.model.blocks import Block, Layer, Site
 from optq.model.checkpoint import Checkpoint
@@ -119,9 +120,9 @@ def names_on_disk(
     model: Any, blocks: list[Block], checkpoint: Checkpoint, quantizer: Solver, form: Format
 ) -> dict[str, str]:
     """The names on disk of the model's tensors. Refuses a layer that cannot be written."""
-    names, scheme = disk_names(model, checkpoint.files), quantizer.scheme()
+    names = disk_names(model, checkpoint.files)
+    check_layers(form, blocks, quantizer.scheme())
     for layer in (layer for block in blocks for layer in block.layers):
-        form.check(layer.name, *layer.shape, scheme, layer.transposed)
         if f"{layer.name}.weight" not in names:
             raise ModelError(
                 f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"

@@ -38,7 +38,7 @@ from optq.model.source import (
     dense_layers,
     load_model,
     load_tokenizer,
-    positions,
+    sequence_length,
 )
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.record import LayerRecord, RunRecord
@@ -71,6 +71,12 @@ class ModelConfig:
             raise SettingError(f"the dtype is {self.dtype}", f"choose {' or '.join(DTYPES)}")
         folder = MODEL if self.is_demo else self.model_id
         return Checkpoint.open(str(folder), DTYPES.get(self.dtype or ""))
+
+    def plain_checkpoint(self) -> Checkpoint:
+        """The same. Raises :class:`ModelError` where it is quantized already."""
+        checkpoint = self.checkpoint()
+        require_plain(checkpoint)
+        return checkpoint
 
     def load(self) -> tuple[Any, Any]:
         """The model on its device, quantized or not, and its tokenizer."""
@@ -137,9 +143,9 @@ class Runner:
     folder to write as the run goes (without it the result keeps everything and can ``save``);
     ``seqlen`` defaults to 2048, or to the model's positions if those are fewer; ``skip`` is a
     regular expression of layers to leave dense; ``chat`` passes the text through the tokenizer's
-    chat template; ``qep`` is True or a :class:`QEP`; ``progress`` is called after each site,
-    ``reading(done, total)`` with the windows drawn from ``c4``, ``notice`` for what a dead run has
-    left beside the output.
+    chat template; ``qep`` is True or a :class:`QEP` (off unless asked for, where the command's
+    default below 8 bits is True); ``progress`` is called after each site, ``reading(done, total)``
+    with the windows drawn from ``c4``, ``notice`` for what a dead run has left beside the output.
     """
 
     model_config: ModelConfig
@@ -165,8 +171,7 @@ class Runner:
             raise SettingError(
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
             )
-        form, checkpoint = FORMATS[self.format], self.model_config.checkpoint()
-        require_plain(checkpoint)
+        form, checkpoint = FORMATS[self.format], self.model_config.plain_checkpoint()
         if self.output is None:
             return self._run(checkpoint, form, None, started)
         with place_of(Path(self.output), checkpoint, self.force, self.notice) as place:
@@ -261,16 +266,3 @@ class Runner:
         name = calib.name if isinstance(calib, Text) else calib
         text = Path(name).name if Path(name).is_file() else name
         return {"text": text, **size, "seed": self.seed, "chat": self.chat}
-
-
-def sequence_length(model: Any, seqlen: int | None) -> int:
-    """``seqlen``, checked against the model's positions; 2048 by default, if it has so many."""
-    longest = positions(model)
-    if seqlen is None:
-        return min(2048, longest or 2048)
-    if longest is not None and seqlen > longest:
-        raise SettingError(
-            f"seqlen {seqlen} is more than the model's {longest} positions",
-            f"choose {longest} or less",
-        )
-    return seqlen

@@ -118,6 +118,15 @@ def test_logits_that_are_not_finite(llama, value):
     assert model.training
 
 
+def test_a_perplexity_beyond_floating_point(llama):
+    """Every logit is finite, and e to the mean loss is not."""
+    model = type(llama)(llama.config)
+    model.load_state_dict(llama.state_dict())
+    model.lm_head.weight.data *= 1e5
+    with pytest.raises(NumericsError, match="beyond floating point"):
+        perplexity(model, zoo.token_ids())
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (3, 1), (3, 0)])
 def test_nothing_to_predict(llama, shape):
     with pytest.raises(DataError, match="nothing to predict"):

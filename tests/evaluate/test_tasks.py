@@ -9,7 +9,7 @@ import torch
 import zoo
 
 from optq.errors import DataError, OptqError, SettingError
-from optq.evaluate.tasks import zero_shot
+from optq.evaluate.tasks import ZeroShot
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +63,18 @@ def test_a_local_task_is_scored_as_by_hand(harness, llama, tmp_path):
     right = [likeliest(llama, tokenizer, row["q"]) == row["gold"] for row in rows]
     assert 0 < sum(right) < len(right)
     task = local_task(tmp_path / "rows.jsonl", rows)
-    assert zero_shot(llama, tokenizer, [task]) == {"local": {"acc": sum(right) / 12}}
-    assert zero_shot(llama, tokenizer, [task], limit=5) == {"local": {"acc": sum(right[:5]) / 5}}
+    assert ZeroShot([task]).run(llama, tokenizer) == {"local": {"acc": sum(right) / 12}}
+    assert ZeroShot([task], 5).run(llama, tokenizer) == {"local": {"acc": sum(right[:5]) / 5}}
 
 
-def test_an_unknown_task(harness, llama):
+def test_an_unknown_task(harness):
     with pytest.raises(DataError, match="no task called 'nope'"):
-        zero_shot(llama, zoo.tokenizer(), ["nope"])
+        ZeroShot(["nope"])
 
 
 def test_a_task_whose_data_is_out_of_reach(harness, llama):
     with pytest.raises(DataError, match="cannot be reached"):  # the tests run offline
-        zero_shot(llama, zoo.tokenizer(), ["piqa"])
+        ZeroShot(["piqa"]).run(llama, zoo.tokenizer())
 
 
 def test_whatever_the_harness_raises(llama, monkeypatch):
@@ -89,18 +89,18 @@ def test_whatever_the_harness_raises(llama, monkeypatch):
     for module in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**whole))
     with pytest.raises(DataError, match=r"a task cannot be run, .*: KeyError: 'choices'") as caught:
-        zero_shot(llama, zoo.tokenizer(), ["piqa"])
+        ZeroShot(["piqa"]).run(llama, zoo.tokenizer())
     assert caught.value.__cause__ is fault
 
 
-def test_without_the_harness(llama, monkeypatch):
+def test_without_the_harness(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(OptqError, match=r"pip install optq\[tasks\]"):
-        zero_shot(llama, zoo.tokenizer(), ["piqa"])
+        ZeroShot(["piqa"])
 
 
-def test_settings_without_sense(llama):
+def test_settings_without_sense():
     with pytest.raises(SettingError, match="no task"):
-        zero_shot(llama, zoo.tokenizer(), [])
+        ZeroShot([])
     with pytest.raises(SettingError, match="limit is 0"):
-        zero_shot(llama, zoo.tokenizer(), ["piqa"], limit=0)
+        ZeroShot(["piqa"], limit=0)

@@ -22,6 +22,7 @@ from optq.model.source import (
     load_model,
     load_tokenizer,
     positions,
+    sequence_length,
 )
 from optq.model.weights import Weights
 
@@ -632,7 +633,16 @@ def test_positions(name, key):
 
 
 def test_no_positions():
-    assert positions(BY_NAME["bloom"].build()) is None
+    bloom = BY_NAME["bloom"].build()
+    assert positions(bloom) is None
+    assert sequence_length(bloom, None) == 2048 and sequence_length(bloom, 4096) == 4096
+
+
+def test_the_length_of_a_sequence():
+    model = BY_NAME["llama"].build()  # 64 positions
+    assert sequence_length(model, None) == 64 and sequence_length(model, 16) == 16
+    with pytest.raises(SettingError, match="65 is more than the model's 64 positions"):
+        sequence_length(model, 65)
 
 
 REFUSALS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,9 @@ from optq.errors import OptqError
 
 def main() -> NoReturn:
     """Run the command: exit status 0 done, 2 bad input, 1 a defect, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a model may write what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` cleans up as well
     try:
         code = app(standalone_mode=False) or 0

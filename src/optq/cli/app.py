@@ -1,12 +1,15 @@
-"""The command's options and helpers, which its modules share."""
+"""The command, and helpers that its modules share."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Any
 
 import typer
+
+from optq.errors import SettingError
 
 app = typer.Typer(
     name="optq",
@@ -14,17 +17,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(help="A folder, a hub id, or 'demo'.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ..")]
-Dtype = Annotated[
-    str | None, typer.Option(help="bfloat16 or float32, where the model's own float16 overflows.")
-]
-Seqlen = Annotated[
-    int | None, typer.Option(help="Tokens in a sequence: 2048, or the model's positions if fewer.")
-]
-FORMATS_HELP = "gptq, gptq_v2, compressed-tensors"
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -34,3 +26,22 @@ def print_json(value: dict[str, Any]) -> None:
 def say(line: str) -> None:
     """What a person should know and no program reads."""
     print(f"optq: {line}", file=sys.stderr)
+
+
+def words(flag: str, text: str, kind: Callable[[str], Any] = str.strip) -> list[Any]:
+    """What stands between the commas, each once; ``kind`` is ``int`` for numbers."""
+    try:
+        found = list(dict.fromkeys(kind(word) for word in text.split(",") if word.strip()))
+    except ValueError:
+        raise SettingError(f"{flag} {text} is no number", "put commas between numbers") from None
+    if not found:
+        raise SettingError(f"{flag} is empty", "give one or more, with commas between")
+    return found
+
+
+def refuse_given(options: dict[str, Any], what: str, remedy: str) -> None:
+    """Refuse an option that ``what`` would ignore. One that was not given is None."""
+    for name, value in options.items():
+        if value is not None:
+            flag = ("no-" if value is False else "") + name.replace("_", "-")
+            raise SettingError(f"{what} has no --{flag}", remedy)

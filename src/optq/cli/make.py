@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optq.cli.app import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, app, print_json, say
+from optq.cli.app import app, print_json, refuse_given, say, words
+from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.errors import SettingError
 
 if TYPE_CHECKING:
-    from optq.core.solver import Solver
+    from optq.runner import ModelConfig
+
+DEFAULT_GROUPSIZE = 128
 
 
 @app.command()
@@ -20,17 +25,12 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model."""
-    from dataclasses import asdict
-
     from optq.compare import demo_rows
     from optq.report import progress, tables
 
     with progress.bar("optq demo") as bar:
-        rows = [asdict(row) for row in demo_rows(device, bar.update)]
-    if as_json:
-        print_json({"model": "demo", "rows": rows})
-    else:
-        tables.compared(rows)
+        rows = [asdict(row) for row in demo_rows(device, bar)]
+    print_json({"model": "demo", "rows": rows}) if as_json else tables.compared(rows)
 
 
 @app.command()
@@ -40,8 +40,9 @@ def quantize(
     method: Annotated[str, typer.Option(help="gptq, rtn (round to nearest) or obq.")] = "gptq",
     wbits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     groupsize: Annotated[
-        int, typer.Option(help="Columns that share a scale; -1: one scale to a row.")
-    ] = 128,
+        int | None,
+        typer.Option(help="Columns to a scale; -1: the row. Default: 128, or 64 or 32 if it fits."),
+    ] = None,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Zero point fixed, or fitted.")] = True,
     plain: Annotated[
         bool, typer.Option("--plain", help="The paper's GPTQ; without it the best options known.")
@@ -60,10 +61,12 @@ def quantize(
     polish: Annotated[
         int | None, typer.Option(help="Rounds that mend codes and scales after the sweep.")
     ] = None,
-    percdamp: Annotated[float, typer.Option(help="Damping, of the mean of diag H.")] = 0.01,
+    percdamp: Annotated[
+        float | None, typer.Option(help="Damping, of the mean of diag H. Default: 0.01.")
+    ] = None,
     qep: Annotated[
         bool | None,
-        typer.Option(help="Error propagation, twice the forward time. Default: below 8 bits."),
+        typer.Option(help="Error propagation, qep=True in Python. Default: gptq below 8 bits."),
     ] = None,
     calib: Annotated[
         str | None,
@@ -76,7 +79,7 @@ def quantize(
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
-    skip: Annotated[str | None, typer.Option(help="Regex of layers to leave dense.")] = None,
+    skip: Skip = None,
     device: Device = "auto",
     dtype: Dtype = None,
     form: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
@@ -84,29 +87,31 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write the checkpoint OUT."""
-    from optq.report import progress, tables
-
-    options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
-    options |= {"actorder": actorder, "static_groups": static_groups}
-    quantizer = _quantizer(method, wbits, groupsize, plain, options)
     from optq.core.best import BEST
-
-    if qep is None:
-        qep = method == "gptq" and not plain and BEST[wbits].qep
     from optq.quantize import Progress
+    from optq.report import progress, tables
     from optq.runner import ModelConfig, Runner
 
-    calib = calib or ("demo" if model == "demo" else "c4")
+    config = ModelConfig(model, device, dtype)
+    options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
+    options |= {"actorder": actorder, "static_groups": static_groups}
+    asked = DEFAULT_GROUPSIZE if groupsize is None else groupsize
+    quantizer = _quantizer(method, wbits, asked, plain, options)
+    if groupsize is None:
+        quantizer = replace(quantizer, groupsize=_groupsize(config, skip))
+    if qep is None:
+        qep = method == "gptq" and not plain and BEST[wbits].qep
+    calib = calib or ("demo" if config.is_demo else "c4")
     with progress.bar("quantizing") as bar:
-        bar.update(0, 1, "reading model and text")
+        bar(0, 1, "reading model and text")
 
         def solved(step: Progress) -> None:
             worst = max(step.layers, key=lambda layer: layer.relative_error)
             note = f"{step.site} error {worst.relative_error:.2%}"
-            bar.update(step.block, step.blocks, note)
+            bar(step.block, step.blocks, note)
 
         result = Runner(
-            ModelConfig(model, device, dtype),
+            config,
             quantizer,
             qep=qep,
             calib=calib,
@@ -120,28 +125,17 @@ def quantize(
             force=force,
             progress=solved,
             notice=say,
-            reading=lambda done, total: bar.update(0, 1, f"reading text: {done} of {total}"),
+            reading=lambda done, of: bar(0, 1, f"reading text: {done} of {of}"),
         ).run()
+    if groupsize is None:
+        _tell(quantizer.groupsize)
     made = result.record.calibration
     if as_json:
         timed = [layer.model_dump() | {"seconds": layer.seconds} for layer in result.layers]
-        print_json(
-            {
-                "model": model,
-                "out": str(out),
-                "method": method,
-                "wbits": wbits,
-                "groupsize": groupsize,
-                "sym": sym,
-                "qep": bool(qep),
-                "actorder": getattr(quantizer, "actorder", False),
-                "percdamp": percdamp,
-                "bits_per_weight": result.bits_per_weight,
-                "bytes": result.bytes,
-                "seconds": result.seconds,
-                "layers": timed,
-            }
-        )
+        settings = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
+        settings |= {"actorder": False, "percdamp": None} | asdict(quantizer)
+        sizes = {"bits_per_weight": result.bits_per_weight, "bytes": result.bytes}
+        print_json(settings | sizes | {"seconds": result.seconds, "layers": timed})
         return
     weights = sum(layer.rows * layer.cols for layer in result.layers)
     total, rounding = (
@@ -168,12 +162,13 @@ def compare(
         str, typer.Option(help="Of rtn, plain (the paper's GPTQ), no-qep, gptq.")
     ] = "rtn,plain,no-qep,gptq",
     wbits: Annotated[str, typer.Option(help="Of 2, 3, 4, 8.")] = "4,3,2",
-    groupsize: Annotated[str, typer.Option(help="-1: one scale to a row.")] = "128",
+    groupsize: Annotated[str | None, typer.Option(help="One or more; as of quantize.")] = None,
     calib: Annotated[str | None, typer.Option(help="As of quantize.")] = None,
     text: Annotated[str | None, typer.Option(help="Held-out text, as --text of eval.")] = None,
     nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
+    skip: Skip = None,
     device: Device = "auto",
     dtype: Dtype = None,
     results: Annotated[
@@ -183,71 +178,71 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Many settings on MODEL with one calibration: size, perplexity, rise, seconds."""
-    from dataclasses import asdict
-
-    from optq.compare import Comparison, check_chart, write_chart
+    from optq.compare import Comparison
+    from optq.report import chart as svg
     from optq.report import progress, tables
     from optq.runner import ModelConfig
 
     if chart is not None:
-        check_chart(chart)
+        svg.check(chart)
     config = ModelConfig(model, device, dtype)
+    if groupsize is None:
+        sizes = [_groupsize(config, skip)]
+    else:
+        sizes = words("--groupsize", groupsize, int)
     comparison = Comparison(
         config,
-        _words("--methods", methods),
-        [_number("--wbits", word) for word in _words("--wbits", wbits)],
-        [_number("--groupsize", word) for word in _words("--groupsize", groupsize)],
+        words("--methods", methods),
+        words("--wbits", wbits, int),
+        sizes,
         calib or ("demo" if config.is_demo else "c4"),
         text or ("demo" if config.is_demo else "wikitext2"),
         nsamples,
         seqlen,
         seed,
+        skip,
     )
     with progress.bar("optq compare") as bar:
-        rows = comparison.run(results, bar.update)
+        rows = [asdict(row) for row in comparison.run(results, bar)]
+    if groupsize is None:
+        _tell(sizes[0])
     if chart is not None:
-        write_chart(chart, model, rows)
-    if as_json:
-        print_json({"model": model, "rows": [asdict(row) for row in rows]})
-    else:
-        tables.compared([asdict(row) for row in rows])
+        svg.write(chart, model, rows)
+    print_json({"model": model, "rows": rows}) if as_json else tables.compared(rows)
 
 
 def _quantizer(
     method: str, wbits: int, groupsize: int, plain: bool, options: dict[str, Any]
-) -> Solver:
+) -> Any:
     """The solver, with those options that it has; one that it lacks must not be asked for."""
-    from dataclasses import fields
-
     from optq.core.gptq import GPTQ
     from optq.core.methods import METHODS
 
     if method not in METHODS:
         raise SettingError(f"the method {method} is unknown", f"choose {', '.join(METHODS)}")
-    solver = METHODS[method]
-    known = {field.name for field in fields(solver)}
-    asked = {name for name, value in options.items() if value and name != "percdamp"} - known
-    if plain and solver is not GPTQ:
-        asked.add("plain")
-    if asked:
-        flag = min(asked).replace("_", "-")
-        raise SettingError(f"{method} has no --{flag}", "leave it out, or use --method gptq")
-    chosen = {name: v for name, v in options.items() if name in known and v is not None}
+    solver, known = METHODS[method], {field.name for field in fields(METHODS[method])}
+    if solver is not GPTQ:
+        lacking = {name: value for name, value in options.items() if name not in known}
+        refuse_given(
+            lacking | {"plain": plain or None}, method, "leave it out, or use --method gptq"
+        )
+    given = {name: value for name, value in options.items() if value is not None}
     build = GPTQ.plain if plain else solver
-    return build(wbits=wbits, groupsize=groupsize, **chosen)
+    return build(wbits=wbits, groupsize=groupsize, **given)
 
 
-def _words(flag: str, text: str) -> list[str]:
-    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    if not words:
-        raise SettingError(f"{flag} is empty", "give one or more, with commas between")
-    return words
+def _groupsize(config: ModelConfig, skip: str | None) -> int:
+    """Where none was given: the largest of three that divides the columns of every layer."""
+    from optq.model.blocks import find_blocks
+    from optq.model.source import empty_model
+
+    blocks = find_blocks(empty_model(config.plain_checkpoint()), skip)
+    columns = {layer.shape[1] for block in blocks for layer in block.layers}
+    fitting = (n for n in (DEFAULT_GROUPSIZE, 64, 32) if not any(count % n for count in columns))
+    return next(fitting, DEFAULT_GROUPSIZE)  # which is then refused, with what to do
 
 
-def _number(flag: str, word: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise SettingError(
-            f"{flag} {word} is no number", "give numbers, with commas between"
-        ) from None
+def _tell(groupsize: int) -> None:
+    """After the run, so that what refuses it stands alone on stderr."""
+    if groupsize != DEFAULT_GROUPSIZE:
+        print(f"optq: --groupsize {groupsize}: 128 does not fit every layer", file=sys.stderr)

@@ -47,8 +47,8 @@ def perplexity(
     ``progress(done, total)`` is called with windows after each batch. The model runs in evaluation
     mode and gets its modes back.
 
-    Raises ``NumericsError`` if a predicted token's loss is NaN or infinite, and names its window;
-    ``DataError`` if nothing is to be predicted.
+    Raises ``NumericsError`` if a predicted token's loss is NaN or infinite, and names its window,
+    and if the perplexity is infinite; ``DataError`` if nothing is to be predicted.
     """
     count, seqlen = windows.shape
     if count == 0 or seqlen < 2:
@@ -75,8 +75,13 @@ def perplexity(
                 progress(min(start + at_once, count), count)
     tokens = count * (seqlen - 1)
     nll = total / tokens
-    # torch's exp, because Python's raises above 709; a broken model's perplexity may be infinite.
+    # torch's exp, because Python's raises above 709.
     value = torch.tensor(nll, dtype=torch.float64).exp().item()
+    if not math.isfinite(value):
+        raise NumericsError(
+            f"the perplexity is beyond floating point: the mean loss is {nll:.4g} nats",
+            "check that tokenizer and weights belong together",
+        )
     return Perplexity(value, nll, tokens, count)
 
 

@@ -6,7 +6,9 @@ are large: ``pip install optq[tasks]`` brings them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,62 +16,70 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optq.boundary import library
 from optq.errors import DataError, OptqError, SettingError
 
-Scores = dict[str, dict[str, float]]
+CAUSE = "a task cannot be run, or its data cannot be reached"
+REMEDY = "check the task and the network, or fetch the data beforehand"
+Scores = dict[str, dict[str, float | None]]  # None: the harness gave no finite number
 
 
-def zero_shot(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str | dict[str, Any]],
-    limit: int | None = None,
-) -> Scores:
-    """Each task's scores by metric, for example ``{"piqa": {"acc": 0.77, "acc_norm": 0.78}}``.
+@dataclass
+class ZeroShot:
+    """Tasks to run on a model, checked before the model is there.
 
     ``tasks``: names that the harness knows, or its task configurations as dicts. ``limit``: only
-    so many examples of each task, for a quick look. A group of tasks has its own entry beside its
-    members'. Where the harness filters answers, the filter follows the metric: ``exact_match,x``.
+    so many examples of each task, for a quick look.
 
     Raises ``OptqError`` if the harness is not installed, ``SettingError`` if there is no task or
-    ``limit`` is less than 1, ``DataError`` if a task is unknown or its data cannot be reached.
+    ``limit`` is less than 1, ``DataError`` if a task is unknown.
     """
-    if not tasks:
-        raise SettingError("there is no task to run", "name at least one, such as piqa")
-    if limit is not None and limit < 1:
-        raise SettingError(f"limit is {limit}", "choose 1 or more, or leave it out")
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise OptqError(
-            f"tasks are run by lm-eval, which cannot be imported: {error}",
-            "run `pip install optq[tasks]`",
-        ) from error
-    cause = "a task cannot be run, or its data cannot be reached"
-    remedy = "check the task and the network, or fetch the data beforehand"
-    with library(DataError, cause, remedy):
-        manager = TaskManager()
-    for task in tasks:
-        if isinstance(task, str) and not manager.match_tasks([task]):
-            raise DataError(
-                f"lm-eval has no task called {task!r}", "`lm-eval ls tasks` lists those it has"
+
+    tasks: Sequence[str | dict[str, Any]]
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise SettingError("there is no task to run", "name at least one, such as piqa")
+        if self.limit is not None and self.limit < 1:
+            raise SettingError(f"limit is {self.limit}", "choose 1 or more, or leave it out")
+        try:
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise OptqError(
+                f"tasks are run by lm-eval, which cannot be imported: {error}",
+                "run `pip install optq[tasks]`",
+            ) from error
+        with library(DataError, CAUSE, REMEDY):
+            self.evaluate, self.wrap, self.manager = simple_evaluate, HFLM, TaskManager()
+        for task in self.tasks:
+            if isinstance(task, str) and not self.manager.match_tasks([task]):
+                raise DataError(
+                    f"lm-eval has no task called {task!r}", "`lm-eval ls tasks` lists those it has"
+                )
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
+        """Each task's scores by metric, for example ``{"piqa": {"acc": 0.77, "acc_norm": 0.78}}``.
+
+        A group of tasks has its own entry beside its members'. Where the harness filters answers,
+        the filter follows the metric: ``exact_match,x``. Raises ``DataError`` if a task's data
+        cannot be reached.
+        """
+        with library(DataError, CAUSE, REMEDY):
+            run = self.evaluate(
+                model=self.wrap(pretrained=model, tokenizer=tokenizer),
+                tasks=list(self.tasks),
+                num_fewshot=0,
+                limit=self.limit,
+                bootstrap_iters=0,  # standard errors, which are not reported here
+                task_manager=self.manager,
             )
-    with library(DataError, cause, remedy):
-        run = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer),
-            tasks=list(tasks),
-            num_fewshot=0,
-            limit=limit,
-            bootstrap_iters=0,  # standard errors, which are not reported here
-            task_manager=manager,
-        )
-    return {name: _metrics(found) for name, found in run["results"].items()}
+        return {name: _metrics(found) for name, found in run["results"].items()}
 
 
-def _metrics(found: dict[str, Any]) -> dict[str, float]:
+def _metrics(found: dict[str, Any]) -> dict[str, float | None]:
     """The scores among a task's results, whose keys are ``metric,filter``."""
     return {
-        key.removesuffix(",none"): float(value)
+        key.removesuffix(",none"): float(value) if math.isfinite(value) else None
         for key, value in found.items()
         if "," in key and "_stderr" not in key and isinstance(value, int | float)
     }

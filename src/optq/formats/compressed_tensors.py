@@ -65,7 +65,7 @@ class CompressedTensorsFormat:
         if layer.groupsize != -1 and columns % layer.groupsize:
             raise SettingError(
                 f"groupsize {layer.groupsize} does not divide the {columns} columns of {name}",
-                "choose one that does, or -1, or --skip this layer",
+                "quantize the model with groups that divide them",
             )
         if layer.actorder:
             raise SettingError(

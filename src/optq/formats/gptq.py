@@ -59,14 +59,14 @@ class GPTQFormat:
         if layer.groupsize != -1 and columns % layer.groupsize:
             raise SettingError(
                 f"groupsize {layer.groupsize} does not divide the {columns} columns of {name}",
-                f"choose {', '.join(_divisors(columns))} or -1, or --skip this layer",
+                "quantize the model with groups that divide them",
             )
         for what, count in (("columns", columns), ("rows", rows)):
             if count * layer.wbits % 32:
                 raise SettingError(
                     f"{name} cannot be packed at {layer.wbits} bits: {count} {what} do not fill"
                     " 32-bit words",
-                    "leave this layer dense (--skip), or choose other bits",
+                    "write --format compressed-tensors, whose last word may be part full",
                 )
 
     def encode(self, layer: QuantizedWeight, dtype: torch.dtype, sym: bool) -> dict[str, Tensor]:
@@ -227,10 +227,6 @@ def _scheme(settings: dict[str, Any]) -> LayerScheme:
         raise ModelError(f"the checkpoint says it has groups of {groupsize}", TOGETHER)
     sym, actorder = bool(settings.get("sym", True)), bool(settings.get("desc_act", False))
     return LayerScheme(bits, groupsize, sym, actorder)
-
-
-def _divisors(columns: int) -> list[str]:
-    return [str(size) for size in (256, 128, 64, 32, 16) if columns % size == 0]
 
 
 GPTQ_V1 = GPTQFormat("gptq", zero_offset=1)

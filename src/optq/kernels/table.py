@@ -33,7 +33,6 @@ class Kernel:
     error: dict[torch.dtype, float]
     takes: Callable[[QuantizedWeight], bool]  # beyond device, bits and dtype
     build: Callable[[QuantizedWeight, torch.dtype], Product]
-    why: str
 
     def serves(self, weight: QuantizedWeight, dtype: torch.dtype) -> bool:
         """Whether it multiplies activations of ``dtype`` by this weight, where the weight is."""
@@ -54,7 +53,6 @@ KERNELS = (
         {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 6e-3},
         cpu_int8.takes,
         cpu_int8.Int8Product,
-        "half of the bytes in one product, where a row has one scale",
     ),
     Kernel(
         "cpu_int4",
@@ -63,7 +61,6 @@ KERNELS = (
         {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 6e-3},
         cpu_int4.takes,
         cpu_int4.Int4Product,
-        "reads a quarter of the bytes; 2 and 3 bits widened to 4, 8 bits as two halves",
     ),
     Kernel(
         "triton",
@@ -72,7 +69,6 @@ KERNELS = (
         {torch.bfloat16: 4e-3, torch.float16: 5e-4},
         triton_product.takes,
         triton_product.TritonProduct,
-        "reads packed codes in registers; a dense product where rows are many",
     ),
     Kernel(
         "reference",
@@ -81,7 +77,6 @@ KERNELS = (
         {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6},
         lambda weight: True,
         reference.ReferenceProduct,
-        "takes anything: dequantizes, then multiplies",
     ),
 )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from optq.boundary import library
-from optq.errors import DataError, ModelError
+from optq.errors import DataError, ModelError, SettingError
 from optq.model.blocks import Block, linears_outside
 from optq.model.checkpoint import TOGETHER, Checkpoint
 
@@ -183,6 +183,19 @@ def positions(model: Any) -> int | None:
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)
     return None
+
+
+def sequence_length(model: Any, seqlen: int | None) -> int:
+    """``seqlen``, checked against the model's positions; 2048 by default, if it has so many."""
+    longest = positions(model)
+    if seqlen is None:
+        return min(2048, longest or 2048)
+    if longest is not None and seqlen > longest:
+        raise SettingError(
+            f"seqlen {seqlen} is more than the model's {longest} positions",
+            f"choose {longest} or less",
+        )
+    return seqlen
 
 
 def _configuration(checkpoint: Checkpoint) -> tuple[Any, Any]:

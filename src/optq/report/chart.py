@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
+
+from optq.errors import OutputError, SettingError
 
 BAR, GAP, LABEL, LENGTH, NUMBER = 18, 6, 170, 360, 200  # pixels
 COLORS = {"rtn": "#c0392b", "plain": "#7f8c8d", "no-qep": "#2471a3", "gptq": "#16a085"}
+
+
+def check(path: Path) -> None:
+    """Refuse, before any work, a chart that could not be written."""
+    if path.suffix.lower() != ".svg":
+        raise SettingError(f"the chart {path} is not an .svg", "name it so: charts are SVG")
+    if not path.parent.is_dir():
+        raise OutputError(f"there is no folder {path.parent}", "make it, or name another one")
+
+
+def write(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write :func:`bars` to ``path``."""
+    try:
+        path.write_text(bars(title, rows), encoding="utf-8")
+    except OSError as error:
+        raise OutputError.of(path, error, "--chart") from error
 
 
 def bars(title: str, rows: Sequence[Mapping[str, Any]]) -> str:

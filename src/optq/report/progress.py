@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -16,21 +16,11 @@ from rich.progress import (
 )
 
 stderr = Console(stderr=True)
-
-
-class Bar:
-    """One progress bar: ``update(done, total, note)``."""
-
-    def __init__(self, progress: Progress, title: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task(title, total=None, note="")
-
-    def update(self, done: float, total: float, note: str = "") -> None:
-        self._progress.update(self._task, completed=done, total=total, note=note)
+Update = Callable[..., None]  # of how much is done, of how much, and a note
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Bar]:
+def bar(title: str) -> Iterator[Update]:
     """A bar with time left while it runs; it leaves no line behind. Silent where no one looks."""
     columns = (
         TextColumn("{task.description}"),
@@ -42,4 +32,9 @@ def bar(title: str) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as live:
-        yield Bar(live, title)
+        task = live.add_task(title, total=None, note="")
+
+        def update(done: float, total: float, note: str = "") -> None:
+            live.update(task, completed=done, total=total, note=note)
+
+        yield update

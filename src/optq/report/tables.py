@@ -8,6 +8,7 @@ from typing import Any
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # What users call their files is not markup.
 stdout = Console(highlight=False, markup=False, emoji=False)
@@ -30,6 +31,20 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index in left else "right")
+    return table
+
+
+def _bar(value: float, most: float, width: int = 30, color: str = "default") -> Bar | Text:
+    """Blocks; number signs where the stream's encoding may have no blocks."""
+    if stdout.options.ascii_only:
+        return Text("#" * round(width * value / most))
+    return Bar(most, 0, value, width=width, color=color)
 
 
 def facts(pairs: Mapping[str, object]) -> None:
@@ -60,12 +75,10 @@ def checkpoint(what: Mapping[str, Any]) -> None:
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; bars compare the rises at the same bits and groups."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
     groups = len({row["groupsize"] for row in rows[1:]}) > 1
-    headings = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
-    for name in (*headings, "perplexity", "rise", "seconds"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    table.add_column("")
+    names = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
+    left = (1 + groups, 7 + groups)  # the method and the bar
+    table = _table(*names, "perplexity", "rise", "seconds", "", left=left)
     for row in rows:
         same = [r for r in rows if (r["wbits"], r["groupsize"]) == (row["wbits"], row["groupsize"])]
         plain = row["method"] == "none"
@@ -79,11 +92,9 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['perplexity']:.2f}",
             "" if plain else f"{row['rise']:+.2f}",
             "" if plain else f"{row['seconds']:.1f}",
-            Bar(
-                max(r["rise"] for r in same) or 1.0,
-                0,
+            _bar(
                 max(row["rise"], 0),
-                width=30,
+                max(r["rise"] for r in same) or 1.0,
                 color="red" if row["method"] == "rtn" else "cyan",
             ),
             end_section=row is same[-1],
@@ -94,16 +105,11 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
 def stages(seconds: Mapping[str, float]) -> None:
     """Where the time went."""
     total = seconds["total"] or 1.0
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("stage", "seconds"):
-        table.add_column(name, justify="right" if name == "seconds" else "left")
-    table.add_column("")
-    known = 0.0
-    for stage, value in seconds.items():
-        if stage != "total":
-            known += value
-            table.add_row(stage, f"{value:.1f}", Bar(total, 0, value, width=30))
-    table.add_row("other", f"{max(total - known, 0):.1f}", Bar(total, 0, total - known, width=30))
+    table = _table("stage", "seconds", "", left=(0, 2))
+    parts = {stage: value for stage, value in seconds.items() if stage != "total"}
+    parts["other"] = max(total - sum(parts.values()), 0)
+    for stage, value in parts.items():
+        table.add_row(stage, f"{value:.1f}", _bar(value, total))
     table.add_row("total", f"{total:.1f}", "")
     stdout.print(table)
 
@@ -114,11 +120,10 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
     first, last = (each(record["name"] for record in records).split(".") for each in (min, max))
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
     prefix = "".join(f"{part}." for part in first[:same])
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (f"layer ({prefix}..)", "rows x cols", "error", "relative", "of rounding's"):
-        left = name.startswith("layer")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    table.add_column("")
+    names = (f"layer ({prefix}..)", "rows x cols", "error", "relative", "of rounding's", "")
+    table = _table(*names, left=(0, 5))
+    for column in table.columns:
+        column.no_wrap = True
     for record in records:
         rounding = record["rtn_error"]
         table.add_row(
@@ -127,7 +132,7 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
             f"{record['error']:.3g}",
             f"{record['relative_error']:.2%}",
             f"{record['error'] / rounding:.0%}" if rounding else "-",
-            Bar(most, 0, record["relative_error"], width=20),
+            _bar(record["relative_error"], most, width=20),
         )
     stdout.print(table)
 
@@ -145,9 +150,7 @@ def completions(prompt: str, names: Sequence[str], made: Sequence[tuple[str, obj
 def speed(report: Any) -> None:
     """What :func:`optq.evaluate.speed.measure_speed` found."""
     packed, dense = report.packed, report.dense
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (f"{report.device}, {report.dtype}", "packed", "dense", "ratio"):
-        table.add_column(name, justify="left" if name.endswith(report.dtype) else "right")
+    table = _table(f"{report.device}, {report.dtype}", "packed", "dense", "ratio")
     for name, one, other in (
         ("prefill, tokens/s", packed.prefill, dense.prefill),
         ("decode, tokens/s", packed.decode, dense.decode),
@@ -157,9 +160,8 @@ def speed(report: Any) -> None:
     table.add_row("quantized layers", size(packed.bytes), size(dense.bytes), ratio)
     stdout.print(table)
     stdout.print()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("rows x cols", "layers", "kernel", "packed", "dense", "ratio", "of bandwidth"):
-        table.add_column(name, justify="left" if name in ("rows x cols", "kernel") else "right")
+    names = ("rows x cols", "layers", "kernel", "packed", "dense", "ratio", "of bandwidth")
+    table = _table(*names, left=(0, 2))
     for shape in report.shapes:
         table.add_row(
             f"{shape.rows} x {shape.cols}",
