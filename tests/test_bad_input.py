@@ -515,7 +515,7 @@ def test_a_mount_point_as_output(optq_says, folder_of, tmp_path, monkeypatch):
 
 def test_a_read_only_output(optq_says, folder_of, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "out")
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr("optq.quantize.Quantization.calibrate", too_late)
     cause, _ = optq_says(*quantize(folder_of("llama"), tmp_path / "out", tmp_path, "--force"))
     assert cause == f"{tmp_path / 'out'} is read-only"
@@ -853,8 +853,8 @@ def begun(place, process):
     for _ in range(1200):
         if process.poll() is not None:
             raise AssertionError(process.communicate())
-        if found := list(place.glob(".out.partial")):
-            return found[0]
+        if found := list(place.glob(".out.partial/whole")):
+            return found[0].parent
         time.sleep(0.1)
     raise AssertionError("nothing has begun after two minutes")
 
