@@ -80,7 +80,7 @@ def test_files_are_utf_8_whatever_the_locale_says(tmp_path):
         "import sys, locale; from pathlib import Path; from optq.compare import Kept\n"
         "from optq.model.checkpoint import Checkpoint\n"
         "assert locale.getpreferredencoding(False) != 'UTF-8'\n"
-        "said = Checkpoint(Path(sys.argv[1]), {}).config()['of']\n"
+        "said = Checkpoint(Path(sys.argv[1]), {}, {}).config()['of']\n"
         "print(ascii([said, *Kept(Path(sys.argv[1], 'rows.jsonl')).rows]))"
     )
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 import optq.quantize
 import optq.runner
 from optq import GPTQ, OBQ, QEP, RTN, ModelConfig, Runner
-from optq.compare import measure
+from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
+from optq.evaluate.perplexity import perplexity
 from optq.formats import reader, writer
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear, make_dense
@@ -54,6 +55,11 @@ def folder_of(tmp_path_factory):
 def quantize(folder, quantizer=FOUR_BITS, **options):
     options = {"calib": CALIB} | options
     return Runner(ModelConfig(str(folder), device="cpu"), quantizer, **options).run()
+
+
+def measured(config, text):
+    model, tokenizer = config.load()
+    return perplexity(model, evaluation_tokens(str(text), tokenizer, 16)).perplexity
 
 
 def contents(folder):
@@ -184,10 +190,11 @@ def test_a_list_of_texts_is_calibrated_on_as_a_file_of_them(folder_of, tmp_path,
     calib = tmp_path / "text.json" if made is json.dumps else texts
     result = quantize(folder_of("llama"), calib=calib, **options)
     expected = "text.json" if made is json.dumps else "list of 5 texts"
-    assert result.record["calibration"]["text"] == expected
+    assert result.record.calibration["text"] == expected
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     file = quantize(folder_of("llama"), calib=tmp_path / "text.jsonl", **options)
-    assert result.record["layers"] == file.record["layers"]
+    one, other = ([layer.model_dump() for layer in each.layers] for each in (result, file))
+    assert one == other
 
 
 def test_reading_c4_says_how_far_it_is(folder_of, monkeypatch):
@@ -197,18 +204,16 @@ def test_reading_c4_says_how_far_it_is(folder_of, monkeypatch):
     options = {"calib": "c4", "nsamples": 3, "seqlen": 16}
     quantize(folder_of("llama"), reading=lambda *step: steps.append(step), **options)
     assert steps == [(1, 3), (2, 3), (3, 3)]
-    notes = []
-    config = ModelConfig(str(folder_of("llama")), "cpu")
-    measure(config, "c4", 16, lambda done, total, note: notes.append(note))
-    assert notes[:256] == [f"reading text: {n} of 256" for n in range(1, 257)]
-    assert set(notes[256:]) == {"256 windows of 16 tokens"}
+    steps = []
+    evaluation_tokens("c4", zoo.tokenizer(), 16, lambda *step: steps.append(step))
+    assert steps == [(n, 256) for n in range(1, 257)]
 
 
 def test_a_list_of_ids(folder_of):
     result = quantize(folder_of("llama"), calib=[{"input_ids": row[None]} for row in CALIB])
     expected = quantize(folder_of("llama"))
-    assert result.record == expected.record
-    assert result.record["calibration"] == {"text": "token ids", "samples": 4, "seqlen": 24}
+    assert result.record.text() == expected.record.text()
+    assert result.record.calibration == {"text": "token ids", "samples": 4, "seqlen": 24}
 
 
 def test_a_list_is_refused_before_work_starts(folder_of, monkeypatch):
@@ -238,16 +243,16 @@ def test_a_float16_that_overflows_is_run_in_another_dtype(overflowing, tmp_path,
     with pytest.raises(NumericsError, match="--dtype bfloat16 or float32"):
         quantize(overflowing, output=tmp_path / "out")
     with pytest.raises(NumericsError, match=r"not finite.*\n.*--dtype bfloat16 or float32"):
-        measure(ModelConfig(str(overflowing), "cpu"), str(text), 16)
+        measured(ModelConfig(str(overflowing), "cpu"), text)
     config = ModelConfig(str(overflowing), "cpu", dtype)
-    expected = measure(config, str(text), 16)[0].perplexity
+    expected = measured(config, text)
 
     plain = Runner(config, GPTQ(8, 32), calib=CALIB).run()
     result = Runner(config, GPTQ(8, 32), calib=CALIB, output=tmp_path / "out").run()
     assert plain.model.dtype == result.model.dtype == getattr(torch, dtype)
     check_reload(plain, overflowing, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
-    written = measure(ModelConfig(str(tmp_path / "out"), "cpu"), str(text), 16)[0].perplexity
+    written = measured(ModelConfig(str(tmp_path / "out"), "cpu"), text)
     assert written == pytest.approx(expected, rel=0.05)
     source, out = load_file(overflowing / "model.safetensors"), tmp_path / "out"
     for name, tensor in load_file(out / "model.safetensors").items():
