@@ -79,7 +79,7 @@ def weights(model):
 
 def check_reload(plain, source, output):
     """The checkpoint is the model in memory: for our reader, and for another decoder."""
-    reloaded = reader.load(Checkpoint.open(str(output)))
+    reloaded = reader.load_checkpoint(Checkpoint.open(str(output)))
     expected, found = logits(plain.model).float(), logits(reloaded).float()
     assert torch.linalg.norm(found - expected) < 2e-2 * torch.linalg.norm(expected)
     tensors, back = weights(plain.model), weights(reloaded)
@@ -758,7 +758,7 @@ def test_a_finished_block_leaves_the_memory(tmp_path, monkeypatch):
         return read_layer(*arguments)
 
     monkeypatch.setattr(reader, "read_layer", watched)
-    loaded = reader.load(Checkpoint.open(str(tmp_path / "out")))
+    loaded = reader.load_checkpoint(Checkpoint.open(str(tmp_path / "out")))
     packed = sum(buffer.nbytes for buffer in loaded.buffers())
     assert packed < 12 * block / 6 and len(memory) == 12 * 7
     # On the way as well as at the end: the packed weights, and one layer unpacked.

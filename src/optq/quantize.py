@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from optq.core.clock import elapsed
 from optq.core.error import output_energy
 from optq.core.grid import Storage
 from optq.core.problem import Problem
@@ -94,7 +95,9 @@ class Quantization:
         rows = [layer.shape[0] for layer in site.layers]
         weight = torch.cat([layer.weight for layer in site.layers])
         problem = self.quantizer.problem(sums.H)
+        start = time.perf_counter()
         aim = None if self.qep is None else _aim(self.qep, problem, site, sums.drift, weight)
+        problem.seconds["solve"] += elapsed(start, weight) - problem.seconds["factor"]
         solution = self.quantizer.solve(problem, weight, aim, self.storage)
         energies = output_energy(weight, sums.H).split(rows)
         records = []

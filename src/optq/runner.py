@@ -43,6 +43,7 @@ from optq.model.source import (
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.record import LayerRecord, RunRecord
 
+MANY = 0.1  # of a layer's columns without evidence: worth a warning
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -81,7 +82,7 @@ class ModelConfig:
     def load(self) -> tuple[Any, Any]:
         """The model on its device, quantized or not, and its tokenizer."""
         device, checkpoint = self.torch_device(), self.checkpoint()
-        return reader.load(checkpoint, device), load_tokenizer(checkpoint)
+        return reader.load_checkpoint(checkpoint, device), load_tokenizer(checkpoint)
 
     def torch_device(self) -> torch.device:
         """The device, checked to be there."""
@@ -107,7 +108,7 @@ def load(path: str | Path, device: str = "auto") -> Any:
     :class:`optq.errors.ModelError` for a checkpoint that is damaged or of another method.
     """
     config = ModelConfig(str(path), device)
-    return reader.load(config.checkpoint(), config.torch_device())
+    return reader.load_checkpoint(config.checkpoint(), config.torch_device())
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Result:
     @cached_property
     def model(self) -> Any:
         """The quantized model, on the CPU: packed where the run wrote it, else dequantized."""
-        return self._model or reader.load(Checkpoint.open(str(self.output)))
+        return self._model or reader.load_checkpoint(Checkpoint.open(str(self.output)))
 
     def save(self, path: str | Path, force: bool = False) -> None:
         """Write the checkpoint to the folder ``path``; for a run without ``output``."""
@@ -145,7 +146,7 @@ class Runner:
     regular expression of layers to leave dense; ``chat`` passes the text through the tokenizer's
     chat template; ``qep`` is True or a :class:`QEP` (off unless asked for, where the command's
     default below 8 bits is True); ``progress`` is called after each site, ``reading(done, total)``
-    with the windows drawn from ``c4``, ``notice`` for what a dead run has left beside the output.
+    with the windows drawn from ``c4``, ``notice`` with what a person should know.
     """
 
     model_config: ModelConfig
@@ -202,6 +203,7 @@ class Runner:
         # A module that later blocks share is called again after its record was made.
         calls = {layer.name: {"calls": layer.calls} for block in blocks for layer in block.layers}
         layers = [record.model_copy(update=calls[record.name]) for record in sink.records]
+        self._tell_of_columns_without_tokens(layers)
         solved = {layer.name for layer in layers}
         record = RunRecord(
             optq=__version__,
@@ -246,6 +248,16 @@ class Runner:
         if isinstance(self.calib, str | Path | None):
             return str(self.calib or ("demo" if self.model_config.is_demo else "c4"))
         return given(self.calib, self.chat)
+
+    def _tell_of_columns_without_tokens(self, layers: list[LayerRecord]) -> None:
+        blind = [layer for layer in layers if layer.dead_columns > MANY * layer.cols]
+        if blind:
+            worst = max(blind, key=lambda layer: layer.dead_columns / layer.cols)
+            self.notice(
+                f"{len(blind)} layers have inputs that no calibration token reached, {worst.name}"
+                f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
+                " More, or more varied, text would reach them"
+            )
 
     def _tokens(self, calib: str | Text | Tensor, checkpoint: Checkpoint, model: Any) -> Tensor:
         if isinstance(calib, Tensor):

@@ -121,7 +121,7 @@ def test_a_written_checkpoint_reads_back(tmp_path, form, name):
         assert torch.equal(others[tensor], plain[tensor])
         assert others[tensor].dtype == plain[tensor].dtype
 
-    model = reader.load(Checkpoint.open(str(tmp_path / "out")))
+    model = reader.load_checkpoint(Checkpoint.open(str(tmp_path / "out")))
     checkpoint = Checkpoint.open(str(source))
     dense = {f"{layer}.weight": s.weight for layer, s in solutions.items()}
     for in_model, on_disk in disk_names(load_model(checkpoint), checkpoint.files).items():
@@ -168,7 +168,9 @@ def test_shards_with_an_index(source, tmp_path, monkeypatch):
     whole, sharded = decoder.decode(tmp_path / "whole"), decoder.decode(tmp_path / "out")
     assert whole.keys() == sharded.keys()
     assert all(np.array_equal(whole[name], sharded[name]) for name in whole)
-    a, b = (reader.load(Checkpoint.open(str(tmp_path / name))) for name in ("whole", "out"))
+    a, b = (
+        reader.load_checkpoint(Checkpoint.open(str(tmp_path / name))) for name in ("whole", "out")
+    )
     assert dict(a.named_buffers()).keys() == dict(b.named_buffers()).keys() != set()
     pairs = [*zip(a.buffers(), b.buffers(), strict=True)]
     pairs += zip(a.parameters(), b.parameters(), strict=True)
@@ -223,7 +225,7 @@ def test_tied_weights_are_not_duplicated(tmp_path):
     write(source, tmp_path / "out")
     names = Checkpoint.open(str(tmp_path / "out")).files
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
-    model = reader.load(Checkpoint.open(str(tmp_path / "out")))
+    model = reader.load_checkpoint(Checkpoint.open(str(tmp_path / "out")))
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -236,7 +238,7 @@ def test_tied_weights_of_torch_save(tmp_path, zipped):
     torch.save(state, source / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (source / "model.safetensors").unlink()
     write(source, tmp_path / "out")
-    model = reader.load(Checkpoint.open(str(tmp_path / "out")))
+    model = reader.load_checkpoint(Checkpoint.open(str(tmp_path / "out")))
     assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -482,7 +484,7 @@ LAYER = "model.layers.1.mlp.up_proj"
 def test_a_missing_part_is_named(quantized, part):
     checkpoint = edited(quantized, lambda state: state.pop(f"{LAYER}.{part}"))
     with pytest.raises(ModelError, match=LAYER):
-        reader.load(checkpoint)
+        reader.load_checkpoint(checkpoint)
 
 
 def test_a_missing_layer_is_named(quantized):
@@ -491,13 +493,13 @@ def test_a_missing_layer_is_named(quantized):
             del state[f"{LAYER}.{part}"]
 
     with pytest.raises(ModelError, match=LAYER):
-        reader.load(edited(quantized, edit))
+        reader.load_checkpoint(edited(quantized, edit))
 
 
 def test_a_missing_dense_tensor_is_named(quantized):
     checkpoint = edited(quantized, lambda state: state.pop("model.norm.weight"))
     with pytest.raises(ModelError, match=r"model\.norm\.weight"):
-        reader.load(checkpoint)
+        reader.load_checkpoint(checkpoint)
 
 
 def test_a_layer_without_a_place_is_named(quantized):
@@ -506,7 +508,7 @@ def test_a_layer_without_a_place_is_named(quantized):
             state[f"model.layers.1.mlp.extra.{part}"] = state[f"{LAYER}.{part}"].clone()
 
     with pytest.raises(ModelError, match=r"mlp\.extra"):
-        reader.load(edited(quantized, edit))
+        reader.load_checkpoint(edited(quantized, edit))
 
 
 @pytest.mark.parametrize("part", ["weight", "perm", "rotation"])
@@ -515,17 +517,17 @@ def test_a_tensor_left_over_of_a_packed_layer_is_named(quantized, part):
     name = f"{LAYER}.{part}"
     checkpoint = edited(quantized, lambda state: state.update({name: torch.zeros(4, 4)}))
     with pytest.raises(ModelError, match=name.replace(".", r"\.")):
-        reader.load(checkpoint)
+        reader.load_checkpoint(checkpoint)
 
 
 def test_a_bias_that_only_the_file_has_is_added(quantized):
     """AutoGPTQ gave every layer one, of zeros; another value is the quantizer's will."""
-    before = logits(reader.load(Checkpoint.open(str(quantized))))
+    before = logits(reader.load_checkpoint(Checkpoint.open(str(quantized))))
     rows = load_file(quantized / "model.safetensors")[f"{LAYER}.scales"].shape[1]
     zeros = edited(quantized, lambda state: state.update({f"{LAYER}.bias": torch.zeros(rows)}))
-    assert torch.equal(logits(reader.load(zeros)), before)
+    assert torch.equal(logits(reader.load_checkpoint(zeros)), before)
     ones = edited(quantized, lambda state: state.update({f"{LAYER}.bias": torch.ones(rows)}))
-    model = reader.load(ones)
+    model = reader.load_checkpoint(ones)
     assert torch.equal(model.get_submodule(LAYER).bias, torch.ones(rows))
     assert not torch.equal(logits(model), before)
 
@@ -565,8 +567,8 @@ def test_what_the_model_does_not_load_travels_dense_and_declared(source, tmp_pat
         else:
             assert any("mtp" in rule for rule in settings["dynamic"])
             assert len(settings["modules_in_block_to_quantize"]) == 7
-        plain = reader.load(Checkpoint.open(str(tmp_path / "plain")))
-        assert torch.equal(logits(reader.load(checkpoint)), logits(plain))
+        plain = reader.load_checkpoint(Checkpoint.open(str(tmp_path / "plain")))
+        assert torch.equal(logits(reader.load_checkpoint(checkpoint)), logits(plain))
 
 
 def test_parts_of_the_wrong_shape_are_refused(quantized):
@@ -574,7 +576,7 @@ def test_parts_of_the_wrong_shape_are_refused(quantized):
         state[f"{LAYER}.scales"] = state[f"{LAYER}.scales"][:-1].clone()
 
     with pytest.raises(ModelError, match=LAYER):
-        reader.load(edited(quantized, edit))
+        reader.load_checkpoint(edited(quantized, edit))
 
 
 @pytest.mark.parametrize(
@@ -590,7 +592,7 @@ def test_a_config_that_contradicts_the_codes_is_refused(quantized, rules, messag
     config["quantization_config"]["dynamic"] = rules
     (quantized / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
-        reader.load(Checkpoint.open(str(quantized)))
+        reader.load_checkpoint(Checkpoint.open(str(quantized)))
 
 
 def test_groups_out_of_range_are_refused(quantized):
@@ -598,7 +600,7 @@ def test_groups_out_of_range_are_refused(quantized):
         state[f"{LAYER}.g_idx"][5] = 7
 
     with pytest.raises(ModelError, match=f"{LAYER}.g_idx names groups outside"):
-        reader.load(edited(quantized, edit))
+        reader.load_checkpoint(edited(quantized, edit))
 
 
 @pytest.mark.parametrize(
@@ -619,7 +621,7 @@ def test_damaged_parts_are_refused(quantized, part, change, message):
         state[f"{LAYER}.{part}"] = change(state[f"{LAYER}.{part}"]).contiguous()
 
     with pytest.raises(ModelError, match=message):
-        reader.load(edited(quantized, edit))
+        reader.load_checkpoint(edited(quantized, edit))
 
 
 @pytest.mark.parametrize(
@@ -637,7 +639,7 @@ def test_damaged_settings_are_refused(quantized, key, value, message):
     config["quantization_config"][key] = value
     (quantized / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
-        reader.load(Checkpoint.open(str(quantized)))
+        reader.load_checkpoint(Checkpoint.open(str(quantized)))
 
 
 def test_a_quantized_config_on_a_plain_model_is_refused(source, quantized):
@@ -645,14 +647,14 @@ def test_a_quantized_config_on_a_plain_model_is_refused(source, quantized):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     with pytest.raises(ModelError, match=r"no layer of .* is packed"):
-        reader.load(Checkpoint.open(str(source)))
+        reader.load_checkpoint(Checkpoint.open(str(source)))
 
 
 def test_a_dtype_without_a_kernel_is_refused(quantized):
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
     with pytest.raises(ModelError, match=r"no kernel for torch\.float64"):
-        reader.load(Checkpoint.open(str(quantized)))
+        reader.load_checkpoint(Checkpoint.open(str(quantized)))
 
 
 def test_layers_of_another_shape_are_refused(quantized):
@@ -660,11 +662,11 @@ def test_layers_of_another_shape_are_refused(quantized):
     config["intermediate_size"] *= 2
     (quantized / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"mlp\.\w+_proj is .* where the model has"):
-        reader.load(Checkpoint.open(str(quantized)))
+        reader.load_checkpoint(Checkpoint.open(str(quantized)))
 
 
 def test_a_model_on_packed_weights_is_not_saved(quantized, tmp_path):
-    model = reader.load(Checkpoint.open(str(quantized)))
+    model = reader.load_checkpoint(Checkpoint.open(str(quantized)))
     with pytest.raises(ModelError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "saved")
     assert not list(tmp_path.glob("saved/*.safetensors"))
@@ -672,7 +674,7 @@ def test_a_model_on_packed_weights_is_not_saved(quantized, tmp_path):
 
 def test_a_plain_model_is_just_loaded(source):
     checkpoint = Checkpoint.open(str(source))
-    loaded = reader.load(checkpoint).state_dict()
+    loaded = reader.load_checkpoint(checkpoint).state_dict()
     assert all(torch.equal(loaded[n], t) for n, t in BY_NAME["llama"].build().state_dict().items())
     with pytest.raises(ModelError, match="is not quantized"):
         reader.read_layer(checkpoint, LAYER)

@@ -18,11 +18,10 @@ from optq import ModelConfig, Runner, load
 from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
 from optq.core.rtn import RTN
-from optq.core.weight import QuantizedWeight
+from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, SettingError
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS as FORM
 from optq.formats.compressed_tensors import PACKED, RELEASE
-from optq.formats.scheme import LayerScheme
 from optq.model.linear import QuantizedLinear
 
 BY_NAME = {row.name: row for row in zoo.ROWS}

@@ -61,7 +61,7 @@ def says(checkpoint, target):
         detect,
         require_plain,
         describe,
-        reader.load,
+        reader.load_checkpoint,
         reader.quantized_layers,
         lambda c: export(c, target / "out", GPTQ_V2),
         lambda c: export_gguf(c, target / "out.gguf"),
@@ -102,7 +102,9 @@ def test_parts_of_codes_beside_plain_weights(model, tmp_path, part):
 def test_fp8_with_the_settings_of_another_program(model, tmp_path):
     weight = load_file(model / "model.safetensors")[f"{LAYER}.weight"]
     (model / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    reader.load(Checkpoint.open(str(model)))  # a file left over beside plain weights says nothing
+    reader.load_checkpoint(
+        Checkpoint.open(str(model))
+    )  # a file left over beside plain weights says nothing
     checkpoint = change(model, **{WEIGHT: weight.to(torch.float8_e4m3fn)})
     assert "quantized with ModelOpt, says its hf_quant_config.json" in says(checkpoint, tmp_path)
 
@@ -134,13 +136,13 @@ def test_codes_beside_those_that_the_config_explains(quantized):
     codes = state[name].to(torch.float8_e4m3fn)
     checkpoint = change(quantized, model__embed_tokens__weight=codes)
     with pytest.raises(ModelError, match=r"embed_tokens\.weight \(float8_e4m3fn\) is of"):
-        reader.load(checkpoint)
+        reader.load_checkpoint(checkpoint)
 
 
 def test_buffers_are_no_codes(tmp_path):
     """Masks and positions, as old checkpoints hold them."""
     model = zoo.save(BY_NAME["gpt2"], tmp_path / "gpt2")
-    before = dict(reader.load(Checkpoint.open(str(model))).state_dict())
+    before = dict(reader.load_checkpoint(Checkpoint.open(str(model))).state_dict())
     block = "transformer__h__0__attn__"
     checkpoint = change(
         model,
@@ -157,7 +159,7 @@ def test_buffers_are_no_codes(tmp_path):
     )
     assert detect(checkpoint) is None
     require_plain(checkpoint)
-    after = dict(reader.load(checkpoint).state_dict())
+    after = dict(reader.load_checkpoint(checkpoint).state_dict())
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -170,7 +172,7 @@ def test_plain_models_are_plain(tmp_path, row):
 @pytest.mark.parametrize("sharded", [True, False])
 def test_the_first_layout_of_autogptq(quantized, tmp_path, name, sharded):
     """Settings in quantize_config.json alone, without a method, and a file named after them."""
-    before = reader.load(Checkpoint.open(str(quantized)))
+    before = reader.load_checkpoint(Checkpoint.open(str(quantized)))
     change_config(quantized, quantization_config=None)
     settings = {"bits": 4, "group_size": 32, "damp_percent": 0.02, "desc_act": False, "sym": True}
     (quantized / "quantize_config.json").write_text(json.dumps(settings))
@@ -190,7 +192,7 @@ def test_the_first_layout_of_autogptq(quantized, tmp_path, name, sharded):
     for file, tensors in files.items():
         save_file(tensors, quantized / file)
     checkpoint = Checkpoint.open(str(quantized))
-    after = reader.load(checkpoint)
+    after = reader.load_checkpoint(checkpoint)
     with torch.no_grad():
         ids = zoo.token_ids()
         assert torch.equal(after(ids).logits, before(ids).logits)
@@ -224,7 +226,7 @@ def test_the_dtype_of_a_config_that_does_not_say_it(tmp_path):
     config = ModelConfig(str(source), device="cpu")
     Runner(config, RTN(4, 32), calib=zoo.token_ids(2, 16), output=tmp_path / "out").run()
     checkpoint = Checkpoint.open(str(tmp_path / "out"))
-    assert reader.load(checkpoint).dtype == torch.bfloat16
+    assert reader.load_checkpoint(checkpoint).dtype == torch.bfloat16
     export(checkpoint, tmp_path / "there", FORMATS["compressed-tensors"])
     there = Checkpoint.open(str(tmp_path / "there"))
     dtypes = {t.dtype for n, t in there.layout.items() if n.endswith("weight_scale")}

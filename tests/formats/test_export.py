@@ -61,7 +61,7 @@ def test_codes_and_grids_stay(made, tmp_path, source, target, bits, sym):
     same(layers(checkpoint.folder), layers(tmp_path / "there"))
     with torch.no_grad():
         one, other = (
-            reader.load(Checkpoint.open(str(folder)))(zoo.token_ids()).logits
+            reader.load_checkpoint(Checkpoint.open(str(folder)))(zoo.token_ids()).logits
             for folder in (checkpoint.folder, tmp_path / "there")
         )
     assert torch.equal(one, other)
@@ -173,7 +173,7 @@ def test_a_packed_head(made, tmp_path, form):
     checkpoint = Checkpoint.open(str(folder))
     export(checkpoint, tmp_path / "there", FORMATS[form])
     same(layers(folder), layers(tmp_path / "there"))
-    assert torch.equal(reader.load(checkpoint).lm_head.weight, solution.weight)
+    assert torch.equal(reader.load_checkpoint(checkpoint).lm_head.weight, solution.weight)
     config = json.loads((tmp_path / "there" / "config.json").read_text())
     if form == "compressed-tensors":
         assert "lm_head" not in config["quantization_config"]["ignore"]
@@ -181,5 +181,5 @@ def test_a_packed_head(made, tmp_path, form):
         assert config["quantization_config"]["lm_head"] is True
     config["tie_word_embeddings"] = True  # which the file is not
     (tmp_path / "there" / "config.json").write_text(json.dumps(config))
-    again = reader.load(Checkpoint.open(str(tmp_path / "there")))
+    again = reader.load_checkpoint(Checkpoint.open(str(tmp_path / "there")))
     assert torch.equal(again.lm_head.weight, solution.weight)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from optq import load
+from optq.core.weight import LayerScheme
 from optq.formats.reader import quantized_layers, read_layer
-from optq.formats.scheme import LayerScheme
 from optq.model.checkpoint import Checkpoint
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

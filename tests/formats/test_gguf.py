@@ -735,7 +735,7 @@ def test_a_head_of_its_own_though_the_config_ties_it(copy, export, own):
     embedding = dict(checkpoint.tensors())["model.embed_tokens.weight"]
     head = embedding + 1 if own else embedding.clone()
     checkpoint = with_tensors(checkpoint, lambda state: state.update({"lm_head.weight": head}))
-    model = reader.load(checkpoint)
+    model = reader.load_checkpoint(checkpoint)
     assert torch.equal(model.lm_head.weight, head)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is not own
     made = export(checkpoint)

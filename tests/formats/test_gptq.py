@@ -12,10 +12,10 @@ from core.checks import solved
 from optq.core.gptq import GPTQ
 from optq.core.grid import Storage
 from optq.core.rtn import RTN
+from optq.core.weight import LayerScheme
 from optq.errors import ModelError, SettingError
 from optq.formats import detect
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
-from optq.formats.scheme import LayerScheme
 from optq.model.checkpoint import Checkpoint
 
 VERSIONS = pytest.mark.parametrize(

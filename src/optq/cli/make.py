@@ -82,7 +82,7 @@ def quantize(
     skip: Skip = None,
     device: Device = "auto",
     dtype: Dtype = None,
-    form: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
+    file_format: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -119,7 +119,7 @@ def quantize(
             nsamples=nsamples,
             seqlen=seqlen,
             seed=seed,
-            format=form,
+            format=file_format,
             skip=skip,
             chat=chat,
             force=force,
@@ -144,7 +144,7 @@ def quantize(
     tables.stages(result.seconds)
     tables.facts(
         {
-            "wrote": f"{out}  ({form}, {result.bits_per_weight:.2f} bits per weight)",
+            "wrote": f"{out}  ({file_format}, {result.bits_per_weight:.2f} bits per weight)",
             "layers": f"{len(result.layers)} quantized, {tables.size(result.bytes)} for"
             f" {weights / 1e6:.1f} million weights; {len(result.dense)} linear layers left dense",
             "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",

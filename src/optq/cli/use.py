@@ -119,7 +119,7 @@ def bench(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; for gguf, the file.")],
-    form: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP} or gguf.")],
+    file_format: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP} or gguf.")],
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write the quantized checkpoint MODEL in another format, with the same codes and grids."""
@@ -128,16 +128,20 @@ def export(
     from optq.report import tables
     from optq.runner import ModelConfig
 
-    if form not in (*FORMATS, "gguf"):
-        raise SettingError(f"the format {form} is unknown", f"choose {', '.join(FORMATS)} or gguf")
+    if file_format not in (*FORMATS, "gguf"):
+        raise SettingError(
+            f"the format {file_format} is unknown", f"choose {', '.join(FORMATS)} or gguf"
+        )
     checkpoint = ModelConfig(model).checkpoint()
-    if form == "gguf":
+    if file_format == "gguf":
         from optq.formats.gguf import export_gguf
 
         tables.facts({"wrote": out, **export_gguf(checkpoint, out, force, say)})
         return
-    layers = convert(checkpoint, out, FORMATS[form], force, say)
-    tables.facts({"wrote": out, "format": form, "layers": layers, "next": f"optq inspect {out}"})
+    layers = convert(checkpoint, out, FORMATS[file_format], force, say)
+    tables.facts(
+        {"wrote": out, "format": file_format, "layers": layers, "next": f"optq inspect {out}"}
+    )
 
 
 @app.command()

@@ -11,7 +11,7 @@ from torch import Tensor
 from optq.errors import ModelError
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
-from optq.formats.scheme import Format, Scheme
+from optq.formats.scheme import Detected, Format
 from optq.model.checkpoint import Checkpoint, read_settings
 
 FORMATS: dict[str, Format] = {row.name: row for row in (GPTQ_V1, GPTQ_V2, COMPRESSED_TENSORS)}
@@ -20,7 +20,7 @@ REMEDY = f"give a plain model, or one in {', '.join(FORMATS)}"
 OF_THEIR_OWN = {"quant_config.json": "AutoAWQ", "hf_quant_config.json": "ModelOpt"}
 
 
-def detect(checkpoint: Checkpoint) -> Scheme | None:
+def detect(checkpoint: Checkpoint) -> Detected | None:
     """The scheme of a quantized checkpoint, or None for a plain model.
 
     Raises :class:`ModelError` for a method that no format of ours holds, and for weights that are
@@ -33,7 +33,7 @@ def detect(checkpoint: Checkpoint) -> Scheme | None:
             unnamed = "bitsandbytes" if "load_in_4bit" in settings else "an unnamed method"
             method = settings.get("quant_method", unnamed)
             raise ModelError(f"the model is quantized with {method}", REMEDY)
-    explained = () if scheme is None else scheme.form.suffixes + scheme.form.optional
+    explained = () if scheme is None else scheme.form.parts
     name = next(_codes(checkpoint.layout, explained), None)
     if name is None:
         return scheme

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from optq.core.grid import BITS, Storage
 from optq.core.packing import pack, unpack
-from optq.core.weight import QuantizedWeight, group_index
+from optq.core.weight import LayerScheme, QuantizedWeight, group_index
 from optq.errors import ModelError, SettingError
-from optq.formats.scheme import LayerScheme, Scheme
+from optq.formats.scheme import Detected, Format
 from optq.model.checkpoint import TOGETHER
 
 PACKED = "pack-quantized"
@@ -40,13 +40,12 @@ STATUSES = ("compressed", "frozen")
 
 
 @dataclass(frozen=True)
-class CompressedTensorsFormat:
+class CompressedTensorsFormat(Format):
     """The one layout of compressed-tensors that holds integer codes of 2, 3, 4 or 8 bits."""
 
     name: str = "compressed-tensors"
     suffixes: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
     optional: tuple[str, ...] = ("weight_zero_point", "weight_g_idx")
-    settings_file: str | None = None
 
     def storage(self, dtype: torch.dtype) -> Storage:
         """Scales in the model's dtype, exact in float16 too: then other formats can hold them."""
@@ -56,7 +55,6 @@ class CompressedTensorsFormat:
     def check(
         self, name: str, rows: int, columns: int, layer: LayerScheme, conv1d: bool = False
     ) -> None:
-        """Refuse a layer that this format cannot hold, before any work is done."""
         if conv1d:  # loaded by transformers, it would be random, with no more than a report
             raise SettingError(
                 f"{name} is a Conv1D, which readers of {self.name} do not know",
@@ -74,11 +72,8 @@ class CompressedTensorsFormat:
             )
 
     def encode(self, layer: QuantizedWeight, dtype: torch.dtype, sym: bool) -> dict[str, Tensor]:
-        """The tensors of a layer by suffix, in main memory; they decode to its weights.
-
-        Zero points are written where the config will say that there are some, even if all of
-        them happen to be the middle.
-        """
+        # Zero points are written where the config will say that there are some, even if all of
+        # them happen to be the middle.
         groupsize = -1 if layer.groups == 1 else layer.width
         scheme = LayerScheme(layer.wbits, groupsize, sym, not layer.consecutive)
         self.check("the layer", layer.rows, layer.cols, scheme)
@@ -97,7 +92,6 @@ class CompressedTensorsFormat:
         return {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
 
     def decode(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
-        """The inverse of :meth:`encode`. Raises ``ModelError`` for tensors that do not fit."""
         rows, columns = _shape(name, tensors["weight_shape"])
         groupsize = columns if layer.groupsize == -1 else layer.groupsize
         if columns % groupsize:
@@ -166,8 +160,7 @@ class CompressedTensorsFormat:
             },
         }
 
-    def detect(self, settings: dict[str, Any]) -> Scheme | None:
-        """The scheme that a ``quantization_config`` of this method declares."""
+    def detect(self, settings: dict[str, Any]) -> Detected | None:
         if settings.get("quant_method") != self.name:
             return None
         _refuse_other_kinds(settings)
@@ -188,7 +181,7 @@ class CompressedTensorsFormat:
                 return None
             return next((schemes[target] for target in order if _matches(target, name)), None)
 
-        return Scheme(self, layer_of)
+        return Detected(self, layer_of)
 
 
 def _words(count: int, bits: int) -> int:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from optq.core.weight import QuantizedWeight
+from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.formats import detect, quantization
 from optq.formats.reader import packed_tensors, quantized_layers, read_layer
-from optq.formats.scheme import Format, LayerScheme
+from optq.formats.scheme import Format
 from optq.formats.writer import Writer, place_of
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint

@@ -26,22 +26,21 @@ from torch import Tensor
 from optq import __version__
 from optq.core.grid import BITS, Storage
 from optq.core.packing import pack, unpack
-from optq.core.weight import QuantizedWeight
+from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, SettingError
-from optq.formats.scheme import LayerScheme, Scheme
+from optq.formats.scheme import Detected, Format
 from optq.model.checkpoint import TOGETHER
 
 DOTTED = "{}.{}".format
 
 
 @dataclass(frozen=True)
-class GPTQFormat:
+class GPTQFormat(Format):
     """One version of the format; ``zero_offset`` is what it subtracts from a zero point."""
 
     name: str
     zero_offset: int
     suffixes: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
-    optional: tuple[str, ...] = ()
     settings_file: str | None = "quantize_config.json"
 
     def storage(self, dtype: torch.dtype) -> Storage:
@@ -55,7 +54,6 @@ class GPTQFormat:
     def check(
         self, name: str, rows: int, columns: int, layer: LayerScheme, conv1d: bool = False
     ) -> None:
-        """Refuse a layer that this format cannot hold, before any work is done."""
         if layer.groupsize != -1 and columns % layer.groupsize:
             raise SettingError(
                 f"groupsize {layer.groupsize} does not divide the {columns} columns of {name}",
@@ -70,7 +68,6 @@ class GPTQFormat:
                 )
 
     def encode(self, layer: QuantizedWeight, dtype: torch.dtype, sym: bool) -> dict[str, Tensor]:
-        """The tensors of a layer by suffix, in main memory; they decode to its weights."""
         zeros = layer.zeros.to(torch.int64) - self.zero_offset
         if zeros.min() < 0:
             raise SettingError(f"{self.name} cannot hold a zero point of 0", "write gptq_v2")
@@ -87,7 +84,6 @@ class GPTQFormat:
         return {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
 
     def decode(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
-        """The inverse of :meth:`encode`. Raises ``ModelError`` for tensors that do not fit."""
         bits = layer.wbits
         kinds: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
             ("qweight", "qzeros", "g_idx"), (torch.int32,)
@@ -173,8 +169,7 @@ class GPTQFormat:
             config["dynamic"] = rules
         return config
 
-    def detect(self, settings: dict[str, Any]) -> Scheme | None:
-        """The scheme that a ``quantization_config`` of this version declares."""
+    def detect(self, settings: dict[str, Any]) -> Detected | None:
         if settings.get("quant_method") != "gptq":
             return None
         name = settings.get("checkpoint_format") or settings.get("format") or "gptq"
@@ -207,7 +202,7 @@ class GPTQFormat:
                     return None if sign == "-:" else _scheme(settings | changes)
             return base
 
-        return Scheme(self, layer)
+        return Detected(self, layer)
 
 
 def _settings(layer: LayerScheme) -> dict[str, Any]:

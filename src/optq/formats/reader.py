@@ -9,7 +9,7 @@ import torch
 from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError
 from optq.formats import detect
-from optq.formats.scheme import Format, Scheme
+from optq.formats.scheme import Detected, Format
 from optq.model.checkpoint import TOGETHER, Checkpoint
 from optq.model.linear import fill, make_room
 from optq.model.source import load_model
@@ -17,7 +17,7 @@ from optq.model.source import load_model
 CPU = torch.device("cpu")
 
 
-def load(checkpoint: Checkpoint, device: torch.device = CPU) -> Any:
+def load_checkpoint(checkpoint: Checkpoint, device: torch.device = CPU) -> Any:
     """The model on ``device``; quantized layers are :class:`optq.model.linear.QuantizedLinear`.
 
     One layer at a time is in memory unpacked. Raises :class:`ModelError` for a tensor that is
@@ -27,13 +27,14 @@ def load(checkpoint: Checkpoint, device: torch.device = CPU) -> Any:
     if scheme is None:
         return load_model(checkpoint).to(device)
     names = quantized_layers(checkpoint)
-    suffixes = scheme.form.suffixes + scheme.form.optional
     places: dict[str, str] = {}
 
     def prepare(skeleton: Any) -> set[str]:
         """Room for packed layers, and what their tensors are called, on disk or renamed."""
         places.update(make_room(skeleton, names, checkpoint.files))
-        return {f"{name}.{s}" for pair in places.items() for name in pair for s in suffixes}
+        return {
+            f"{name}.{s}" for pair in places.items() for name in pair for s in scheme.form.parts
+        }
 
     model = load_model(checkpoint, prepare)
     for name in names:
@@ -47,7 +48,7 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
     names: dict[str, None] = {}
     for part in checkpoint.files:
         name, _, suffix = part.rpartition(".")
-        if suffix in form.suffixes + form.optional:
+        if suffix in form.parts:
             names[name] = None
     if not names:
         raise ModelError(
@@ -73,7 +74,9 @@ def packed_tensors(checkpoint: Checkpoint) -> list[str]:
     return [part for name in names for part in _parts(checkpoint, name, form)]
 
 
-def read_layer(checkpoint: Checkpoint, name: str, scheme: Scheme | None = None) -> QuantizedWeight:
+def read_layer(
+    checkpoint: Checkpoint, name: str, scheme: Detected | None = None
+) -> QuantizedWeight:
     """One quantized layer by its name on disk."""
     scheme = scheme or _scheme(checkpoint)
     layer = scheme.layer(name)
@@ -90,7 +93,7 @@ def read_layer(checkpoint: Checkpoint, name: str, scheme: Scheme | None = None) 
     return weight
 
 
-def _scheme(checkpoint: Checkpoint) -> Scheme:
+def _scheme(checkpoint: Checkpoint) -> Detected:
     scheme = detect(checkpoint)
     if scheme is None:
         raise ModelError(f"{checkpoint.folder} is not quantized", "give what optq quantize wrote")
@@ -98,5 +101,5 @@ def _scheme(checkpoint: Checkpoint) -> Scheme:
 
 
 def _parts(checkpoint: Checkpoint, name: str, form: Format) -> list[str]:
-    parts = [f"{name}.{suffix}" for suffix in form.suffixes + form.optional]
+    parts = [f"{name}.{suffix}" for suffix in form.parts]
     return [part for part in parts if part in checkpoint.files]

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from optq.core.weight import LayerScheme
 from optq.errors import NumericsError, OutputError
-from optq.formats.scheme import Format, LayerScheme, Solved
+from optq.formats.scheme import Format, Solved
 from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import Checkpoint
 from optq.record import FILE, LayerRecord, RunRecord

@@ -252,7 +252,7 @@ def _architecture(raw: dict[str, Any], config: Any) -> str:
     names = raw.get("architectures") or []
     names = [str(name) for name in names] if isinstance(names, list) else [str(names)]
     # No name, an old one or one of the model's own code: the model type says enough.
-    unheard = not {*names}.intersection(dir(transformers))
+    unheard = not any(hasattr(transformers, name) for name in names)
     if unheard and config.model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         names.append(causal.get(config.model_type, config.model_type))
     if not config.is_encoder_decoder:
