@@ -8,6 +8,10 @@ its own, since their requirements exclude each other's:
     python -m venv GPTQ && GPTQ/bin/pip install gptqmodel
     python bench/pipeline.py --llmcompressor LLMC/bin/python --gptqmodel GPTQ/bin/python --runs 3
 
+``--before CHECKOUT`` sets another commit beside this one, for a change that should cost no time:
+
+    git worktree add BEFORE COMMIT && python bench/pipeline.py --defaults --before BEFORE --runs 5
+
 The tools take turns, each run a fresh process, so that a slow minute of the machine hits all of
 them. Compared are medians of ``quantize_seconds``, without loading and saving, and of
 ``total_seconds``, with both: GPTQModel packs the codes while it quantizes, the others while they
@@ -36,9 +40,17 @@ REPORTED = (*COMPARED, "load_seconds", "save_seconds", "peak_memory_over_model_g
 
 
 def run_once(
-    python: str, script: Path, checkpoint: Path, tokens: Path, best: str | None = None
+    python: str,
+    script: Path,
+    checkpoint: Path,
+    tokens: Path,
+    best: str | None = None,
+    source: Path | None = None,
 ) -> dict[str, object]:
-    """One run in a process of its own; its record is the last line it prints."""
+    """One run in a process of its own; its record is the last line it prints.
+
+    ``source``: the folder that OPTQ is imported from, if not where it is installed.
+    """
     inputs = ("--model", checkpoint, "--tokens", tokens)
     with tempfile.TemporaryDirectory() as scratch:
         process = subprocess.run(
@@ -49,6 +61,7 @@ def run_once(
             capture_output=True,
             text=True,
             cwd=scratch,  # GPTQModel leaves logs where it runs
+            env=os.environ | ({"PYTHONPATH": str(source)} if source else {}),
             check=False,
         )
     if process.returncode:
@@ -62,26 +75,30 @@ def main() -> None:
     parser.add_argument("--llmcompressor", metavar="PYTHON", help="Python that has llm-compressor")
     parser.add_argument("--gptqmodel", metavar="PYTHON", help="Python that has GPTQModel")
     parser.add_argument("--defaults", action="store_true", help="OPTQ's own settings as well")
+    parser.add_argument("--before", metavar="CHECKOUT", type=Path, help="of an earlier commit")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path(".bench"), help="keeps the model")
     args = parser.parse_args()
 
     checkpoint, tokens = build(args.cache.resolve())
-    tools = {"optq": (sys.executable, BENCH / "ours.py", None)}
+    tools = {"optq": (sys.executable, BENCH / "ours.py", None, None)}
     if args.defaults:
         for best in ("default", "qep"):
-            tools[f"optq {best}"] = (sys.executable, BENCH / "ours.py", best)
+            tools[f"optq {best}"] = (sys.executable, BENCH / "ours.py", best, None)
+    if args.before:
+        source = args.before.resolve() / "src"
+        tools |= {f"{name}, before": (*tool[:3], source) for name, tool in tools.items()}
     for name in ("llmcompressor", "gptqmodel"):
         if python := getattr(args, name):
             # Absolute, but with its symbolic links, by which a Python knows its environment.
             python = os.path.abspath(shutil.which(python) or python)
-            tools[name] = (python, BENCH / "peers" / f"{name}_run.py", None)
+            tools[name] = (python, BENCH / "peers" / f"{name}_run.py", None, None)
 
     before = machine()
     runs: dict[str, list[dict]] = {name: [] for name in tools}
     for turn in range(args.runs):
-        for name, (python, script, best) in tools.items():
-            record = run_once(python, script, checkpoint, tokens, best)
+        for name, (python, script, best, source) in tools.items():
+            record = run_once(python, script, checkpoint, tokens, best, source)
             runs[name].append(record)
             print(f"run {turn + 1}: {name} {record['quantize_seconds']:.1f} s", file=sys.stderr)
 

@@ -782,3 +782,49 @@ def test_polish_lowers_the_error_and_has_a_clock_of_its_own(folder_of):
     first = zip(swept.layers[:3], polished.layers[:3], strict=True)  # later inputs differ
     assert all(after.error < 0.95 * before.error for before, after in first)
     assert "polish" not in swept.seconds and polished.seconds["polish"] > 0
+
+
+@pytest.fixture
+def silent(tmp_path):
+    """An OPT whose ReLU shuts 40 of the 128 inputs of one layer and all of another, and no more."""
+    model = BY_NAME["opt"].build()
+    with torch.no_grad():
+        for block, count in enumerate((40, 128, 0)):
+            bias = model.model.decoder.layers[block].fc1.bias
+            bias.copy_(torch.where(torch.arange(128) < count, -50.0, 4.0))
+    model.save_pretrained(tmp_path / "silent")
+    zoo.tokenizer().save_pretrained(tmp_path / "silent")
+    return tmp_path / "silent"
+
+
+@pytest.mark.parametrize("quantizer", [RTN(8, 32), GPTQ.plain(8, 32), GPTQ(8, 32), OBQ(8, 32)])
+@pytest.mark.parametrize("qep", [False, True])
+def test_inputs_that_no_token_reached_keep_rounded_weights(silent, tmp_path, quantizer, qep):
+    """Another text may reach them. They are counted, and a layer with many is told of."""
+    said = []
+    result = quantize(silent, quantizer, qep=qep, output=tmp_path / "out", notice=said.append)
+    names = [f"model.decoder.layers.{block}.fc2" for block in (0, 1)]
+    counts = {layer.name: layer.dead_columns for layer in result.layers if layer.dead_columns}
+    assert counts == dict(zip(names, (40, 128), strict=True))
+    (line,) = said
+    assert line.startswith(
+        f"2 layers have inputs that no calibration token reached, {names[1]} 128"
+    )
+    source, found = load_file(silent / "model.safetensors"), decoder.decode(tmp_path / "out")
+    for name, columns in zip(names, (40, 128), strict=True):
+        W, Q = (np.asarray(each)[:, :columns] for each in (source[f"{name}.weight"], found[name]))
+        groups = np.abs(source[f"{name}.weight"].numpy()).reshape(64, -1, 32).max(2)
+        step = np.repeat(groups, 32, axis=1)[:, :columns] / 127  # of min-max grids
+        near = np.abs(W - Q) / step  # what shares a group with others may be clipped with them
+        assert (near < 0.8).mean() > 0.95 and near.max() < 16
+
+
+def test_a_few_of_them_are_counted_and_no_more(silent, tmp_path):
+    state = load_file(silent / "model.safetensors")
+    for block, count in ((0, 12), (1, 0)):
+        name = f"model.decoder.layers.{block}.fc1.bias"
+        state[name] = torch.where(torch.arange(128) < count, -50.0, 4.0)
+    save_file(state, silent / "model.safetensors", metadata={"format": "pt"})
+    said = []
+    result = quantize(silent, notice=said.append)
+    assert sum(layer.dead_columns for layer in result.layers) == 12 and said == []
