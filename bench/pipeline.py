@@ -87,7 +87,10 @@ def main() -> None:
             tools[f"optq {best}"] = (sys.executable, BENCH / "ours.py", best, None)
     if args.before:
         source = args.before.resolve() / "src"
-        tools |= {f"{name}, before": (*tool[:3], source) for name, tool in tools.items()}
+        pairs = {name: (tool, (*tool[:3], source)) for name, tool in tools.items()}
+        tools = {}
+        for name, (now, then) in pairs.items():  # one right after the other
+            tools |= {name: now, f"{name}, before": then}
     for name in ("llmcompressor", "gptqmodel"):
         if python := getattr(args, name):
             # Absolute, but with its symbolic links, by which a Python knows its environment.
@@ -110,8 +113,18 @@ def main() -> None:
         key: {name: round(each[key] / medians["optq"][key], 2) for name, each in medians.items()}
         for key in COMPARED
     }
-    append(RESULTS, {**before, "runs": runs, "median": medians, "ratio": ratios})
+    pairs = {name: runs[f"{name}, before"] for name in runs if f"{name}, before" in runs}
+    slower = {
+        name: statistics.median(
+            now["quantize_seconds"] / then["quantize_seconds"]
+            for now, then in zip(runs[name], earlier, strict=True)
+        )
+        for name, earlier in pairs.items()
+    }
+    append(RESULTS, {**before, "runs": runs, "median": medians, "ratio": ratios, "pairs": slower})
     print_table(runs, medians, ratios)
+    for name, ratio in slower.items():
+        print(f"{name}: {ratio:.3f} of before, the median of {args.runs} pairs")
 
 
 def print_table(runs: dict, medians: dict, ratios: dict) -> None:
