@@ -21,10 +21,11 @@ from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, NumericsError
 from optq.formats.fit import check_layers
 from optq.formats.scheme import Format, Solved
-from optq.model.blocks import Block, Layer, Site
+from optq.model.blocks import Block, Site
 from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow
 from optq.model.inputs import SiteSums
+from optq.model.layer import Layer
 from optq.model.source import disk_names
 from optq.model.weights import Weights
 from optq.record import LayerRecord

@@ -10,7 +10,8 @@ from optq.core.grid import BITS
 from optq.core.weight import LayerScheme
 from optq.errors import SettingError
 from optq.formats.scheme import Format
-from optq.model.blocks import Block, Layer
+from optq.model.blocks import Block
+from optq.model.layer import Layer
 
 GROUPSIZES = (256, 128, 64, 32, 16, -1)  # that are proposed
 

@@ -11,8 +11,9 @@ import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor
 
-from optq.model.blocks import Block, Layer, Site
-from optq.model.inputs import Handed
+from optq.model.blocks import Block, Site
+from optq.model.inputs import Handed, HandedExperts
+from optq.model.layer import Layer
 
 
 class Batch(greenlet):
@@ -26,7 +27,7 @@ class Batch(greenlet):
         # Where it is paused: before a block, or before a site whose input it hands over.
         self.before: Block | None = None
         self.site: Site | None = None
-        self.input: Handed | None = None
+        self.input: Handed | HandedExperts | None = None
         self.handed: dict[Site, weakref.ref[Tensor]] = {}
         self.calls: Counter[Layer] = Counter()
 
@@ -39,6 +40,17 @@ class Batch(greenlet):
         """Sleep, inside the coroutine, until ``site`` is solved from ``x`` and its like."""
         self.handed[site] = weakref.ref(x)
         self.site, self.input = site, Handed(self.first_sample, self.ids, x)
+        self._pause()
+
+    def hand_experts(self, site: Site, x: Tensor, of: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """The same for all experts of a bank: ``of`` has the tokens and the input of each."""
+        self.handed[site] = weakref.ref(x)
+        own = {
+            expert: Handed(self.first_sample, self.ids, inside, tokens)
+            for expert, (tokens, inside) in of.items()
+        }
+        self.site = site
+        self.input = HandedExperts(Handed(self.first_sample, self.ids, x), own)
         self._pause()
 
     def unwind(self) -> None:

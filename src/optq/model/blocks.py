@@ -11,39 +11,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from optq.errors import ModelError, SettingError
-
-
-@dataclass(eq=False)
-class Layer:
-    """One linear map inside a block; ``name`` is its dotted name in the model."""
-
-    name: str
-    module: nn.Module
-    transposed: bool  # Conv1D keeps [columns, rows]
-    calls: int = 0  # in one forward, at most; a layer belongs to its first call
-    solved: bool = False
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.module.weight  # type: ignore[return-value]
-
-    @property
-    def weight(self) -> Tensor:
-        """``[rows, columns]``: a view of the parameter."""
-        weight = self.parameter.data
-        return weight.T if self.transposed else weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.weight.shape
-        return rows, columns
-
-    def put(self, weight: Tensor) -> None:
-        """Replace the weight in place: its strides, and so the bits of each product, stay."""
-        self.weight.copy_(weight)
+from optq.model.experts import Bank, is_bank
+from optq.model.layer import Layer
 
 
 @dataclass(eq=False)
@@ -55,15 +27,22 @@ class Block:
     module: nn.Module
     layers: list[Layer] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)  # names of all, also of those skipped
+    banks: list[Bank] = field(default_factory=list)  # of experts; their layers are among the others
 
 
 @dataclass(eq=False)
 class Site:
-    """One distinct input inside a block, with the layers that read it."""
+    """One distinct input inside a block, with the layers that read it.
+
+    Where experts are called together, all their inputs are one site: ``experts`` has the layers
+    of each.
+    """
 
     block: Block
     layers: list[Layer]
     place: int = 0  # in the order in which the block's sites are solved
+    bank: Bank | None = None
+    experts: list[list[Layer]] = field(default_factory=list)
 
 
 def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
@@ -103,22 +82,34 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
             f"{type(model).__name__} keeps the parts of its blocks in several lists",
             "give a model whose decoder layers are one list each",
         )
-    for module in best:
-        _refuse_experts(name_of[id(module)], module, linear)
     blocks: list[Block] = []
     taken: set[int] = set()
     for index, module in enumerate(best):
         prefix = name_of[id(best)] + f".{index}"
         block = Block(index, prefix, module)
         for name, child in module.named_modules(prefix=prefix):
-            if not isinstance(child, linear):
-                continue
             if id(child) in taken:  # a module shared between blocks belongs to the first
                 continue
+            if isinstance(child, linear):
+                found = [Layer(name, child, isinstance(child, Conv1D))]
+            elif is_bank(child):
+                bank = Bank(name, child)
+                found = bank.layers
+                block.banks.append(bank)
+            else:
+                _refuse_unknown(name, child, module)
+                continue
             taken.add(id(child))
-            block.linears.append(name)
-            if skipped is None or not skipped.search(name):
-                block.layers.append(Layer(name, child, isinstance(child, Conv1D)))
+            block.linears += [layer.name for layer in found]
+            kept = [x for x in found if skipped is None or not skipped.search(x.name)]
+            if isinstance(child, linear) or len(kept) in (0, len(found)):
+                block.layers += kept
+                continue
+            raise SettingError(
+                f"--skip {skip} leaves some experts of {name} dense and others not",
+                "skip all of them or none: no server loads such a block",
+            )
+        block.banks = [bank for bank in block.banks if bank.layers[0] in block.layers]
         blocks.append(block)
     if skipped is not None and not any(
         skipped.search(name) for block in blocks for name in block.linears
@@ -138,17 +129,14 @@ def linears_outside(model: Any, blocks: list[Block]) -> list[str]:
     return [n for n, module in named if isinstance(module, nn.Linear) and id(module) not in inside]
 
 
-def _refuse_experts(name: str, block: nn.Module, linear: tuple[type, ...]) -> None:
-    """Refuse a block that keeps a good part of its weights outside linear layers."""
-    known = (*linear, nn.Embedding, nn.modules.conv._ConvNd)
+def _refuse_unknown(name: str, module: nn.Module, block: nn.Module) -> None:
+    """Refuse a module that keeps a good part of its block's weights where no layer is."""
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+        return
     weights = sum(parameter.numel() for parameter in block.parameters())
-    for inner, module in block.named_modules(prefix=name):
-        if isinstance(module, known):
-            continue
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and parameter.numel() > weights / 10:
-                raise ModelError(
-                    f"{inner}.{own} holds weights of experts in one parameter"
-                    f" {list(parameter.shape)}",
-                    "choose a dense model: sparse experts cannot be quantized yet",
-                )
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim >= 2 and parameter.numel() > weights / 10:
+            raise ModelError(
+                f"{name}.{own} holds weights {list(parameter.shape)} in a layout that is unknown",
+                "choose another model: experts of this kind cannot be quantized yet",
+            )

@@ -18,7 +18,7 @@ arguments differ from block to block (sliding windows, shared keys and values).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,11 @@ from optq.core.clock import elapsed
 from optq.errors import ModelError
 from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
-from optq.model.inputs import SiteSums, gather
+from optq.model.inputs import Handed, SiteSums, gather
 from optq.model.sites import Sites
 from optq.model.weights import Weights
+
+ENOUGH = 2  # tokens to a column; an expert that saw fewer borrows from the rest of its block
 
 
 @dataclass(eq=False)
@@ -91,10 +93,10 @@ class Flow:
             site = min(sites, key=lambda site: site.place)
             here = [batch for batch in batches if batch.site is site]
             if any(batch.kind == "quantized" for batch in here):  # else there is nothing to go by
-                sums = self._gather(site, here)
                 if self.propagate:
                     self.weights.hold_originals(site.layers)
-                self.solve(site, sums)
+                for part, sums in self._gather(site, here):
+                    self.solve(part, sums)
                 for layer in site.layers:
                     layer.solved = True
             self._advance(here)
@@ -117,15 +119,41 @@ class Flow:
             torch.cuda.synchronize(self.weights.device)
         self.seconds["forward"] += time.perf_counter() - start
 
-    def _gather(self, site: Site, here: list[Batch]) -> SiteSums:
+    def _gather(self, site: Site, here: list[Batch]) -> Iterator[tuple[Site, SiteSums]]:
+        """What the site has seen; of experts, each one's in its turn."""
+        inputs = {kind: [b.input for b in here if b.kind == kind] for kind in ("quantized", "full")}
+        if site.bank is None:
+            yield site, self._sums(site, inputs["quantized"], inputs["full"])
+            return
+        every = [batch.every for batch in inputs["quantized"]]
+        others = self._sums(site, every, []) if site.experts is site.bank.inner else None
+        for expert, layers in enumerate(site.experts):
+            part = Site(site.block, layers)
+            own, full = (
+                [batch.of[expert] for batch in inputs[kind] if expert in batch.of]
+                for kind in ("quantized", "full")
+            )
+            sums, enough = self._sums(part, own, full), ENOUGH * layers[0].shape[1]
+            if sums.tokens < enough:
+                stand_in = others
+                if stand_in is None:  # what it would make of tokens that went elsewhere
+                    start = time.perf_counter()
+                    inside = site.bank.activations(expert, _spread([e.x for e in every], enough))
+                    self.seconds["forward"] += time.perf_counter() - start
+                    stand_in = self._sums(part, [Handed(0, every[0].ids, inside)], [])
+                sums = sums.with_others(stand_in, enough)
+            yield part, sums
+
+    def _sums(self, site: Site, quantized: list[Any], full: list[Any]) -> SiteSums:
         start = time.perf_counter()
-        handed = {
-            kind: [batch.input for batch in here if batch.kind == kind and batch.input]
-            for kind in ("quantized", "full")
-        }
         where = f"{site.layers[0].name} (block {site.block.index})"
-        full = handed["full"] if self.propagate else None
         columns, device = site.layers[0].shape[1], self.weights.device
-        sums = gather(where, columns, device, handed["quantized"], full)
+        sums = gather(where, columns, device, quantized, full if self.propagate else None)
         self.seconds["hessian"] += elapsed(start, sums.H)
         return sums
+
+
+def _spread(batches: list[Tensor], count: int) -> Tensor:
+    """So many tokens ``[count, cols]``, or all there are, evenly out of all batches."""
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in batches])
+    return rows[:: max(1, len(rows) // count)][:count]

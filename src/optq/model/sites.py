@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from optq.errors import ModelError
 from optq.model.batch import Batch
-from optq.model.blocks import Block, Layer, Site
+from optq.model.blocks import Block, Site
+from optq.model.experts import Bank, called_through
+from optq.model.layer import Layer
 
 
 class Sites:
@@ -46,6 +48,9 @@ class Sites:
         """
         order = [site for _, _, site in self._seen]
         self._seen.clear()
+        for bank in block.banks:
+            if bank.layers[0] not in self._of:
+                order += self._bank_sites(block, bank)
         before: Layer | None = None
         for index, layer in enumerate(block.layers):
             if layer not in self._of:
@@ -66,12 +71,15 @@ class Sites:
         handles = []
         for block in self.blocks:
             handles.append(_pre_hook(block.module, self._entering, block))
-            handles.extend(_pre_hook(layer.module, self._reading, layer) for layer in block.layers)
+            plain = (layer for layer in block.layers if layer.expert is None)
+            handles.extend(_pre_hook(layer.module, self._reading, layer) for layer in plain)
         head = self.model.get_output_embeddings()
         if head is not None:
             handles.append(_pre_hook(head, self._leaving, None))
+        banks = [bank for block in self.blocks for bank in block.banks]
         try:
-            yield
+            with called_through(banks, self._experts):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -112,6 +120,53 @@ class Sites:
                 f"{layer.name} is reached by some samples after it was solved from others",
                 "leave it dense with --skip, and report this model",
             )
+
+    def _experts(self, bank: Bank, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """All experts of one call: what they compute, with a pause before each projection."""
+        batch = getcurrent()
+        routed = bank.routed(index)
+        if isinstance(batch, Batch):
+            if batch.kind == "scout" and self.block is not None:
+                bank.agree(x, index, weights)
+                for site in self._bank_sites(self.block, bank):
+                    self._seen.append((x.new_empty(0), 0, site))
+            inputs = {expert: (tokens, x[tokens]) for expert, (_, tokens) in routed.items()}
+            self._experts_reading(batch, bank.inner, x, inputs)
+        inside = {e: bank.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
+        if isinstance(batch, Batch):
+            inputs = {expert: (tokens, inside[expert]) for expert, (_, tokens) in routed.items()}
+            self._experts_reading(batch, bank.down, x, inputs)
+        return bank.combine(x, routed, inside, weights)
+
+    def _experts_reading(
+        self,
+        batch: Batch,
+        experts: list[list[Layer]],
+        x: Tensor,
+        inputs: dict[int, tuple[Tensor, Tensor]],
+    ) -> None:
+        layers = [layer for own in experts for layer in own]
+        first, site = layers[0], self._of.get(layers[0])
+        batch.calls[first] += 1
+        for layer in layers:
+            layer.calls = max(layer.calls, batch.calls[first])
+        if site is None or self.block is None or batch.kind == "scout" or batch.calls[first] > 1:
+            return
+        if not first.solved:
+            batch.hand_experts(site, x, inputs)
+        elif batch.kind == "quantized":
+            raise ModelError(
+                f"the experts of {first.name} are reached by some samples after they were solved",
+                "leave them dense with --skip, and report this model",
+            )
+
+    def _bank_sites(self, block: Block, bank: Bank) -> list[Site]:
+        sites = []
+        for experts in (bank.inner, bank.down):
+            layers = [layer for own in experts for layer in own]
+            sites.append(site := Site(block, layers, bank=bank, experts=experts))
+            self._of |= dict.fromkeys(layers, site)
+        return sites
 
     def _leaving(self, batch: Batch, _: None, args: tuple, kwargs: dict) -> None:
         raise GreenletExit  # nothing after the blocks is needed

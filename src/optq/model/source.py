@@ -9,6 +9,7 @@ files hold them is asked once, and an adapter that lies beside them does not get
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import distributions
@@ -21,6 +22,7 @@ from torch import Tensor
 from optq.boundary import library
 from optq.errors import DataError, ModelError, SettingError
 from optq.model.blocks import Block, linears_outside
+from optq.model.experts import PARTS, Bank, is_bank
 from optq.model.checkpoint import TOGETHER, Checkpoint
 
 NO_CODE = "OPTQ runs no code that a model brings"
@@ -126,7 +128,8 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
 
     transformers 5 renames while it loads (``language_model.model.`` becomes
     ``model.language_model.``, a base model's tensors get their prefix); this asks it for the same
-    renamings. Tensors that it merges from several on disk are left out.
+    renamings. Of tensors that it merges from several on disk only experts are kept: each
+    projection of each has the name that :class:`optq.model.experts.Bank` gives it.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -135,6 +138,8 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
+    banks = (Bank(name, module) for name, module in model.named_modules() if is_bank(module))
+    experts = {layer.name for bank in banks for layer in bank.layers}
     names: dict[str, str] = {}
     for on_disk in names_on_disk:
         in_model, converted = rename_source_key(
@@ -142,7 +147,22 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
         )
         if converted is None and in_model in state:
             names[in_model] = on_disk
+        elif converted is not None:
+            in_model = _expert_name(in_model, converted, converters, on_disk) or ""
+        if in_model.removesuffix(".weight") in experts:
+            names[in_model] = on_disk
     return names
+
+
+def _expert_name(merged: str, pattern: str, converters: list[Any], on_disk: str) -> str | None:
+    """The name of one projection of one expert, that is merged with others into ``merged``."""
+    bank, _, attribute = merged.rpartition(".")
+    sources = next(each.source_patterns for each in converters if pattern in each.source_patterns)
+    number = re.search(r"\.(\d+)\.\w+\.weight$", on_disk)
+    parts = PARTS.get(attribute, (attribute,))
+    if number is None or len(parts) != len(sources):
+        return None
+    return f"{bank}.{number[1]}.{parts[sources.index(pattern)]}.weight"
 
 
 def dense_layers(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from optq.errors import ModelError
-from optq.model.blocks import Block, Layer
+from optq.model.blocks import Block
+from optq.model.layer import Layer
 
 
 class Weights:
@@ -27,7 +28,7 @@ class Weights:
         self._versions = {layer: layer.parameter._version for layer in layers}
         # A module that blocks share is needed until the last of them is done.
         self._last = {p: block for block in blocks for p in block.module.parameters()}
-        self._originals: dict[Layer, Tensor] = {}
+        self._originals: dict[nn.Parameter, Tensor] = {}
 
     def fetch(self, block: Block) -> None:
         """Make the block ready to run, its layers' weights ready to be written to.
@@ -40,17 +41,18 @@ class Weights:
                     f"the model changes {layer.name} while it runs",
                     "models that rescale their own weights cannot be quantized",
                 )
-            # Memory of its own: what is written to a mapped file's pages stays until the whole
-            # file is let go, and the quantized weights of a model larger than memory with it.
-            if self.device.type == "cpu":
-                layer.parameter.data = layer.parameter.data.clone()
+        # Memory of its own: what is written to a mapped file's pages stays until the whole file is
+        # let go, and the quantized weights of a model larger than memory with it.
+        if self.device.type == "cpu":
+            for parameter in {layer.parameter for layer in block.layers}:
+                parameter.data = parameter.data.clone()
         block.module.to(self.device)
 
     def drop(self, block: Block) -> None:
         """The block is not needed any more."""
-        for layer in [*self._originals]:
-            if self._last[layer.parameter] is block:
-                del self._originals[layer]
+        for parameter in [*self._originals]:
+            if self._last[parameter] is block:
+                del self._originals[parameter]
         if self.keep:
             block.module.to("cpu")
             return
@@ -60,8 +62,8 @@ class Weights:
 
     def hold_originals(self, layers: list[Layer]) -> None:
         """Keep what the layers hold now, for :meth:`originals`, until their block is dropped."""
-        for layer in layers:
-            self._originals[layer] = layer.parameter.data.clone()
+        for parameter in {layer.parameter for layer in layers} - self._originals.keys():
+            self._originals[parameter] = parameter.data.clone()  # of experts: all of them at once
 
     @contextmanager
     def originals(self) -> Iterator[None]:
@@ -90,8 +92,8 @@ class Weights:
             _move_buffers(self.model.modules(), "cpu")
 
     def _swap_originals(self) -> None:
-        for layer, data in self._originals.items():
-            self._originals[layer], layer.parameter.data = layer.parameter.data, data
+        for parameter, data in self._originals.items():
+            self._originals[parameter], parameter.data = parameter.data, data
 
 
 def _move_buffers(modules: Iterable[nn.Module], device: torch.device | str) -> None:

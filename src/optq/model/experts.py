@@ -1,0 +1,135 @@
+"""Experts that a block keeps in one parameter for each projection, ``[experts, ..]``.
+
+transformers calls no module for an expert, so hooks see none. For the time of a run the experts'
+classes dispatch to a function of ours instead (``ExpertsInterface``), which computes what their own
+eager code does, stage by stage for all experts: what gate and up read is handed over, and then what
+down reads. The layout is in the flags that ``use_experts_implementation`` leaves on each instance;
+that the two agree to the bit is checked on the scout's sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from optq.errors import ModelError
+from optq.model.layer import Layer
+
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",)}
+OURS = "optq"  # among transformers' experts implementations
+Routed = dict[int, tuple[Tensor, Tensor]]  # by expert: places among the top k, and tokens
+
+
+def is_bank(module: nn.Module) -> bool:
+    """Whether a module is experts of a known layout."""
+    return all(hasattr(module, flag) for flag in FLAGS)
+
+
+class Bank:
+    """The experts of one module called ``name``; ``inner`` and ``down`` are their layers."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.module = name, module
+        self.first = "gate_up_proj" if module.has_gate else "up_proj"
+        parts, count = PARTS[self.first], len(getattr(module, self.first))
+        rows = getattr(module, self.first).shape[2 if module.is_transposed else 1] // len(parts)
+
+        def layer(expert: int, attribute: str, part: str, taken: slice | None) -> Layer:
+            title = f"{name}.{expert}.{part}"
+            return Layer(title, module, module.is_transposed, attribute, expert, taken)
+
+        halves = [slice(i * rows, (i + 1) * rows) for i in range(len(parts))]
+        if not module.is_concatenated:
+            halves = [slice(i, None, len(parts)) for i in range(len(parts))]
+        self.inner = [
+            [layer(e, self.first, *part) for part in zip(parts, halves, strict=True)]
+            for e in range(count)
+        ]
+        self.down = [[layer(e, "down_proj", "down_proj", None)] for e in range(count)]
+        self.dtype: torch.dtype | None = None  # that outputs are summed in, once it is known
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All of them, expert by expert."""
+        pairs = zip(self.inner, self.down, strict=True)
+        return [layer for inner, down in pairs for layer in (*inner, *down)]
+
+    def routed(self, index: Tensor) -> Routed:
+        """The tokens of each expert that has any, in the order of the model's own code."""
+        mask = torch.nn.functional.one_hot(index, num_classes=len(self.inner) + 1).permute(2, 1, 0)
+        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().flatten().tolist()
+        where = {expert: torch.where(mask[expert]) for expert in hit if expert < len(self.inner)}
+        return {expert: (places, tokens) for expert, (places, tokens) in where.items()}
+
+    def activations(self, expert: int, x: Tensor) -> Tensor:
+        """What an expert's down projection reads for inputs ``[tokens, hidden]``."""
+        inside = self._product(self.first, expert, x)
+        return self.module._apply_gate(inside) if self.module.has_gate else self.module.act_fn(inside)
+
+    def combine(
+        self, like: Tensor, routed: Routed, inside: dict[int, Tensor], weights: Tensor
+    ) -> Tensor:
+        """The output ``[tokens, hidden]`` of all experts, from what their down projections read."""
+        total = torch.zeros_like(like, dtype=self.dtype or like.dtype)
+        for expert, (places, tokens) in routed.items():
+            out = self._product("down_proj", expert, inside[expert])
+            if self.module.has_post_expert_norm:
+                out = self.module.post_expert_norm(out)
+            out = out * weights[tokens, places, None]
+            total.index_add_(0, tokens, out.to(total.dtype))
+        return total.to(like.dtype)
+
+    def agree(self, x: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Refuse experts whose own code computes something else; find the dtype of its sums."""
+        expected = type(self.module).forward.__wrapped__(self.module, x, index, weights)
+        routed = self.routed(index)
+        inside = {e: self.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
+        for self.dtype in dict.fromkeys((x.dtype, torch.float32, weights.dtype)):
+            if torch.equal(self.combine(x, routed, inside, weights), expected):
+                return
+        raise ModelError(
+            f"the experts {self.name} compute more than their layout says",
+            "report this model: its experts cannot be quantized yet",
+        )
+
+    def _product(self, attribute: str, expert: int, x: Tensor) -> Tensor:
+        weight, bias = getattr(self.module, attribute)[expert], None
+        if self.module.has_bias:
+            bias = getattr(self.module, f"{attribute}_bias")[expert]
+        if not self.module.is_transposed:
+            return linear(x, weight, bias)
+        return x @ weight if bias is None else x @ weight + bias
+
+
+@contextmanager
+def called_through(
+    banks: Sequence[Bank], function: Callable[[Bank, Tensor, Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Inside, ``function`` is called for a bank in the place of its module's own forward."""
+    if not banks:
+        yield
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    bank_of = {id(bank.module): bank for bank in banks}
+
+    def ours(module: nn.Module, x: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        return function(bank_of[id(module)], x, *routing, *named.values())
+
+    configs = {id(bank.module.config): bank.module.config for bank in banks}.values()
+    before = [(config, config._experts_implementation) for config in configs]
+    ALL_EXPERTS_FUNCTIONS[OURS] = ours
+    try:
+        for config in configs:
+            config._experts_implementation = OURS
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
+        del ALL_EXPERTS_FUNCTIONS[OURS]

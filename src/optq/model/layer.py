@@ -1,0 +1,45 @@
+"""One linear map of a model, wherever its weight is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class Layer:
+    """One linear map inside a block; ``name`` is its dotted name in the model.
+
+    Of experts in one parameter ``[experts, ..]`` it is one projection of one ``expert``: some
+    ``rows`` of that slice.
+    """
+
+    name: str
+    module: nn.Module
+    transposed: bool  # Conv1D keeps [columns, rows]
+    attribute: str = "weight"
+    expert: int | None = None
+    rows: slice | None = None
+    calls: int = 0  # in one forward, at most; a layer belongs to its first call
+    solved: bool = False
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.module, self.attribute)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[rows, columns]``: a view of the parameter."""
+        weight = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        weight = weight.T if self.transposed else weight
+        return weight if self.rows is None else weight[self.rows]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.weight.shape
+        return rows, columns
+
+    def put(self, weight: Tensor) -> None:
+        """Replace the weight in place: its strides, and so the bits of each product, stay."""
+        self.weight.copy_(weight)
