@@ -217,8 +217,10 @@ class Runner:
             layers=layers,
         )
         finishing, percdamp = time.perf_counter(), quantizer.percdamp
-        dense, outside = dense_layers(checkpoint, model, blocks, sink.layers)
-        rest = dense, percdamp, record, outside
+        dense, outside = dense_layers(checkpoint, names, model, blocks, sink.layers)
+        banks = [bank for block in blocks for bank in block.banks]
+        fused = {f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
+        rest = dense, percdamp, record, outside, [names[name] for name in fused if name in names]
         if isinstance(sink, Writer):
             sink.finish(*rest)
         work.seconds["write"] += time.perf_counter() - finishing

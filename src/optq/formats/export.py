@@ -35,10 +35,10 @@ def export(
     assert scheme is not None  # quantized_layers has refused a plain model
     skeleton = empty_model(checkpoint)
     blocks = find_blocks(skeleton)
-    on_disk = disk_names(skeleton, [f"{name}.weight" for name in names])
-    conv1d = [layer.name for block in blocks for layer in block.layers if layer.transposed]
+    on_disk = disk_names(skeleton, [*checkpoint.files, *(f"{name}.weight" for name in names)])
+    conv1d = [layer.name for block in blocks for layer in block.layers if layer.conv1d]
     turned = {on_disk.get(f"{name}.weight", "").removesuffix(".weight") for name in conv1d}
-    dense, outside = dense_layers(checkpoint, skeleton, blocks, set(names))
+    dense, outside = dense_layers(checkpoint, on_disk, skeleton, blocks, set(names))
     with place_of(target, checkpoint, force, notice) as place:
         writer = Writer(place, checkpoint, form, skeleton.config.dtype)
         for index, name in enumerate(names):  # one at a time: memory holds one layer

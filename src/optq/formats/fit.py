@@ -45,7 +45,7 @@ def _refused(form: Format, layers: Sequence[Layer], scheme: LayerScheme) -> dict
     found = {}
     for layer in layers:
         try:
-            form.check(layer.name, *layer.shape, scheme, layer.transposed)
+            form.check(layer.name, *layer.shape, scheme, layer.conv1d)
         except SettingError as error:
             found[layer.name] = error
     return found

@@ -36,7 +36,7 @@ def load_checkpoint(checkpoint: Checkpoint, device: torch.device = CPU) -> Any:
             f"{name}.{s}" for pair in places.items() for name in pair for s in scheme.form.parts
         }
 
-    model = load_model(checkpoint, prepare)
+    model = load_model(checkpoint, prepare, packed_tensors(checkpoint))
     for name in names:
         fill(model, places[name], name, read_layer(checkpoint, name, scheme).to(device))
     return model.to(device)

@@ -91,9 +91,13 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
             if id(child) in taken:  # a module shared between blocks belongs to the first
                 continue
             if isinstance(child, linear):
+                if _is_gate(child, name, module, prefix):
+                    block.linears.append(name)
+                    continue
                 found = [Layer(name, child, isinstance(child, Conv1D))]
             elif is_bank(child):
                 bank = Bank(name, child)
+                bank.check()
                 found = bank.layers
                 block.banks.append(bank)
             else:
@@ -127,6 +131,13 @@ def linears_outside(model: Any, blocks: list[Block]) -> list[str]:
     inside = {id(module) for block in blocks for module in block.module.modules()}
     named = model.named_modules()
     return [n for n, module in named if isinstance(module, nn.Linear) and id(module) not in inside]
+
+
+def _is_gate(linear: Any, name: str, block: nn.Module, prefix: str) -> bool:
+    """Whether a layer beside experts decides for them: it is small, and stays dense."""
+    above = block.get_submodule(name.removeprefix(f"{prefix}.").rpartition(".")[0])
+    counts = {len(Bank("", each).inner) for each in above.children() if is_bank(each)}
+    return bool(counts) and linear.weight.shape[0] in {1, *counts}
 
 
 def _refuse_unknown(name: str, module: nn.Module, block: nn.Module) -> None:

@@ -4,24 +4,27 @@ transformers calls no module for an expert, so hooks see none. For the time of a
 classes dispatch to a function of ours instead (``ExpertsInterface``), which computes what their own
 eager code does, stage by stage for all experts: what gate and up read is handed over, and then what
 down reads. The layout is in the flags that ``use_experts_implementation`` leaves on each instance;
-that the two agree to the bit is checked on the scout's sample.
+that the two agree to the bit is tried on a small one of the same class before any work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from optq.boundary import library
 from optq.errors import ModelError
 from optq.model.layer import Layer
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",)}
+SMALL = 8  # activations of an expert in the trial of a layout
 OURS = "optq"  # among transformers' experts implementations
 Routed = dict[int, tuple[Tensor, Tensor]]  # by expert: places among the top k, and tokens
 
@@ -52,7 +55,7 @@ class Bank:
             for e in range(count)
         ]
         self.down = [[layer(e, "down_proj", "down_proj", None)] for e in range(count)]
-        self.dtype: torch.dtype | None = None  # that outputs are summed in, once it is known
+        self.summed = ""  # whose dtype outputs are summed in: see :meth:`check`
 
     @property
     def layers(self) -> list[Layer]:
@@ -70,13 +73,16 @@ class Bank:
     def activations(self, expert: int, x: Tensor) -> Tensor:
         """What an expert's down projection reads for inputs ``[tokens, hidden]``."""
         inside = self._product(self.first, expert, x)
-        return self.module._apply_gate(inside) if self.module.has_gate else self.module.act_fn(inside)
+        return (
+            self.module._apply_gate(inside) if self.module.has_gate else self.module.act_fn(inside)
+        )
 
     def combine(
         self, like: Tensor, routed: Routed, inside: dict[int, Tensor], weights: Tensor
     ) -> Tensor:
         """The output ``[tokens, hidden]`` of all experts, from what their down projections read."""
-        total = torch.zeros_like(like, dtype=self.dtype or like.dtype)
+        dtypes = {"weights": weights.dtype, "float32": torch.float32}
+        total = torch.zeros_like(like, dtype=dtypes.get(self.summed, like.dtype))
         for expert, (places, tokens) in routed.items():
             out = self._product("down_proj", expert, inside[expert])
             if self.module.has_post_expert_norm:
@@ -85,26 +91,93 @@ class Bank:
             total.index_add_(0, tokens, out.to(total.dtype))
         return total.to(like.dtype)
 
-    def agree(self, x: Tensor, index: Tensor, weights: Tensor) -> None:
-        """Refuse experts whose own code computes something else; find the dtype of its sums."""
-        expected = type(self.module).forward.__wrapped__(self.module, x, index, weights)
-        routed = self.routed(index)
-        inside = {e: self.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
-        for self.dtype in dict.fromkeys((x.dtype, torch.float32, weights.dtype)):
-            if torch.equal(self.combine(x, routed, inside, weights), expected):
-                return
-        raise ModelError(
-            f"the experts {self.name} compute more than their layout says",
-            "report this model: its experts cannot be quantized yet",
-        )
+    def check(self) -> None:
+        """Refuse experts whose own code computes something else; find the dtype of its sums.
+
+        Raises :class:`ModelError`.
+        """
+        inside = SMALL * len(self.inner[0])
+        (rows, _), (_, columns) = self.down[0][0].shape, self.inner[0][0].shape
+        shapes = {self.first: [inside, columns], "down_proj": [rows, SMALL]}
+        if self.module.is_transposed:
+            shapes = {name: shape[::-1] for name, shape in shapes.items()}
+        shapes |= {f"{self.first}_bias": [inside], "down_proj_bias": [rows]}
+        count, generator = len(self.inner), torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:  # on the CPU, also while a skeleton is made
+            return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+        small = copy(self.module)
+        small.__dict__["_parameters"] = {
+            name: random(count, *shape).bfloat16() for name, shape in shapes.items()
+        }
+        probe = Bank(self.name, small)
+        x, weights = random(9, columns).bfloat16(), random(9, 2).half()
+        index = torch.randint(count, (9, 2), generator=generator, device="cpu")
+        cause = f"the experts {self.name} compute more than their layout says"
+        remedy = "report this model: its experts cannot be quantized yet"
+        with torch.no_grad(), torch.device("cpu"), library(ModelError, cause, remedy):
+            expected = type(self.module).forward.__wrapped__(small, x, index, weights)
+            routed = self.routed(index)
+            read = {e: probe.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
+            for self.summed in ("x", "float32", "weights"):
+                probe.summed = self.summed
+                if torch.equal(probe.combine(x, routed, read, weights), expected):
+                    return
+        raise ModelError(cause, remedy)
 
     def _product(self, attribute: str, expert: int, x: Tensor) -> Tensor:
-        weight, bias = getattr(self.module, attribute)[expert], None
-        if self.module.has_bias:
-            bias = getattr(self.module, f"{attribute}_bias")[expert]
+        bias = self._bias(attribute, expert)
+        if isinstance(self.module, QuantizedExperts):
+            return self.module.product(attribute, expert, x, bias)
+        weight = getattr(self.module, attribute)[expert]
         if not self.module.is_transposed:
             return linear(x, weight, bias)
         return x @ weight if bias is None else x @ weight + bias
+
+    def _bias(self, attribute: str, expert: int) -> Tensor | None:
+        return getattr(self.module, f"{attribute}_bias")[expert] if self.module.has_bias else None
+
+
+class QuantizedExperts(nn.Module):
+    """What experts become whose layers are modules of their own, packed: see :func:`open_bank`."""
+
+    bank: Bank
+
+    def forward(self, x: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        """Only experts that were chosen are multiplied."""
+        index, weights = (*routing, *named.values())
+        routed = self.bank.routed(index)
+        inside = {e: self.bank.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
+        return self.bank.combine(x, routed, inside, weights)
+
+    def product(self, attribute: str, expert: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """One projection: of gate and up together as the experts' own code has them."""
+        own = self.get_submodule(str(expert))
+        parts = [own.get_submodule(part)(x) for part in PARTS.get(attribute, (attribute,))]
+        if self.is_concatenated or len(parts) == 1:
+            y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        else:
+            y = torch.stack(parts, dim=-1).flatten(-2)
+        return y if bias is None else y + bias
+
+
+def open_bank(module: Any) -> None:
+    """Turn experts in one parameter into modules ``EXPERT.PROJECTION``, empty, in place."""
+    bank = Bank(type(module).__name__, module)
+    bank.check()
+    layers = [(layer.name.split(".")[-2:], layer.shape) for layer in bank.layers]
+    for attribute in (bank.first, "down_proj"):
+        delattr(module, attribute)
+        setattr(module, attribute, torch.empty(0))  # for models that initialise by name
+    for (expert, part), (rows, columns) in layers:
+        if not hasattr(module, expert):
+            module.add_module(expert, nn.Module())
+        with torch.device("meta"):
+            empty = nn.Linear(columns, rows, bias=False)
+        module.get_submodule(expert).add_module(part, empty)
+    module.bank = bank
+    module.__class__ = type(type(module).__name__, (QuantizedExperts, type(module)), {})
 
 
 @contextmanager

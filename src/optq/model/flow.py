@@ -121,7 +121,9 @@ class Flow:
 
     def _gather(self, site: Site, here: list[Batch]) -> Iterator[tuple[Site, SiteSums]]:
         """What the site has seen; of experts, each one's in its turn."""
-        inputs = {kind: [b.input for b in here if b.kind == kind] for kind in ("quantized", "full")}
+        inputs: dict[str, list[Any]] = {
+            kind: [b.input for b in here if b.kind == kind] for kind in ("quantized", "full")
+        }
         if site.bank is None:
             yield site, self._sums(site, inputs["quantized"], inputs["full"])
             return

@@ -25,6 +25,11 @@ class Layer:
     solved: bool = False
 
     @property
+    def conv1d(self) -> bool:
+        """Whether it is a module whose class readers may not know."""
+        return self.transposed and self.expert is None
+
+    @property
     def parameter(self) -> nn.Parameter:
         return getattr(self.module, self.attribute)
 

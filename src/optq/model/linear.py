@@ -13,6 +13,7 @@ from optq.errors import ModelError
 from optq.kernels.product import Product
 from optq.kernels.table import pick
 from optq.model.checkpoint import TOGETHER
+from optq.model.experts import is_bank, open_bank
 from optq.model.source import disk_names
 
 
@@ -79,6 +80,10 @@ def make_room(model: Any, names_on_disk: list[str], tensors: Collection[str]) ->
 
     wanted = [f"{name}.weight" for name in names_on_disk]
     in_model = {disk: name for name, disk in disk_names(model, wanted).items()}
+    banks = {n: m for n, m in model.named_modules() if is_bank(m)}
+    opened = [n for n in banks if any(name.startswith(f"{n}.") for name in in_model.values())]
+    for name in opened:
+        open_bank(banks[name])
     places = {}
     for name in names_on_disk:
         place = in_model.get(f"{name}.weight", "").removesuffix(".weight")
@@ -86,7 +91,7 @@ def make_room(model: Any, names_on_disk: list[str], tensors: Collection[str]) ->
         if not isinstance(old, nn.Linear | Conv1D):
             raise ModelError(
                 f"{name} is no linear layer of {type(model).__name__}",
-                f"{TOGETHER}; sparse experts cannot be loaded yet",
+                TOGETHER,
             )
         rows, columns = old.weight.T.shape if isinstance(old, Conv1D) else old.weight.shape
         parent, _, attribute = place.rpartition(".")
@@ -94,6 +99,10 @@ def make_room(model: Any, names_on_disk: list[str], tensors: Collection[str]) ->
         new = QuantizedLinear(columns, rows, biased)
         setattr(model.get_submodule(parent), attribute, new)
         places[name] = place
+    for name in opened:
+        for expert, module in banks[name].named_modules(prefix=name):
+            if isinstance(module, nn.Linear):
+                raise ModelError(f"the experts are packed, and {expert} is missing", TOGETHER)
     return places
 
 

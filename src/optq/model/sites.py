@@ -127,7 +127,6 @@ class Sites:
         routed = bank.routed(index)
         if isinstance(batch, Batch):
             if batch.kind == "scout" and self.block is not None:
-                bank.agree(x, index, weights)
                 for site in self._bank_sites(self.block, bank):
                     self._seen.append((x.new_empty(0), 0, site))
             inputs = {expert: (tokens, x[tokens]) for expert, (_, tokens) in routed.items()}

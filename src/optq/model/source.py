@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optq.boundary import library
 from optq.errors import DataError, ModelError, SettingError
 from optq.model.blocks import Block, linears_outside
-from optq.model.experts import PARTS, Bank, is_bank
 from optq.model.checkpoint import TOGETHER, Checkpoint
+from optq.model.experts import PARTS, Bank, is_bank
 
 NO_CODE = "OPTQ runs no code that a model brings"
 
@@ -36,11 +36,14 @@ def empty_model(checkpoint: Checkpoint) -> Any:
 
 
 def load_model(
-    checkpoint: Checkpoint, prepare: Callable[[Any], Collection[str]] | None = None
+    checkpoint: Checkpoint,
+    prepare: Callable[[Any], Collection[str]] | None = None,
+    packed: Collection[str] = (),
 ) -> Any:
     """The transformers model in evaluation mode, on the CPU, in the checkpoint's own dtype.
 
-    ``prepare`` may change the skeleton before weights arrive; it returns the names of those
+    ``packed`` are tensors on disk that are not for transformers. ``prepare`` may change the
+    skeleton before weights arrive; it returns the names of those
     tensors that are then not for transformers to load, and their modules may have no others left
     over. Tensors of modules that the model does not have are ignored, as transformers does. Raises
     :class:`ModelError` for a model that does not predict the next token, and where a tensor is
@@ -49,7 +52,7 @@ def load_model(
     import transformers
 
     config, plain = _configuration(checkpoint)
-    skipped, failed = set[str](), list[Exception]()
+    skipped, failed, apart = set[str](), list[Exception](), {*packed}
 
     def build(model: Any, *arguments: Any, **options: Any) -> None:
         plain.__init__(model, *arguments, **options)
@@ -65,7 +68,7 @@ def load_model(
         model, report = own.from_pretrained(
             None,
             config=config,
-            state_dict=dict(checkpoint.tensors()),
+            state_dict=dict(checkpoint.tensors([n for n in checkpoint.files if n not in apart])),
             dtype=config.dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
@@ -75,11 +78,11 @@ def load_model(
             model.generation_config = kind.from_pretrained(checkpoint.folder)
     model.__class__ = plain
     problems = {kind: {*map(str, report[f"{kind}_keys"])} for kind in ("missing", "mismatched")}
-    packed = {name.rpartition(".")[0] for name in skipped}
+    modules = {name.rpartition(".")[0] for name in skipped}
     left = {*map(str, report["unexpected_keys"])} - skipped
     # A checkpoint may hold more than the model, but not if the class is a guess.
     guessed = config.architectures and plain.__name__ not in config.architectures
-    problems["unexpected"] = {n for n in left if guessed or n.rpartition(".")[0] in packed}
+    problems["unexpected"] = {n for n in left if guessed or n.rpartition(".")[0] in modules}
     for kind, names in problems.items():
         if names:
             what = f"the weights in {checkpoint.folder} do not fit {plain.__name__}"
@@ -139,7 +142,7 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
     banks = (Bank(name, module) for name, module in model.named_modules() if is_bank(module))
-    experts = {layer.name for bank in banks for layer in bank.layers}
+    experts = {x.name: f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
     names: dict[str, str] = {}
     for on_disk in names_on_disk:
         in_model, converted = rename_source_key(
@@ -151,6 +154,9 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
             in_model = _expert_name(in_model, converted, converters, on_disk) or ""
         if in_model.removesuffix(".weight") in experts:
             names[in_model] = on_disk
+    for name, fused in experts.items():  # in one tensor on disk as well: named as others name them
+        if fused in names:
+            names.setdefault(f"{name}.weight", f"{name}.weight")
     return names
 
 
@@ -166,22 +172,33 @@ def _expert_name(merged: str, pattern: str, converters: list[Any], on_disk: str)
 
 
 def dense_layers(
-    checkpoint: Checkpoint, model: Any, blocks: list[Block], packed: Collection[str]
+    checkpoint: Checkpoint,
+    on_disk: dict[str, str],
+    model: Any,
+    blocks: list[Block],
+    packed: Collection[str],
 ) -> tuple[list[str], list[str]]:
     """The names on disk of the linear layers that stay dense: inside the blocks, and elsewhere.
 
-    ``packed`` are the names on disk of the others. Elsewhere are the head, towers, projections,
-    and each matrix on disk that the model does not load: layers for drafts, a value head.
+    ``packed`` are the names on disk of the others, ``on_disk`` what :func:`disk_names` found.
+    Elsewhere are the head, towers, projections, and each matrix on disk that the model does not
+    load: layers for drafts, a value head. Inside are routers too, which are no linear layers.
     """
-    on_disk = disk_names(model, [*checkpoint.files, *(f"{name}.weight" for name in packed)])
     matrices = [n for n, t in checkpoint.layout.items() if n.endswith(".weight") and t.ndim == 2]
     others = sorted({*matrices} - {*on_disk.values()})
+    routers = (
+        f"{block.name}.{name}"
+        for block in blocks
+        for name, module in block.module.named_modules()
+        if block.banks and not isinstance(module, nn.Linear | nn.Embedding)
+        if on_disk.get(f"{block.name}.{name}.weight") in matrices
+    )
 
     def dense(linears: Iterable[str]) -> list[str]:
         names = [on_disk.get(f"{n}.weight", n).removesuffix(".weight") for n in linears]
         return [name for name in names if name not in packed]
 
-    inside = dense(name for block in blocks for name in block.linears)
+    inside = dense([*(name for block in blocks for name in block.linears), *routers])
     return inside, dense([*linears_outside(model, blocks), *others])
 
 
