@@ -283,8 +283,7 @@ REFUSED: tuple[Refused, ...] = (
     Refused("bert_masked", configs.bert, "encoder only", "AutoModelForMaskedLM"),
     Refused("bert", configs.bert, "encoder only", "AutoModel"),
     Refused("t5", configs.t5, "encoder and decoder", "AutoModelForSeq2SeqLM"),
-    Refused("mixtral", configs.mixtral, "fused experts"),
-    Refused("qwen3_moe", configs.qwen3_moe, "fused experts"),
+    Refused("llama4", configs.llama4, "experts that are multiplied all at once"),
     Refused("rwkv", configs.rwkv, "recurrent"),
     Refused("llama_no_blocks", configs.llama_no_blocks, "no blocks"),
 )

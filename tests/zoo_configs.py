@@ -360,17 +360,6 @@ def t5() -> PreTrainedConfig:
     return tf.T5Config(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
 
 
-def mixtral() -> PreTrainedConfig:
-    return tf.MixtralConfig(
-        **_COMMON, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2
-    )
-
-
-def qwen3_moe() -> PreTrainedConfig:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    return tf.Qwen3MoeConfig(**_COMMON, **experts, num_hidden_layers=2, head_dim=16)
-
-
 def rwkv() -> PreTrainedConfig:
     return tf.RwkvConfig(
         vocab_size=VOCAB,
@@ -379,3 +368,94 @@ def rwkv() -> PreTrainedConfig:
         num_hidden_layers=2,
         context_length=64,
     )
+
+
+# Sparse experts: 4 to a block, 2 chosen.
+
+_EXPERTS = {"moe_intermediate_size": 96, "num_experts_per_tok": 2}
+_ROUTED = _EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_LOCAL = {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def _sparse(name: str, blocks: int = 2, **changes) -> PreTrainedConfig:
+    return getattr(tf, name)(**_COMMON | {"num_hidden_layers": blocks} | changes)
+
+
+def mixtral() -> PreTrainedConfig:
+    return _sparse("MixtralConfig", **_LOCAL)
+
+
+def qwen2_moe() -> PreTrainedConfig:
+    return _sparse("Qwen2MoeConfig", **_EXPERTS, shared_expert_intermediate_size=64, num_experts=4)
+
+
+def qwen3_moe() -> PreTrainedConfig:
+    return _sparse("Qwen3MoeConfig", **_EXPERTS, num_experts=4, head_dim=16)
+
+
+def olmoe() -> PreTrainedConfig:
+    return _sparse("OlmoeConfig", intermediate_size=96, num_experts=4, num_experts_per_tok=2)
+
+
+def deepseek_v3() -> PreTrainedConfig:
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    latent |= {"qk_nope_head_dim": 16, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1}
+    return _sparse("DeepseekV3Config", **_ROUTED, **latent)
+
+
+def gpt_oss() -> PreTrainedConfig:
+    return _sparse("GptOssConfig", **_LOCAL, head_dim=16)
+
+
+def granite_moe() -> PreTrainedConfig:
+    return _sparse("GraniteMoeConfig", **_LOCAL)
+
+
+def phimoe() -> PreTrainedConfig:
+    return _sparse("PhimoeConfig", **_LOCAL)
+
+
+def jamba() -> PreTrainedConfig:
+    mamba = {
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_dt_rank": 32,
+        "use_mamba_kernels": False,
+    }
+    layers = {"attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_period": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_offset": 1}
+    return _sparse("JambaConfig", **experts, **layers, **mamba)
+
+
+def ernie_moe() -> PreTrainedConfig:
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
+    experts |= {"moe_intermediate_size": 96, "moe_layer_start_index": 1}
+    return _sparse("Ernie4_5_MoeConfig", **experts)
+
+
+def glm4_moe() -> PreTrainedConfig:
+    return _sparse("Glm4MoeConfig", **_ROUTED, n_group=1, topk_group=1, head_dim=16)
+
+
+def nemotron_h() -> PreTrainedConfig:
+    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 30, "n_groups": 1}
+    experts = _EXPERTS | {"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 96}
+    return _sparse(
+        "NemotronHConfig",
+        3,
+        layers_block_type=["mamba", "moe", "attention"],
+        **(mamba | experts | {"n_group": 1, "topk_group": 1, "conv_kernel": 4, "head_dim": 16}),
+        use_mamba_kernels=False,
+    )
+
+
+def qwen3_next() -> PreTrainedConfig:
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    linear |= {"linear_value_head_dim": 16, "layer_types": ["linear_attention", FULL]}
+    experts = _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 64}
+    return _sparse("Qwen3NextConfig", **experts, **linear, head_dim=16)
+
+
+def llama4() -> PreTrainedConfig:
+    experts = {"intermediate_size_mlp": 128, "num_local_experts": 4, "num_experts_per_tok": 1}
+    return _sparse("Llama4TextConfig", **experts, head_dim=16)

@@ -106,7 +106,9 @@ class Quantization:
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
             self.solved[name] = part, self.scheme
-            records.append(_record(layer, part, energy.sum().item(), problem, len(weight)))
+            record = _record(layer, part, energy.sum().item(), problem, len(weight))
+            seen = {"tokens": sums.tokens, "borrowed": sums.borrowed}
+            records.append(record.model_copy(update=seen))
         self.records += records
         for stage, seconds in problem.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

@@ -37,6 +37,8 @@ class LayerRecord(BaseModel):
     damp_tries: int = 0
     dead_columns: int = 0
     fallback_rows: int = 0
+    tokens: int = 0  # that the layer read in calibration
+    borrowed: int = 0  # of its block that stood in for tokens that an expert lacked
     calls: int = 1  # of the layer in one forward; it is calibrated on the first
 
 

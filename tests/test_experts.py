@@ -1,0 +1,271 @@
+"""Sparse experts, family by family: found, reached, solved, written, and read back.
+
+The models are tiny and random, with four experts to a block; what is asserted is that nothing is
+missed: each expert's projections are sites, the forward through our function is the model's own,
+and what is written is what was measured, for our reader and for transformers.
+"""
+
+import json
+
+import pytest
+import torch
+import transformers
+import zoo
+import zoo_configs as configs
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from optq import GPTQ, RTN, ModelConfig, Runner, load
+from optq.errors import ModelError, SettingError
+from optq.model.blocks import find_blocks
+from optq.model.checkpoint import Checkpoint
+from optq.model.experts import called_through, is_bank
+from optq.model.linear import QuantizedLinear, make_dense
+from optq.model.source import disk_names, load_model
+
+CALIB = zoo.token_ids(8, 48)
+# What stays dense inside the blocks, by the last part of its name, and how many layers are solved.
+FAMILIES = {
+    "mixtral": (set(), 32),
+    "qwen2_moe": ({"shared_expert_gate"}, 38),
+    "qwen3_moe": (set(), 32),
+    "olmoe": (set(), 32),
+    "deepseek_v3": (set(), 28),
+    "gpt_oss": (set(), 32),
+    "granite_moe": (set(), 32),
+    "phimoe": ({"router"}, 32),
+    "jamba": ({"dt_proj"}, 22),
+    "ernie_moe": (set(), 26),
+    "glm4_moe": (set(), 26),
+    "nemotron_h": (set(), 16),
+    "qwen3_next": ({"shared_expert_gate"}, 37),
+}
+# Fused on disk, these have no names of single experts that transformers would read.
+FUSED = {"gpt_oss", "granite_moe"}
+
+
+def build(name, dtype=torch.float32):
+    row = zoo.Row(name, getattr(configs, name), "", ())
+    return row.build().to(dtype)
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(input_ids=zoo.token_ids() if ids is None else ids, use_cache=False).logits
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("experts") / name
+            build(name).save_pretrained(made[name])
+            zoo.tokenizer().save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+def quantize(folder, quantizer=None, **options):
+    options = {"calib": CALIB, "qep": True} | options
+    return Runner(ModelConfig(str(folder), "cpu"), quantizer or GPTQ(4, 32), **options).run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_forward_through_our_function_is_the_model_s_own(name, dtype):
+    model = build(name, dtype)
+    banks = [bank for block in find_blocks(model) for bank in block.banks]
+    model.set_experts_implementation("eager")
+    expected, calls = logits(model), []
+
+    def compute(bank, x, index, weights):
+        calls.append(bank.name)
+        routed = bank.routed(index)
+        inside = {e: bank.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
+        return bank.combine(x, routed, inside, weights)
+
+    with called_through(banks, compute):
+        assert torch.equal(logits(model), expected)
+    assert calls == [bank.name for bank in banks] and calls
+    assert torch.equal(logits(model), expected) and len(calls) == len(banks)  # taken back
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_projection_of_every_expert_is_solved_and_read_back(folder_of, tmp_path, name):
+    source, (dense, count) = folder_of(name), FAMILIES[name]
+    plain = quantize(source, format="compressed-tensors")
+    result = quantize(source, format="compressed-tensors", output=tmp_path / "out")
+    assert len(result.layers) == count
+    assert {layer.rpartition(".")[2] for layer in result.dense} == dense
+    model = load_model(Checkpoint.open(str(source)))
+    expected = {
+        f"{bank}.{expert}.{part}"
+        for bank, module in model.named_modules()
+        if is_bank(module)
+        for expert in range(4)
+        for part in (("gate_proj", "up_proj") if module.has_gate else ("up_proj",)) + ("down_proj",)
+    }
+    solved = {layer.name: layer for layer in result.layers}
+    assert expected and expected <= solved.keys()
+    assert all(solved[each].error <= solved[each].rtn_error * (1 + 1e-6) for each in expected)
+    ids = CALIB.numel()
+    for bank in {each.rsplit(".", 2)[0] for each in expected}:
+        tokens = [solved[f"{bank}.{expert}.down_proj"].tokens for expert in range(4)]
+        assert sum(tokens) == 2 * ids
+
+    reloaded = load(tmp_path / "out", "cpu")
+    packed = {n for n, m in reloaded.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(packed) == count and not any(is_meta(p) for p in reloaded.parameters())
+    wanted = logits(plain.model)
+    assert (logits(reloaded) - wanted).norm() < 0.05 * wanted.norm()
+    make_dense(reloaded)
+    torch.testing.assert_close(logits(reloaded), wanted, rtol=1e-5, atol=1e-5)
+
+
+def is_meta(tensor):
+    return tensor.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - FUSED))
+def test_transformers_reads_the_same_model(folder_of, tmp_path, name):
+    """With compressed-tensors, which merges the experts while it loads."""
+    out = tmp_path / "out"
+    result = quantize(folder_of(name), format="compressed-tensors", output=out)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        out,
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    ours = result.model
+    make_dense(ours)
+    torch.testing.assert_close(logits(model), logits(ours), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_routers_are_declared_dense(folder_of, tmp_path, name):
+    for form in ("compressed-tensors", "gptq"):
+        out = tmp_path / form
+        quantize(folder_of(name), RTN(4, 32), qep=False, format=form, output=out)
+        settings = json.loads((out / "config.json").read_text())["quantization_config"]
+        routers = [n.removesuffix(".weight") for n in load_file(out / "model.safetensors")]
+        routers = [n for n in routers if n.endswith((".gate", "shared_expert_gate"))]
+        assert routers
+        if form == "gptq":
+            assert {f"-:^{n.replace('.', chr(92) + '.')}$" for n in routers} <= {
+                *settings["dynamic"]
+            }
+        else:
+            assert {*routers} <= {*settings["ignore"]}
+
+
+def test_gptq_files_and_exports_hold_experts_too(folder_of, tmp_path):
+    from optq.formats import FORMATS
+    from optq.formats.export import export
+
+    source = folder_of("qwen3_moe")
+    quantize(source, format="gptq", output=tmp_path / "gptq")
+    export(Checkpoint.open(str(tmp_path / "gptq")), tmp_path / "ct", FORMATS["compressed-tensors"])
+    quantize(source, format="compressed-tensors", output=tmp_path / "direct")
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("ct", "direct"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[n], other[n]) for n in one if "weight_packed" in n)
+    assert torch.equal(logits(load(tmp_path / "gptq", "cpu")), logits(load(tmp_path / "ct", "cpu")))
+
+
+@pytest.mark.parametrize("quantizer", [RTN(3, 32), GPTQ.plain(3, 32), GPTQ(3, 32)])
+@pytest.mark.parametrize("qep", [False, True])
+def test_an_expert_that_no_token_reached_is_solved_from_its_block_s(tmp_path, quantizer, qep):
+    model = build("mixtral")
+    with torch.no_grad():  # one feature is 5 for every token, and speaks against expert 3
+        model.model.embed_tokens.weight[:, 0] = 5
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight[0] = 0
+            block.mlp.experts.down_proj[:, 0] = 0
+            block.post_attention_layernorm.weight[0] = 1
+            block.mlp.gate.weight[:, 0] = torch.tensor([0.0, 0, 0, -100])
+    model.save_pretrained(tmp_path / "model")
+    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    bank = find_blocks(model)[0].banks[0]
+    kept = {n: getattr(bank.module, n)[3].detach().clone() for n in ("gate_up_proj", "down_proj")}
+    result = quantize(tmp_path / "model", quantizer, qep=qep)
+    solved = {layer.name: layer for layer in result.layers}
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        record = solved[f"{bank.name}.3.{part}"]
+        assert record.tokens == 0 and record.borrowed > 0 and record.dead_columns < record.cols
+        assert 0 < record.error <= record.rtn_error * (1 + 1e-6)
+    for name, weight in kept.items():
+        found = dict(result.model.named_parameters())[f"{bank.name}.{name}"][3]
+        assert torch.isfinite(found).all()
+        assert 0.01 < (found - weight).norm() / weight.norm() < 0.5
+
+
+def test_experts_are_skipped_together_or_not_at_all(folder_of, tmp_path):
+    source = folder_of("mixtral")
+    with pytest.raises(SettingError, match=r"leaves some experts .* dense and others not"):
+        quantize(source, skip=r"experts\.2\.")
+    result = quantize(source, skip=r"layers\.1\.mlp\.experts", output=tmp_path / "out")
+    assert len(result.layers) == 20 and len(result.dense) == 12
+    expected = build("mixtral").model.layers[1].mlp.experts.down_proj
+    assert torch.equal(
+        load(tmp_path / "out", "cpu").model.layers[1].mlp.experts.down_proj, expected
+    )
+
+
+def test_a_group_that_fits_no_expert_is_refused(folder_of):
+    with pytest.raises(
+        SettingError, match=r"groupsize 64 does not divide the 96 columns of .*experts"
+    ):
+        quantize(folder_of("qwen3_moe"), GPTQ(4, 64))
+
+
+def test_a_source_that_lacks_an_expert_is_refused(folder_of, tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "model")
+    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    del state["model.layers.0.block_sparse_moe.experts.2.w1.weight"]
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError):
+        quantize(tmp_path / "model")
+
+
+def test_a_packed_checkpoint_that_lacks_an_expert_is_refused(folder_of, tmp_path):
+    out = tmp_path / "out"
+    quantize(folder_of("olmoe"), RTN(4, 32), qep=False, output=out)
+    state = load_file(out / "model.safetensors")
+    gone = [name for name in state if ".experts.1.up_proj." in name and "layers.0" in name]
+    assert len(gone) == 4
+    for name in gone:
+        del state[name]
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"experts\.1\.up_proj is missing"):
+        load(out, "cpu")
+
+
+def test_experts_whose_code_is_another_are_refused(monkeypatch):
+    model = build("mixtral")
+    kind = type(model.model.layers[0].mlp.experts)
+    own = kind.forward.__wrapped__
+
+    def doubled(self, *arguments):
+        return 2 * own(self, *arguments)
+
+    monkeypatch.setattr(kind.forward, "__wrapped__", doubled)
+    with pytest.raises(ModelError, match="compute more than their layout says"):
+        find_blocks(model)
+
+
+def test_names_are_those_of_the_source_s_own_index(folder_of):
+    for name, expected in {
+        "mixtral": "model.layers.0.block_sparse_moe.experts.3.w3.weight",
+        "jamba": "model.layers.1.feed_forward.experts.3.up_proj.weight",
+        "nemotron_h": "backbone.layers.1.mixer.experts.3.up_proj.weight",
+    }.items():
+        checkpoint = Checkpoint.open(str(folder_of(name)))
+        found = disk_names(load_model(checkpoint), checkpoint.files)
+        assert expected in found.values()
+    assert transformers.__version__
