@@ -285,6 +285,3 @@ def _check_target(target: Path, force: bool) -> None:
         )
     if (target.exists() or target.is_symlink()) and not force:
         raise OutputError(f"{target} exists", "choose another name, or pass --force")
-    for parent in target.absolute().parents:
-        if parent.exists() and not parent.is_dir():
-            raise OutputError(f"{target}: {parent} is not a folder", "choose another place")

@@ -29,6 +29,9 @@ class Whole:
     def __init__(self, target: Path, force: bool, notice: Callable[[str], None]) -> None:
         self.target, self.force, self.notice = target, force, notice
         with writing(target):
+            for parent in target.absolute().parents:
+                if parent.exists() and not parent.is_dir():
+                    raise OutputError(f"{target}: {parent} is not a folder", "choose another place")
             self._seen = _contents(target) if force else None  # what may be replaced
 
     def __enter__(self) -> Whole:
