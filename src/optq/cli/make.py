@@ -20,10 +20,7 @@ DEFAULT_GROUPSIZE = 128
 
 
 @app.command()
-def demo(
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+def demo(device: Device = "auto", as_json: Json = False) -> None:
     """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model."""
     from optq.compare import demo_rows
     from optq.report import progress, tables

@@ -124,11 +124,7 @@ class Writer(Kept):
 
         path = self.folder / f"shard-{len(self._shards)}.safetensors"
         with writing(self.target):
-            save_file(
-                _unshared(self._pending),
-                path,
-                metadata={"format": "pt"},
-            )
+            save_file(_unshared(self._pending), path, metadata={"format": "pt"})
             path.chmod(0o644)  # safetensors makes it the owner's alone
         self._compare(path)
         self._total += size
