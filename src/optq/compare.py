@@ -13,8 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from optq import __version__
-from optq.core.best import BEST
-from optq.core.gptq import GPTQ
+from optq.core.gptq import BEST, GPTQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.core.solver import Solver

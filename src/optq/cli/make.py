@@ -84,7 +84,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write the checkpoint OUT."""
-    from optq.core.best import BEST
+    from optq.core.gptq import BEST
     from optq.quantize import Progress
     from optq.report import progress, tables
     from optq.runner import ModelConfig, Runner

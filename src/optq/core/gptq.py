@@ -33,7 +33,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optq.core.best import BEST, OPTIONS, PLAIN
 from optq.core.descent import polish
 from optq.core.error import (
     compare_with_rounding,
@@ -52,6 +51,28 @@ from optq.core.solver import Solver
 from optq.core.tiles import middle
 from optq.core.weight import LayerScheme, dequantize, group_index
 from optq.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Best:
+    """Options of :class:`GPTQ` that leave the file format alone; and QEP."""
+
+    actorder: ActOrder
+    static_groups: bool
+    mse: bool
+    polish: int
+    qep: bool
+
+
+# The best known for each width, and the paper's. docs/defaults.md has the measurements.
+BEST = {
+    2: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
+    3: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
+    4: Best(actorder="group", static_groups=False, mse=True, polish=1, qep=True),
+    8: Best(actorder="group", static_groups=False, mse=True, polish=0, qep=False),
+}
+PLAIN = Best(actorder=False, static_groups=False, mse=False, polish=0, qep=False)
+OPTIONS = ("actorder", "static_groups", "mse", "polish")  # of those, GPTQ's own
 
 
 @dataclass(frozen=True)
