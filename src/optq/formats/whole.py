@@ -192,12 +192,10 @@ def writing(target: Path) -> Iterator[None]:
     except OptqError:
         raise
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OutputError(
-                f"the disk of {target} is full", "make room, and run again"
-            ) from error
         # Without the hidden folder's name, which says nothing to anyone.
         reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"{target} cannot be written: {reason}", "choose a folder that you may write to"
-        ) from error
+        cause = f"{target} cannot be written: {reason}"
+        remedy = "choose a folder that you may write to"
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            cause, remedy = f"the disk of {target} is full", "make room, and run again"
+        raise OutputError(cause, remedy) from error
