@@ -159,7 +159,8 @@ class Kept:
             whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line short
             for line in whole.splitlines():
                 entry = json.loads(line)
-                self.rows[entry.pop("key")] = Row(**entry)
+                key = entry.pop("key")
+                self.rows[key] = Row(**entry)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} holds no results of optq compare", "name another file with --results"

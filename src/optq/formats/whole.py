@@ -31,7 +31,9 @@ class Whole:
         with writing(target):
             for parent in target.absolute().parents:
                 if parent.exists() and not parent.is_dir():
-                    raise OutputError(f"{target}: {parent} is not a folder", "choose another place")
+                    raise OutputError(
+                        f"{target}: {parent} is not a folder", "choose another folder"
+                    )
             self._seen = _contents(target) if force else None  # what may be replaced
 
     def __enter__(self) -> Whole:
