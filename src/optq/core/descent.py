@@ -142,8 +142,9 @@ class _Descent:
             self._run(0, self.columns, last=left == 0)
         after = undamped_error(self._miss(target), self.H if self.exact else self.H_quick)
         group = self.group[self.dead]  # of columns of which nothing is known: they are rounded
-        _, rounded = self.grid.nearest(target.T[self.dead], self.scale[group], self.zero[group])
-        self.steps[self.dead] = rounded.div_(self.scale[group])
+        zero = self.zero[group]
+        code, _ = self.grid.nearest(target.T[self.dead], self.scale[group], zero)
+        self.steps[self.dead] = self.grid.units(code, zero)
 
         better = after < before
         found = self.grid.code(self.steps, self.zero[self.group]).T

@@ -95,6 +95,7 @@ class Flow:
                 if self.propagate:
                     self.weights.hold_originals(site.layers)
                 self.solve(site, sums)
+                del sums  # the next ones may need the memory
                 for layer in site.layers:
                     layer.solved = True
             self._advance(here)
