@@ -222,7 +222,9 @@ def quantize(model: nn.Module, wbits: int, groupsize: int) -> None:
         rows, cols = getattr(holder, attribute).weight.shape
         device = str(model.device)
         weight = random_weight(wbits, rows, cols, groupsize, True, False, device)
-        setattr(holder, attribute, QuantizedLinear.of(weight, None, model.dtype))
+        layer = QuantizedLinear(weight.cols, weight.rows, bias=False)
+        layer.fill(weight, model.dtype)
+        setattr(holder, attribute, layer)
 
 
 def _linear(module: nn.Module) -> bool:

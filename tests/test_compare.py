@@ -7,7 +7,7 @@ import pytest
 import zoo
 
 from optq import GPTQ, ModelConfig, Runner, compare
-from optq.core.best import BEST, PLAIN
+from optq.core.gptq import BEST, PLAIN
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, OutputError, SettingError

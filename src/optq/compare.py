@@ -13,8 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from optq import __version__
-from optq.core.best import BEST
-from optq.core.gptq import GPTQ
+from optq.core.gptq import BEST, GPTQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
 from optq.core.solver import Solver
@@ -93,27 +92,23 @@ class Comparison:
         for quantizer in quantizers.values():
             check_layers(FORMATS["gptq"], blocks, quantizer.scheme())
         tokens = None
-        if any(kept.get(key) is None for key in keys.values()):  # one calibration for all
+        if not kept.rows.keys() >= {*keys.values()}:  # one calibration for all
             tokens = calibration_tokens(self.calib, tokenizer, self.nsamples, seqlen, self.seed)
         steps = len(settings) + 1
         progress(0, steps, "full precision")
-        size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
-        full = kept.get(common)
-        if full is None:
-            full = Row("none", bits, -1, bits, size, perplexity(model, windows).perplexity)
-            kept.add(common, full)
+        if common not in kept.rows:
+            size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
+            measured = perplexity(model, windows).perplexity
+            kept.add(common, Row("none", bits, -1, bits, size, measured))
         del model, blocks, layers
-        rows = [full]
-        for step, setting in enumerate(settings, start=1):
+        full = kept.rows[common]
+        for step, (setting, key) in enumerate(keys.items(), start=1):
             method, wbits, groupsize = setting
             progress(step, steps, f"{method} at {wbits} bits, groupsize {groupsize}")
-            row = kept.get(keys[setting])
-            if row is None:
+            if key not in kept.rows:
                 assert tokens is not None
-                row = self._measure(setting, quantizers[setting], tokens, windows, full)
-                kept.add(keys[setting], row)
-            rows.append(row)
-        return rows
+                kept.add(key, self._measure(setting, quantizers[setting], tokens, windows, full))
+        return [full, *(kept.rows[key] for key in keys.values())]
 
     def _measure(
         self,
@@ -159,35 +154,32 @@ class Kept:
         self.rows: dict[str, Row] = {}
         if path is None:
             return
-        whole = ""
         try:
-            if path.exists():
-                text = path.read_text(encoding="utf-8")
-                whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line short
-                for line in whole.splitlines():
-                    entry = json.loads(line)
-                    key = entry.pop("key")
-                    self.rows[key] = Row(**entry)
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line short
+            for line in whole.splitlines():
+                entry = json.loads(line)
+                key = entry.pop("key")
+                self.rows[key] = Row(**entry)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} holds no results of optq compare", "name another file with --results"
             ) from error
-        self._write("r+" if path.exists() else "a", whole)
-
-    def get(self, key: str) -> Row | None:
-        return self.rows.get(key)
+        self._append("", after=len(whole.encode()))
 
     def add(self, key: str, row: Row) -> None:
-        self._write("a", json.dumps({"key": key, **asdict(row)}) + "\n")
+        self.rows[key] = row
+        self._append(json.dumps({"key": key, **asdict(row)}) + "\n")
 
-    def _write(self, mode: str, text: str) -> None:
+    def _append(self, text: str, after: int | None = None) -> None:
+        """Write ``text`` at the end, or ``after`` so many bytes, whatever follows them."""
         if self.path is None:
             return
         try:
-            with self.path.open(mode, encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                if after is not None:
+                    file.truncate(after)
                 file.write(text)
-                if mode == "r+":
-                    file.truncate()
         except OSError as error:
             raise OutputError.of(self.path, error, "--results") from error
 

@@ -194,6 +194,26 @@ def test_no_row_ever_gets_worse(p, options, storage, dtype, rounds, bfloat16):
     assert torch.equal(found.zeros, start.zeros) and torch.equal(found.g_idx, start.g_idx)
 
 
+def test_a_column_without_evidence_keeps_the_nearest_code_when_its_scale_moves():
+    """With scales of full precision, whose multiples are not exact."""
+    moved = 0
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(40, 160, generator=generator)
+        x[::3] = 0
+        W, H = torch.randn(4, 40, generator=generator), x @ x.T / 160
+        for sym in (True, False):
+            start = solved(GPTQ.plain(3, 8, sym), W, H, EXACT)
+            polished, _ = polished_from(W, H, start, EXACT, 2)
+            scale, zero = (
+                each[:, start.g_idx.long()] for each in (polished.scales, polished.zeros)
+            )
+            nearest = ((W / scale).round() + zero).clamp(0, 7)
+            assert torch.equal(polished.codes[:, ::3], nearest[:, ::3].to(torch.uint8))
+            moved += int((polished.scales != start.scales).sum())
+    assert moved > 50
+
+
 def test_a_row_that_did_not_gain_keeps_its_codes_and_scales():
     """Each code and each scale is at its best already: nothing may move, not by a bit."""
     W, H = problem(8, 24, seed=13).tensors()

@@ -12,8 +12,7 @@ from core.problems import grid_options, problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optq.core.best import BEST, OPTIONS
-from optq.core.gptq import GPTQ
+from optq.core.gptq import BEST, GPTQ, OPTIONS
 from optq.core.grid import Storage
 from optq.core.obq import OBQ
 from optq.core.order import sweep_order

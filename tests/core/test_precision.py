@@ -1,5 +1,7 @@
 """Products are exact inside core, whatever the caller has set, and what he has set comes back."""
 
+import threading
+
 import numpy as np
 import oracles
 import pytest
@@ -81,6 +83,33 @@ def whole(solver, W, H, drift):
     aim = QEP().correct(p, W, drift)
     solution = solver.solve(p, W, aim)
     return aim, solution.codes, solution.scales, solution.error
+
+
+def test_threads_take_turns(setting):
+    """The settings are the process': a thread that leaves must not take them from another."""
+    setting()
+    before, seen = in_force(), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def first():
+        with exact_products("bf16"):
+            inside.set()
+            leave.wait(10)
+
+    def second():
+        inside.wait(10)
+        with exact_products():
+            seen.append(in_force())
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    inside.wait(10)
+    assert seen == []
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert seen == [["ieee", "ieee"]] and in_force() == before
 
 
 def test_every_product_of_core_is_exact(setting):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -209,20 +208,6 @@ def test_where_the_file_system_has_no_locks(target, whole, monkeypatch):
     killed(target, "lock", "whole")
     with pytest.raises(OutputError, match="another run"), whole(force=True):
         pytest.fail("it may live")
-
-
-def test_what_earlier_versions_left_is_named_and_kept(target, whole, notices):
-    for name in (".out.partial-ab_12xyz", ".out.partial-ab_12xyz-old", ".other.partial-ab_12xyz"):
-        put(target.with_name(name), "folder", "left")
-    before = everything(target.parent)
-    with whole() as place:
-        put(place.part, "file")
-        place.appear()
-    assert everything(target.parent) == before | OURS["file"]
-    assert [Path(line.split()[0]).name for line in notices] == [
-        ".out.partial-ab_12xyz",
-        ".out.partial-ab_12xyz-old",
-    ]
 
 
 def test_what_others_keep_under_the_hidden_name_stays(target, whole):

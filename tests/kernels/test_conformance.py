@@ -137,12 +137,20 @@ def test_the_layout_of_this_processor_is_known():
     assert cpu_int4._tile() in (32, 64)
 
 
+def packed_linear(weight, bias, dtype):
+    layer = QuantizedLinear(weight.cols, weight.rows, bias is not None)
+    layer.fill(weight, dtype)
+    if bias is not None:
+        layer.bias.data = bias
+    return layer
+
+
 @pytest.mark.parametrize(
     ("wbits", "groupsize", "most"), [(4, 128, 0.28), (8, 128, 0.545), (8, -1, 0.51)]
 )
 def test_memory(wbits, groupsize, most):
     weight = make_weight(1024, 2048, groupsize, wbits, True, False)
-    layer = QuantizedLinear.of(weight, None, torch.bfloat16)
+    layer = packed_linear(weight, None, torch.bfloat16)
     held = sum(buffer.nbytes for buffer in layer.buffers())
     assert held <= most * 1024 * 2048 * 2
 
@@ -161,7 +169,7 @@ def test_float16_keeps_its_range_in_the_dense_product():
 def test_a_layer_keeps_leading_dimensions_and_adds_its_bias(bias):
     weight = make_weight(96, 256, 128, 4, True, False)
     offset = torch.randn(96) if bias else None
-    layer = QuantizedLinear.of(weight, offset, torch.float32)
+    layer = packed_linear(weight, offset, torch.float32)
     x = torch.randn(2, 3, 256)
     expected = x.double() @ exact(weight).T + (0 if offset is None else offset)
     assert layer(x).shape == (2, 3, 96)
@@ -172,7 +180,7 @@ def test_a_layer_keeps_leading_dimensions_and_adds_its_bias(bias):
 @pytest.mark.parametrize("groupsize", [48, 32, -1], ids=["reference", "int4", "int8"])
 def test_the_activations_dtype_may_change_and_the_device_may_not(groupsize):
     weight = make_weight(96, 96, groupsize, 8, False, False)
-    layer = QuantizedLinear.of(weight, torch.randn(96).bfloat16(), torch.bfloat16)
+    layer = packed_linear(weight, torch.randn(96).bfloat16(), torch.bfloat16)
     x = torch.randn(3, 96)
     before = [(name, buffer.dtype) for name, buffer in layer.named_buffers()]
     layer.float()

@@ -12,10 +12,7 @@ import typer
 from optq.errors import SettingError
 
 app = typer.Typer(
-    name="optq",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    name="optq", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
 

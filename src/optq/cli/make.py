@@ -20,10 +20,7 @@ DEFAULT_GROUPSIZE = 128
 
 
 @app.command()
-def demo(
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+def demo(device: Device = "auto", as_json: Json = False) -> None:
     """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model."""
     from optq.compare import demo_rows
     from optq.report import progress, tables
@@ -87,7 +84,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write the checkpoint OUT."""
-    from optq.core.best import BEST
+    from optq.core.gptq import BEST
     from optq.quantize import Progress
     from optq.report import progress, tables
     from optq.runner import ModelConfig, Runner

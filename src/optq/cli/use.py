@@ -100,11 +100,7 @@ def generate(
 
 
 @app.command()
-def bench(
-    model: Model,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+def bench(model: Model, device: Device = "auto", as_json: Json = False) -> None:
     """Speed and memory of the quantized MODEL, beside the same model with dense weights."""
     from optq.evaluate.speed import measure_speed
     from optq.report import progress, tables
@@ -145,10 +141,7 @@ def export(
 
 
 @app.command()
-def inspect(
-    model: Model,
-    as_json: Json = False,
-) -> None:
+def inspect(model: Model, as_json: Json = False) -> None:
     """What is in a checkpoint: bits, groups, sizes, errors by layer."""
     from optq.formats.describe import describe
     from optq.report import tables

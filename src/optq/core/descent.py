@@ -20,15 +20,7 @@ keep what they had.
 Of ``STEP_COLUMNS`` neighbouring columns only the one that gains most moves at a time. Rounds that
 do so fall as fast as rounds that move one column after another, in fewer and larger operations.
 
-Measured on layers of the bundled model, groups of 128, after GPTQ on min-max grids: the error falls
-by 12% in one round and by 15% in two at 3 bits, by 10 and 12% at 4, by 23 and 29% at 2. At
-4096 x 4096 on one core a round costs 1.5 times the sweep, two rounds 2.1 times.
-
-Rejected: more than one of ``STEP_COLUMNS`` neighbours at a time, which undo each other's work where
-inputs correlate (the best of each 16 of 64 columns leaves 0.93 of the error instead of 0.89). All
-scales of a row at once, ahead of the rounds (a dense solve for each row, and ``rows * cols^2`` to
-set it up): alone it takes 3 to 6% off the error at 3 bits, and three rounds end within 1% of each
-other with it and without.
+What it gains, costs, and what was rejected on the way: docs/log.md.
 
 Everything is held transposed, ``[cols, rows]``: a column is one contiguous vector over rows.
 """
@@ -150,8 +142,9 @@ class _Descent:
             self._run(0, self.columns, last=left == 0)
         after = undamped_error(self._miss(target), self.H if self.exact else self.H_quick)
         group = self.group[self.dead]  # of columns of which nothing is known: they are rounded
-        _, rounded = self.grid.nearest(target.T[self.dead], self.scale[group], self.zero[group])
-        self.steps[self.dead] = rounded.div_(self.scale[group])
+        zero = self.zero[group]
+        code, _ = self.grid.nearest(target.T[self.dead], self.scale[group], zero)
+        self.steps[self.dead] = self.grid.units(code, zero)
 
         better = after < before
         found = self.grid.code(self.steps, self.zero[self.group]).T

@@ -86,7 +86,8 @@ def compare_with_rounding(
 ) -> tuple[Bool[Tensor, " rows"], Float[Tensor, " rows"]]:
     """Whether ``error`` is surely below that of ``miss``, given :func:`damped_error` in bfloat16.
 
-    Also returns that error, undamped, as good as bfloat16 gives it. Rounding both factors of
+    Also returns that error, undamped, as good as bfloat16 gives it: a row's may be off by a few
+    percent, the sum is not. Rounding both factors of
     ``U^T miss`` to 8 bits moves its norm by about ``2^-9 sqrt(sum_j miss_j^2 (H + damp I)_jj)``,
     rounding the product by less than ``2^-9`` of itself; what four times the one and twice the
     other could change is not sure.

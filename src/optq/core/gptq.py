@@ -30,10 +30,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from optq.core.best import BEST, OPTIONS, PLAIN
 from optq.core.descent import polish
 from optq.core.error import (
     compare_with_rounding,
@@ -43,7 +42,7 @@ from optq.core.error import (
     weighted_squares,
 )
 from optq.core.grid import Grid, Storage, is_int
-from optq.core.order import ActOrder, check_actorder
+from optq.core.order import ActOrder
 from optq.core.precision import quick_dtype
 from optq.core.problem import Factor, Problem
 from optq.core.rounding import Rounded, no_worse, round_groups, working_copy
@@ -52,6 +51,28 @@ from optq.core.solver import Solver
 from optq.core.tiles import middle
 from optq.core.weight import LayerScheme, dequantize, group_index
 from optq.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Best:
+    """Options of :class:`GPTQ` that leave the file format alone; and QEP."""
+
+    actorder: ActOrder
+    static_groups: bool
+    mse: bool
+    polish: int
+    qep: bool
+
+
+# The best known for each width, and the paper's. docs/defaults.md has the measurements.
+BEST = {
+    2: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
+    3: Best(actorder="group", static_groups=False, mse=True, polish=2, qep=True),
+    4: Best(actorder="group", static_groups=False, mse=True, polish=1, qep=True),
+    8: Best(actorder="group", static_groups=False, mse=True, polish=0, qep=False),
+}
+PLAIN = Best(actorder=False, static_groups=False, mse=False, polish=0, qep=False)
+OPTIONS = ("actorder", "static_groups", "mse", "polish")  # of those, GPTQ's own
 
 
 @dataclass(frozen=True)
@@ -97,7 +118,8 @@ class GPTQ(Solver):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(best, name))
         super().__post_init__()
-        check_actorder(self.actorder)
+        if not isinstance(self.actorder, bool) and self.actorder != "group":
+            raise SettingError(f"actorder is {self.actorder!r}", 'choose True, False or "group"')
         if not isinstance(self.static_groups, bool):
             raise SettingError(f"static_groups is {self.static_groups!r}", "choose True or False")
         for name, least in (("polish", 0), ("blocksize", 1)):
@@ -147,23 +169,12 @@ class GPTQ(Solver):
             error = undamped_error((weight - solution.weight).T.to(H.dtype).contiguous(), H)
         better, rtn_error = compare_with_rounding(error, damped, rounded.miss, factored)
         unsure = (~better).nonzero().flatten()
-        W = working_copy(weight[unsure], order)
-        rtn_error[unsure] = _rounding_error(W, rounded, unsure, group, grid, factored)
+        grids = (rounded.codes, rounded.scale, rounded.zero)
+        codes, scale, zero = (each[:, unsure].T for each in grids)
+        miss = working_copy(weight[unsure], order)
+        miss -= dequantize(codes, scale, zero, group, grid.decode).T
+        rtn_error[unsure] = factored_error(miss, factored)  # in full precision
         return no_worse(solution, rounded, places, error, rtn_error)
-
-
-def _rounding_error(
-    W: Float[Tensor, "cols some"],
-    rounded: Rounded,
-    rows: Int[Tensor, " some"],
-    group: Int[Tensor, " cols"],
-    grid: Grid,
-    factored: Factor,
-) -> Float[Tensor, " some"]:
-    """The error of the rounded ``rows``, whose weights these are, in full precision."""
-    grids = (rounded.codes, rounded.scale, rounded.zero)
-    codes, scale, zero = (each[:, rows].T for each in grids)
-    return factored_error(W - dequantize(codes, scale, zero, group, grid.decode).T, factored)
 
 
 class _Sweep:

@@ -13,12 +13,7 @@ scale ``s`` and one zero point ``z``; codes ``c`` are integers in ``0 .. 2**wbit
   by the factors ``COARSE``, then the best one's ends move by the steps ``FINE``: each end by
   itself where the zero point is free, which searches scale and zero point together. A symmetric
   scale is tried with both signs: a negative one mirrors the range, so that its extra level
-  ``-2**(wbits - 1)`` serves the longer tail.
-
-The GPTQ reference code searches 41 factors for the least ``sum |w - q|**2.4``. Measured on layers
-of the bundled model, 3 bits, groups of 128 swept by GPTQ: that leaves 0.73 of min-max's layer
-error, the search above 0.64 (0.71 without mirrored ones); asymmetric 0.80 and 0.78.
-No better as weights: the Hessian's own block of the group, and the pivots of the sweep.
+  ``-2**(wbits - 1)`` serves the longer tail. (docs/log.md has it beside the reference code's.)
 
 A scale is rounded to what a file keeps BEFORE any code is taken with it: codes taken with an
 unrounded scale would decode to other weights after a reload.
@@ -44,6 +39,9 @@ COARSE = (1.0, 0.78, 0.56, 0.34)  # of the min-max range, which comes first
 FINE = (0.08, 0.04)  # moves of the best range's ends, in the same measure
 MARGIN = 1e-5  # of the loss: what two grids differ by is more than the last bits of a sum
 WEIGHTS_AT_ONCE = 2**19  # searched on a CPU: 2 MB; fewer cost more calls than the cache saves
+
+
+Fitted = tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]  # scale and zero point of each row
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ class Grid(ABC):
         group: Float[Tensor, "width rows"],
         storage: Storage,
         importance: Float[Tensor, "width 1"] | None = None,
-        near: tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]] | None = None,
-    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+        near: Fitted | None = None,
+    ) -> Fitted:
         """Scale and zero point of each row of a group, in the dtype of the weights.
 
         ``importance`` weighs the columns where a range is searched; ``near`` are the grids of much
@@ -164,11 +162,11 @@ class IntegerGrid(Grid):
 
     def fit(
         self,
-        group: Float[Tensor, "width rows"],
+        group: Tensor,
         storage: Storage,
-        importance: Float[Tensor, "width 1"] | None = None,
-        near: tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]] | None = None,
-    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+        importance: Tensor | None = None,
+        near: Fitted | None = None,
+    ) -> Fitted:
         """Min-max, or the range search, which starts from the grids ``near``, where they are
         given, instead of trying the factors COARSE (but not at 2 bits, where the best range moves
         further: 4% of the error on some layers).
@@ -184,24 +182,17 @@ class IntegerGrid(Grid):
         rows = group.shape[1]
         if group.device.type == "cpu":
             rows = max(1, WEIGHTS_AT_ONCE // len(group))
-        parts = group.split(rows, dim=1)
-        starts = (
-            zip(*(each.split(rows) for each in near), strict=True) if near else [None] * len(parts)
-        )
-        found = [
-            self._search(part, importance, storage, start)
-            for part, start in zip(parts, starts, strict=True)
-        ]
+        found = []
+        for first in range(0, group.shape[1], rows):
+            some = slice(first, first + rows)
+            start = (near[0][some], near[1][some]) if near else None
+            found.append(self._search(group[:, some], importance, storage, start))
         scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
         return scale, zero
 
     def _search(
-        self,
-        group: Tensor,
-        importance: Tensor,
-        storage: Storage,
-        near: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+        self, group: Tensor, importance: Tensor, storage: Storage, near: Fitted | None
+    ) -> Fitted:
         low, high = _ends(group)
         # What storing moves a scale by is less than a trial, but not than a step of 8 bits.
         tried = storage if self.wbits == 8 else Storage((), storage.min_zero)
@@ -229,7 +220,7 @@ class IntegerGrid(Grid):
         return self._grid(low, high, best[1], best[2], storage)
 
     def _starts(
-        self, low: Tensor, high: Tensor, near: tuple[Tensor, Tensor] | None
+        self, low: Tensor, high: Tensor, near: Fitted | None
     ) -> list[tuple[Tensor, Tensor]]:
         """Factors of the ends to try after 1, those of the grids ``near`` or else of COARSE."""
         whole = torch.ones_like(low)
@@ -256,7 +247,7 @@ class IntegerGrid(Grid):
         below: float | Tensor,
         above: float | Tensor,
         storage: Storage,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Fitted:
         """Scale and zero point for the ends ``below * low`` and ``above * high``.
 
         Symmetric: for ``below`` times the larger end, and ``below`` gives the scale its sign.

@@ -18,15 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from optq.errors import SettingError
-
 ActOrder = bool | str  # True, False or "group"
-
-
-def check_actorder(actorder: ActOrder) -> None:
-    """Refuse an order that does not exist."""
-    if not isinstance(actorder, bool) and actorder != "group":
-        raise SettingError(f"actorder is {actorder!r}", 'choose True, False or "group"')
 
 
 def sweep_order(

@@ -1,18 +1,21 @@
 """How exactly torch multiplies: set here, and put back, for everything in core.
 
 What a caller has set for his own model (TF32, bfloat16) must not reach a solver: an error that is
-computed in ten bits of mantissa cannot be promised to be below another one.
+computed in ten bits of mantissa cannot be promised to be below another one. The settings are the
+process', so one thread at a time may change them: another one waits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_ONE_THREAD = RLock()
 BACKENDS = ("cuda", "mkldnn")  # whose float32 products can be made of less
 
 
@@ -22,12 +25,13 @@ def exact_products(units: str = "ieee") -> Iterator[None]:
 
     ``units="bf16"``: on a CPU they may run on bfloat16 units.
     """
-    before = _get()
-    _set("ieee", units)
-    try:
-        yield
-    finally:
-        _set(*before)
+    with _ONE_THREAD:
+        before = _get()
+        _set("ieee", units)
+        try:
+            yield
+        finally:
+            _set(*before)
 
 
 def quick_dtype(like: Tensor) -> torch.dtype:

@@ -80,10 +80,7 @@ def no_worse(
     fell_back = torch.zeros_like(error, dtype=torch.bool)
     fell_back[worse[~agree]] = True
     return replace(
-        solution,
-        error=torch.minimum(error, rtn_error),
-        rtn_error=rtn_error,
-        fell_back=fell_back,
+        solution, error=torch.minimum(error, rtn_error), rtn_error=rtn_error, fell_back=fell_back
     )
 
 

@@ -21,8 +21,9 @@ class Solution(QuantizedWeight):
     """One layer, or the stacked layers of one site, on the values of ``grid``.
 
     ``error`` is ``(W - Q) H (W - Q)^T`` row by row with ``H`` not damped: the mean squared output
-    error per token; ``rtn_error`` the same of round-to-nearest on a grid with the same options;
-    ``fell_back`` marks the rows where rounding was the better of the two.
+    error per token; ``rtn_error`` the same of round-to-nearest on a grid with the same options (a
+    row's may be off by a few percent, where it is far above); ``fell_back`` marks the rows where
+    rounding was the better of the two.
     """
 
     grid: Grid

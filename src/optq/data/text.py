@@ -86,32 +86,19 @@ def read_text(spec: str, use: Use, chat: bool = False) -> Text:
     """
     if spec == "demo":
         return Text(spec, [_demo(use)], "\n\n")
+    split = "train" if use == "calibration" else "validation" if spec == "c4" else "test"
     if spec == "wikitext2":
-        split = "train" if use == "calibration" else "test"
         lines = _load(spec, "text", "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
         return Text(spec, lines, "\n\n")
     if spec == "ptb":
-        split = "train" if use == "calibration" else "test"
-        sentences = _load(
-            spec,
-            "sentence",
-            "ptb-text-only/ptb_text_only",
-            revision="refs/convert/parquet",
-            data_files={split: f"penn_treebank/{split}/0000.parquet"},
-            split=split,
-        )
+        files = {split: f"penn_treebank/{split}/0000.parquet"}
+        where = {"data_files": files, "revision": "refs/convert/parquet"}
+        sentences = _load(spec, "sentence", "ptb-text-only/ptb_text_only", split=split, **where)
         return Text(spec, sentences, " ")
     if spec == "c4":
-        split = "train" if use == "calibration" else "validation"
         # One file of a thousand is wanted, and is not the size that the set's card promises.
-        documents = _load(
-            spec,
-            "text",
-            "allenai/c4",
-            data_files={split: _C4[split]},
-            split=split,
-            verification_mode="no_checks",
-        )
+        where = {"data_files": {split: _C4[split]}, "verification_mode": "no_checks"}
+        documents = _load(spec, "text", "allenai/c4", split=split, **where)
         return Text(spec, documents, "\n\n", by_document=True)
     if Path(spec).suffix == ".txt":
         return Text(spec, [_read(spec)], "\n\n")
@@ -150,26 +137,23 @@ def _read(path: str) -> str:
 
 
 def _records(path: str, content: str, chat: bool) -> list[Document]:
-    whole = path.endswith(".json") and content.lstrip().startswith("[")  # else it holds lines too
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends.
-    lines = [content] if whole else content.split("\n")
+    if path.endswith(".json") and content.lstrip().startswith("["):  # else it holds lines too
+        records = enumerate(_parsed(content, path), start=1)
+        return [document_in(each, f"{path}, record {number}", chat) for number, each in records]
     documents: list[Document] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            where = "" if whole else f", line {number}"
-            remedy = "write one JSON object per line"
-            raise DataError(f"{path}{where} is not JSON", remedy) from error
-        if whole:
-            return [
-                document_in(each, f"{path}, record {index}", chat)
-                for index, each in enumerate(record, start=1)
-            ]
-        documents.append(document_in(record, f"{path}, line {number}", chat))
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            documents.append(document_in(_parsed(line, where), where, chat))
     return documents
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON", "write one JSON object per line") from error
 
 
 def document_in(record: object, where: str, chat: bool) -> Document:

@@ -33,21 +33,20 @@ def capturable(model: Any) -> bool:
     windows, Falcon with rotary positions, MPT, GPT-Neo, and rotary tables that depend on the
     length (``dynamic``, ``longrope``) cannot. Runs two steps of the model on its own device.
     """
-    from transformers.cache_utils import StaticCache, StaticLayer
+    from transformers.cache_utils import StaticLayer
 
     if not getattr(model, "_can_compile_fullgraph", False) or model.config.is_encoder_decoder:
         return False
     try:
-        cache = StaticCache(config=model.config, max_cache_len=1)
+        decoder = GraphDecoder(model, longest=3)
     except (KeyError, AttributeError):  # a kind of layer without a static form
         return False
-    if not cache.layers or any(type(layer) is not StaticLayer for layer in cache.layers):
+    layers = decoder.cache.layers
+    if not layers or any(type(layer) is not StaticLayer for layer in layers):
         return False
-    decoder = GraphDecoder(model, longest=3)
     decoder.graphs = False
     decoder.prefill(decoder.token)
-    watch = _Reads()
-    with watch:
+    with _Reads() as watch:
         decoder.step(decoder.token)
     return not watch.seen
 

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.core.grid import BITS, Storage
+from optq.core.grid import BITS
 from optq.core.packing import pack, unpack
 from optq.core.weight import LayerScheme, QuantizedWeight, group_index
 from optq.errors import ModelError, SettingError
-from optq.formats.scheme import Detected, Format
+from optq.formats.scheme import SCALES, Detected, Format, Schemes, require_fit, require_groups
 from optq.model.checkpoint import TOGETHER
 
 PACKED = "pack-quantized"
@@ -47,11 +47,6 @@ class CompressedTensorsFormat(Format):
     suffixes: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
     optional: tuple[str, ...] = ("weight_zero_point", "weight_g_idx")
 
-    def storage(self, dtype: torch.dtype) -> Storage:
-        """Scales in the model's dtype, exact in float16 too: then other formats can hold them."""
-        both = (torch.bfloat16, torch.float16)
-        return Storage(both if dtype == torch.bfloat16 else (torch.float16,))
-
     def check(
         self, name: str, rows: int, columns: int, layer: LayerScheme, conv1d: bool = False
     ) -> None:
@@ -60,11 +55,7 @@ class CompressedTensorsFormat(Format):
                 f"{name} is a Conv1D, which readers of {self.name} do not know",
                 "write --format gptq",
             )
-        if layer.groupsize != -1 and columns % layer.groupsize:
-            raise SettingError(
-                f"groupsize {layer.groupsize} does not divide the {columns} columns of {name}",
-                "quantize the model with groups that divide them",
-            )
+        super().check(name, rows, columns, layer, conv1d)
         if layer.actorder:
             raise SettingError(
                 f"the groups of {name} would follow act-order: {self.name} has no tensor for that",
@@ -104,36 +95,27 @@ class CompressedTensorsFormat(Format):
                 raise ModelError(f"{name} has a {suffix}, which its config denies", TOGETHER)
         fitting = {
             "weight_packed": ((rows, _words(columns, layer.wbits)), (torch.int32,)),
-            "weight_scale": ((rows, groups), (torch.float16, torch.bfloat16, torch.float32)),
+            "weight_scale": ((rows, groups), SCALES),
             "weight_zero_point": ((_words(rows, layer.wbits), groups), (torch.int32,)),
             "weight_g_idx": ((columns,), (torch.int32, torch.int64)),
         }
-        for suffix in (suffix for suffix in fitting if suffix in tensors):
-            tensor, (shape, dtypes) = tensors[suffix], fitting[suffix]
-            if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-                kind = tensor.dtype if tensor.dtype in dtypes else dtypes[0]
-                raise ModelError(
-                    f"{name}.{suffix} is {tensor.dtype} {list(tensor.shape)} where {kind}"
-                    f" {list(shape)} fits {rows} rows, {columns} columns, {layer.wbits} bits and"
-                    f" groups of {groupsize}",
-                    TOGETHER,
-                )
+        what = f"{rows} rows, {columns} columns, {layer.wbits} bits and groups of {groupsize}"
+        require_fit(name, tensors, fitting, what)
         scales = tensors["weight_scale"].float()
         if layer.sym:
             zeros = torch.full_like(scales, 2 ** (layer.wbits - 1), dtype=torch.uint8)
         else:
             zeros = _unpack(tensors["weight_zero_point"].T, rows, layer.wbits).T.contiguous()
         in_order = group_index(columns, groupsize, scales.device)
-        g_idx = _group_of_column(name, tensors.get("weight_g_idx", in_order), groups, in_order)
+        g_idx = tensors.get("weight_g_idx", in_order)
+        if bool((g_idx == -1).any()):  # what the package left where no act-order was run
+            g_idx = in_order
+        require_groups(f"{name}.weight_g_idx", g_idx, groups)
         codes = _unpack(tensors["weight_packed"], columns, layer.wbits)
-        return QuantizedWeight(layer.wbits, codes, scales, zeros, g_idx)
+        return QuantizedWeight(layer.wbits, codes, scales, zeros, g_idx.to(torch.int32))
 
     def config(
-        self,
-        layers: dict[str, LayerScheme],
-        dense: list[str],
-        percdamp: float,
-        outside: Sequence[str] = (),
+        self, layers: Schemes, dense: list[str], percdamp: float, outside: Sequence[str] = ()
     ) -> dict[str, Any]:
         """The ``quantization_config``; the format has no field for ``percdamp``.
 
@@ -208,16 +190,6 @@ def _shape(name: str, tensor: Tensor) -> tuple[int, int]:
         raise ModelError(f"{name}.weight_shape is {tensor.tolist()}, no rows and columns", TOGETHER)
     rows, columns = tensor.tolist()
     return rows, columns
-
-
-def _group_of_column(name: str, g_idx: Tensor, groups: int, in_order: Tensor) -> Tensor:
-    if bool((g_idx == -1).any()):  # what the package left where no act-order was run
-        return in_order
-    if g_idx.min() < 0 or g_idx.max() >= groups:
-        raise ModelError(
-            f"{name}.weight_g_idx names groups outside 0 .. {groups - 1}", "copy the model again"
-        )
-    return g_idx.to(torch.int32)
 
 
 def _group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def export_gguf(
     :class:`SettingError` for codes that none of the three types holds, :class:`OutputError`
     where the target exists (without ``force``), is no place for a file, or does not read back.
     """
-    _check_target(target, force)
+    _check_target(target)
     detect(checkpoint)  # refuses what nobody can read
     kind = checkpoint.config().get("model_type")
     if kind not in FAMILIES:
@@ -275,16 +275,11 @@ def _write(writer: gguf.GGUFWriter, part: Path, target: Path, tensors: list[_Ten
         raise OutputError(f"{target} reads back changed", "check the disk, and run again")
 
 
-def _check_target(target: Path, force: bool) -> None:
-    """Refuse a target that must not be replaced, or would not be found."""
+def _check_target(target: Path) -> None:
+    """Refuse a target that is no file, or would not be found."""
     if target.is_dir():
         raise OutputError(f"{target} is a folder", f"give a file, such as {target / 'model.gguf'}")
     if target.suffix != ".gguf":
         raise OutputError(
             f"{target} does not end in .gguf", f"give a name such as {target.name}.gguf"
         )
-    if (target.exists() or target.is_symlink()) and not force:
-        raise OutputError(f"{target} exists", "choose another name, or pass --force")
-    for parent in target.absolute().parents:
-        if parent.exists() and not parent.is_dir():
-            raise OutputError(f"{target}: {parent} is not a folder", "choose another place")

@@ -17,6 +17,7 @@ normalization (NFC), and sets a space before text that begins with one (kind lla
 from __future__ import annotations
 
 import json
+from itertools import product
 from typing import Any
 
 import gguf
@@ -175,11 +176,11 @@ def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
     plain = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
-    around = {}
-    for begins in (False, True):
-        for ends in (False, True):
-            around[begins, ends] = [first] * begins + plain + [last] * ends
-    found = [which for which, ids in around.items() if ids == whole]
+    found = [
+        (begins, ends)
+        for begins, ends in product((False, True), repeat=2)
+        if [first] * begins + plain + [last] * ends == whole
+    ]
     if not found:
         raise _unknown("what the tokenizer sets around a text")
     if last is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -28,7 +28,7 @@ from optq.core.grid import BITS, Storage
 from optq.core.packing import pack, unpack
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, SettingError
-from optq.formats.scheme import Detected, Format
+from optq.formats.scheme import SCALES, Detected, Format, Schemes, require_fit, require_groups
 from optq.model.checkpoint import TOGETHER
 
 DOTTED = "{}.{}".format
@@ -44,21 +44,12 @@ class GPTQFormat(Format):
     settings_file: str | None = "quantize_config.json"
 
     def storage(self, dtype: torch.dtype) -> Storage:
-        """What survives in a file for a model of ``dtype``.
-
-        Readers turn the float16 scales into the model's dtype: for bfloat16 both must be exact.
-        """
-        both = (torch.bfloat16, torch.float16)
-        return Storage(both if dtype == torch.bfloat16 else (torch.float16,), self.zero_offset)
+        return replace(super().storage(dtype), min_zero=self.zero_offset)
 
     def check(
         self, name: str, rows: int, columns: int, layer: LayerScheme, conv1d: bool = False
     ) -> None:
-        if layer.groupsize != -1 and columns % layer.groupsize:
-            raise SettingError(
-                f"groupsize {layer.groupsize} does not divide the {columns} columns of {name}",
-                "quantize the model with groups that divide them",
-            )
+        super().check(name, rows, columns, layer, conv1d)
         for what, count in (("columns", columns), ("rows", rows)):
             if count * layer.wbits % 32:
                 raise SettingError(
@@ -84,39 +75,22 @@ class GPTQFormat(Format):
         return {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
 
     def decode(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
-        bits = layer.wbits
-        kinds: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
-            ("qweight", "qzeros", "g_idx"), (torch.int32,)
-        )
-        kinds["scales"] = (torch.float16, torch.bfloat16, torch.float32)
-        for suffix, dtypes in kinds.items():
-            tensor, axes = tensors[suffix], 1 if suffix == "g_idx" else 2
-            if tensor.dtype not in dtypes or tensor.ndim != axes:
-                raise ModelError(
-                    f"{name}.{suffix} is {tensor.dtype} {list(tensor.shape)} where {dtypes[0]} with"
-                    f" {axes} axes belongs",
-                    TOGETHER,
-                )
-        words, rows = tensors["qweight"].shape
+        bits, codes = layer.wbits, tensors["qweight"]
+        if codes.ndim != 2:
+            raise ModelError(
+                f"{name}.qweight is {list(codes.shape)} where int32 with 2 axes belongs", TOGETHER
+            )
+        words, rows = codes.shape
         columns = words * 32 // bits
         groups = 1 if layer.groupsize == -1 else -(-columns // layer.groupsize)
-        wanted = {
-            "scales": (groups, rows),
-            "qzeros": (groups, rows * bits // 32),
-            "g_idx": (columns,),
+        fitting = {
+            "qweight": ((words, rows), (torch.int32,)),
+            "qzeros": ((groups, rows * bits // 32), (torch.int32,)),
+            "scales": ((groups, rows), SCALES),
+            "g_idx": ((columns,), (torch.int32,)),
         }
-        for suffix, shape in wanted.items():
-            if tuple(tensors[suffix].shape) != shape:
-                raise ModelError(
-                    f"{name}.{suffix} is {list(tensors[suffix].shape)} where {list(shape)} fits"
-                    f" {bits} bits and groups of {layer.groupsize}",
-                    TOGETHER,
-                )
-        g_idx = tensors["g_idx"]
-        if g_idx.min() < 0 or g_idx.max() >= groups:
-            raise ModelError(
-                f"{name}.g_idx names groups outside 0 .. {groups - 1}", "copy the model again"
-            )
+        require_fit(name, tensors, fitting, f"{bits} bits and groups of {layer.groupsize}")
+        require_groups(f"{name}.g_idx", tensors["g_idx"], groups)
         return self._decode(tensors, bits)
 
     def _decode(self, tensors: dict[str, Tensor], bits: int) -> QuantizedWeight:
@@ -130,11 +104,7 @@ class GPTQFormat(Format):
         )
 
     def config(
-        self,
-        layers: dict[str, LayerScheme],
-        dense: list[str],
-        percdamp: float,
-        outside: Sequence[str] = (),
+        self, layers: Schemes, dense: list[str], percdamp: float, outside: Sequence[str] = ()
     ) -> dict[str, Any]:
         """The ``quantization_config``: the commonest scheme, and a rule for each exception.
 

@@ -52,8 +52,7 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
             names[name] = None
     if not names:
         raise ModelError(
-            f"config.json says {form.name}, and no layer of {checkpoint.folder} is packed",
-            TOGETHER,
+            f"config.json says {form.name}, and no layer of {checkpoint.folder} is packed", TOGETHER
         )
     for name in names:
         for suffix in form.suffixes:
@@ -81,10 +80,7 @@ def read_layer(
     scheme = scheme or _scheme(checkpoint)
     layer = scheme.layer(name)
     if layer is None:
-        raise ModelError(
-            f"{name} is packed, and config.json says that it is not",
-            TOGETHER,
-        )
+        raise ModelError(f"{name} is packed, and config.json says that it is not", TOGETHER)
     wanted = _parts(checkpoint, name, scheme.form)
     tensors = {key.rpartition(".")[2]: value for key, value in checkpoint.tensors(wanted)}
     weight = scheme.form.decode(name, tensors, layer)

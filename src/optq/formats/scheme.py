@@ -12,8 +12,12 @@ from torch import Tensor
 
 from optq.core.grid import Storage
 from optq.core.weight import LayerScheme, QuantizedWeight
+from optq.errors import ModelError, SettingError
+from optq.model.checkpoint import TOGETHER
 
 Solved = Mapping[str, tuple[QuantizedWeight, LayerScheme]]  # layers of a block, by name on disk
+Schemes = Mapping[str, LayerScheme]  # of quantized layers, by name on disk
+SCALES = (torch.float16, torch.bfloat16, torch.float32)  # dtypes that are read
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,24 @@ class Format(ABC):
         """All suffixes that a layer may have."""
         return self.suffixes + self.optional
 
-    @abstractmethod
     def storage(self, dtype: torch.dtype) -> Storage:
-        """What survives in a file for a model of ``dtype``."""
+        """What survives in a file for a model of ``dtype``.
 
-    @abstractmethod
+        For bfloat16, scales that are exact in both dtypes: every format can hold those, and readers
+        may turn float16 scales into the model's dtype.
+        """
+        both = (torch.bfloat16, torch.float16)
+        return Storage(both if dtype == torch.bfloat16 else (torch.float16,))
+
     def check(
         self, name: str, rows: int, columns: int, layer: LayerScheme, conv1d: bool = False
     ) -> None:
         """Refuse a layer that this format, or its readers, cannot hold. Raises ``SettingError``."""
+        if layer.groupsize != -1 and columns % layer.groupsize:
+            raise SettingError(
+                f"groupsize {layer.groupsize} does not divide the {columns} columns of {name}",
+                "quantize the model with groups that divide them",
+            )
 
     @abstractmethod
     def encode(self, layer: QuantizedWeight, dtype: torch.dtype, sym: bool) -> dict[str, Tensor]:
@@ -66,11 +79,7 @@ class Format(ABC):
 
     @abstractmethod
     def config(
-        self,
-        layers: dict[str, LayerScheme],
-        dense: list[str],
-        percdamp: float,
-        outside: Sequence[str] = (),
+        self, layers: Schemes, dense: list[str], percdamp: float, outside: Sequence[str] = ()
     ) -> dict[str, Any]:
         """The ``quantization_config``, with names as on disk.
 
@@ -84,3 +93,30 @@ class Format(ABC):
 
         Raises ``ModelError`` where it is this one's and cannot be read.
         """
+
+
+def require_fit(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    fitting: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
+    what: str,
+) -> None:
+    """Raises ``ModelError`` for a tensor of layer ``name`` of another shape or none of the dtypes.
+
+    Tensors that are not there are not missed; ``what`` is what shapes must fit.
+    """
+    for suffix, (shape, dtypes) in fitting.items():
+        tensor = tensors.get(suffix)
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype not in dtypes):
+            wanted = tensor.dtype if tensor.dtype in dtypes else dtypes[0]
+            raise ModelError(
+                f"{name}.{suffix} is {tensor.dtype} {list(tensor.shape)} where {wanted}"
+                f" {list(shape)} fits {what}",
+                TOGETHER,
+            )
+
+
+def require_groups(name: str, g_idx: Tensor, groups: int) -> None:
+    """Raises ``ModelError`` where the tensor ``name`` puts a column into a group that is not."""
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise ModelError(f"{name} names groups outside 0 .. {groups - 1}", "copy the model again")

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from optq.errors import OptqError, OutputError
@@ -30,41 +29,30 @@ class Whole:
     def __init__(self, target: Path, force: bool, notice: Callable[[str], None]) -> None:
         self.target, self.force, self.notice = target, force, notice
         with writing(target):
+            for parent in target.absolute().parents:
+                if parent.exists() and not parent.is_dir():
+                    raise OutputError(
+                        f"{target}: {parent} is not a folder", "choose another folder"
+                    )
             self._seen = _contents(target) if force else None  # what may be replaced
 
     def __enter__(self) -> Whole:
         self._room = self.target.with_name(f".{self.target.name}.partial")
         self.part, self._old, self._lock = (self._room / n for n in ("whole", "old", "lock"))
-        parents = [self.target.parent, *self.target.parent.parents]
-        self._made = [parent for parent in parents if not parent.exists()]
-        self._handle: int | None = None
-        self._ours = False
-        try:
-            with writing(self.target):
-                self.target.parent.mkdir(parents=True, exist_ok=True)
-                while not self._ours:
-                    self._claim()
-                self._find_leftovers()
-                if self._seen is None and os.path.lexists(self.target):
-                    raise OutputError(
-                        f"{self.target} exists", "choose another name, or pass --force"
-                    )
-        except BaseException:
-            self.__exit__()
-            raise
+        with ExitStack() as undo, writing(self.target):
+            for parent in [each for each in reversed(self.target.parents) if not each.exists()]:
+                parent.mkdir(exist_ok=True)
+                undo.callback(_remove_empty, parent)
+            while not self._claim(undo):
+                pass
+            self._find_leftovers()
+            if self._seen is None and os.path.lexists(self.target):
+                raise OutputError(f"{self.target} exists", "choose another name, or pass --force")
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._ours and os.path.lexists(self._old):  # which could not go back to its place
-            self.notice(f"what {self.target} was before is now {self._old}")
-        elif self._ours:
-            with suppress(OSError):  # a disk that has failed is told of by what failed on it
-                _remove(self.part)
-                self._lock.unlink()  # last: who takes the folder next finds it empty
-        self._let_go()
-        with suppress(OSError):  # what is not empty stays
-            for folder in [self._room, *self._made] if self._ours else self._made:
-                folder.rmdir()
+        self._undo.close()
 
     def appear(self) -> None:
         """Give the part its name, in the place of what was there at the start."""
@@ -83,34 +71,37 @@ class Whole:
                 raise
             _remove(self._old)
 
-    def _claim(self) -> None:
-        """Try to make the hidden folder this process' own."""
+    def _claim(self, undo: ExitStack) -> bool:
+        """Make the hidden folder this process' own, until ``undo``; False: try once more."""
+        fresh = True
         try:
             self._room.mkdir()
-            fresh = True
         except FileExistsError:
             fresh = False
-        with suppress(FileNotFoundError):  # its owner has just removed it: once more
+        with suppress(FileNotFoundError), ExitStack() as stack:  # its owner has just removed it
+            stack.callback(_remove_empty, self._room)
             self._left = self._lock.exists()
-            self._handle = self._locked(fresh)
-            self._ours = self._handle is None or os.path.samestat(
-                os.fstat(self._handle), self._lock.stat()
-            )
-        if not self._ours:
-            self._let_go()
+            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+            if self._locked(handle, fresh):
+                stack.callback(os.close, handle)
+                if not os.path.samestat(os.fstat(handle), self._lock.stat()):
+                    return False
+            stack.callback(self._clear)
+            undo.push(stack.pop_all())
+            return True
+        return False
 
-    def _locked(self, fresh: bool) -> int | None:
-        """A handle of the lock, held until it is closed or the process dies.
+    def _locked(self, handle: int, fresh: bool) -> bool:
+        """Lock the file until it is closed or the process dies.
 
-        None where there are no such locks, on Windows and on file systems of some clusters: the
+        False where there are no such locks, on Windows and on file systems of some clusters: the
         folder is then of the process that made it.
         """
-        handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
+            return True
         except (ImportError, OSError) as error:
             os.close(handle)
             if isinstance(error, BlockingIOError) or not fresh:
@@ -118,12 +109,15 @@ class Whole:
                     f"another run is writing {self.target}",
                     f"choose another name, or wait; if none is running, delete {self._room}",
                 ) from error
-            return None
+            return False
 
-    def _let_go(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+    def _clear(self) -> None:
+        if os.path.lexists(self._old):  # which could not go back to its place
+            self.notice(f"what {self.target} was before is now {self._old}")
+            return
+        with suppress(OSError):  # a disk that has failed is told of by what failed on it
+            _remove(self.part)
+            self._lock.unlink()  # last: who takes the folder next finds it empty
 
     def _find_leftovers(self) -> None:
         """Remove what a run that died has left; what it was about to replace goes back."""
@@ -135,11 +129,6 @@ class Whole:
             _remove(self.part)
             _remove(self._old)
             self.notice(f"removed {self._room}, which a run that was cut off has left")
-        # What earlier versions left: they took no lock, so it may be of a run that lives.
-        earlier = re.compile(rf"\.{re.escape(self.target.name)}\.partial-\w{{8}}(-old)?")
-        for path in sorted(self.target.parent.iterdir()):
-            if earlier.fullmatch(path.name):
-                self.notice(f"{path} seems left by a run that was cut off: delete it")
 
 
 def _name(part: Path, target: Path) -> None:
@@ -190,6 +179,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # what is not empty stays
+        folder.rmdir()
+
+
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
     """Turn what the system says while writing into an error with a remedy."""
@@ -200,12 +194,10 @@ def writing(target: Path) -> Iterator[None]:
     except OptqError:
         raise
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OutputError(
-                f"the disk of {target} is full", "make room, and run again"
-            ) from error
         # Without the hidden folder's name, which says nothing to anyone.
         reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"{target} cannot be written: {reason}", "choose a folder that you may write to"
-        ) from error
+        cause = f"{target} cannot be written: {reason}"
+        remedy = "choose a folder that you may write to"
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            cause, remedy = f"the disk of {target} is full", "make room, and run again"
+        raise OutputError(cause, remedy) from error

@@ -124,11 +124,7 @@ class Writer(Kept):
 
         path = self.folder / f"shard-{len(self._shards)}.safetensors"
         with writing(self.target):
-            save_file(
-                _unshared(self._pending),
-                path,
-                metadata={"format": "pt"},
-            )
+            save_file(_unshared(self._pending), path, metadata={"format": "pt"})
             path.chmod(0o644)  # safetensors makes it the owner's alone
         self._compare(path)
         self._total += size
@@ -207,7 +203,4 @@ def place_of(
             raise OutputError(f"{target} exists", f"{elsewhere}, or pass --force")
         if target.is_dir() and not os.access(target, os.W_OK):  # it could not be moved at the end
             raise OutputError(f"{target} is read-only", f"make it writable, or {elsewhere}")
-        for parent in target.absolute().parents:
-            if parent.exists() and not parent.is_dir():
-                raise OutputError(f"{target}: {parent} is not a folder", elsewhere)
     return Whole(target, force, notice)

@@ -15,8 +15,10 @@ import torch
 from optq.core.grid import BITS
 from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError
-from optq.kernels import cpu_int4, cpu_int8, reference, triton_product
+from optq.kernels import cpu_int4, cpu_int8, triton_product
 from optq.kernels.product import Product
+from optq.kernels.reference import ReferenceProduct
+from optq.kernels.triton_product import TritonProduct
 
 
 @dataclass(frozen=True)
@@ -44,40 +46,16 @@ class Kernel:
         )
 
 
+ROUNDED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 6e-3}  # all, to bfloat16
+TENSOR_CORES = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+DENSE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6}
+
 # The first that serves is taken.
 KERNELS = (
-    Kernel(
-        "cpu_int8",
-        ("cpu",),
-        (8,),
-        {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 6e-3},
-        cpu_int8.takes,
-        cpu_int8.Int8Product,
-    ),
-    Kernel(
-        "cpu_int4",
-        ("cpu",),
-        BITS,
-        {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 6e-3},
-        cpu_int4.takes,
-        cpu_int4.Int4Product,
-    ),
-    Kernel(
-        "triton",
-        ("cuda",),
-        BITS,
-        {torch.bfloat16: 4e-3, torch.float16: 5e-4},
-        triton_product.takes,
-        triton_product.TritonProduct,
-    ),
-    Kernel(
-        "reference",
-        ("cpu", "cuda"),
-        BITS,
-        {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6},
-        lambda weight: True,
-        reference.ReferenceProduct,
-    ),
+    Kernel("cpu_int8", ("cpu",), (8,), ROUNDED, cpu_int8.takes, cpu_int8.Int8Product),
+    Kernel("cpu_int4", ("cpu",), BITS, ROUNDED, cpu_int4.takes, cpu_int4.Int4Product),
+    Kernel("triton", ("cuda",), BITS, TENSOR_CORES, triton_product.takes, TritonProduct),
+    Kernel("reference", ("cpu", "cuda"), BITS, DENSE, lambda weight: True, ReferenceProduct),
 )
 
 

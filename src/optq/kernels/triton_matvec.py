@@ -19,14 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optq.kernels.triton_codes import (
-    field_words,
-    group_of,
-    lifted_code,
-    low_words,
-    offset,
-    rounded,
-)
+from optq.kernels.triton_codes import field_words, group_of, lifted_code, low_words, offset, rounded
 
 if triton.knobs.runtime.interpret:  # nothing to time
     CONFIGS = [triton.Config({"ROWS": 32, "PERIODS": 2})]

@@ -97,6 +97,7 @@ class Flow:
                     self.weights.hold_originals(site.layers)
                 for part, sums in self._gather(site, here):
                     self.solve(part, sums)
+                    del sums  # the next ones may need the memory
                 for layer in site.layers:
                     layer.solved = True
             self._advance(here)

@@ -29,16 +29,6 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.product: Product | None = None
 
-    @classmethod
-    def of(
-        cls, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
-    ) -> QuantizedLinear:
-        """A layer for activations of ``dtype``, on the weight's device."""
-        layer = cls(weight.cols, weight.rows, bias=False)
-        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        layer.fill(weight, dtype)
-        return layer
-
     def fill(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         """Hand the weight to the kernel that serves it best."""
         kernel = pick(weight, dtype)

@@ -34,13 +34,11 @@ def bars(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
     ``rows`` as :class:`optq.compare.Row` holds them; the first is the full-precision model.
     """
-    full, rest = rows[0], rows[1:]
     panels: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
-    for row in rest:
+    for row in rows[1:]:
         panels.setdefault((row["wbits"], row["groupsize"]), []).append(row)
-    parts, y = [], 24
-    heading = f"{title}: rise over full precision ({full['perplexity']:.2f})"
-    parts.append(_text(0, y, heading, weight="bold"))
+    heading, y = f"{title}: rise over full precision ({rows[0]['perplexity']:.2f})", 24
+    parts = [_text(0, y, heading, weight="bold")]
     for (wbits, groupsize), members in panels.items():
         y += 30
         groups = "one scale to a row" if groupsize == -1 else f"groups of {groupsize}"
