@@ -34,6 +34,12 @@ def is_bank(module: nn.Module) -> bool:
     return all(hasattr(module, flag) for flag in FLAGS)
 
 
+def own_forward(module: Any) -> Callable[..., Tensor]:
+    """The eager code of a class of experts, without transformers' dispatch."""
+    forward: Callable[..., Tensor] = type(module).forward.__wrapped__
+    return forward
+
+
 class Bank:
     """The experts of one module called ``name``; ``inner`` and ``down`` are their layers."""
 
@@ -117,7 +123,7 @@ class Bank:
         cause = f"the experts {self.name} compute more than their layout says"
         remedy = "report this model: its experts cannot be quantized yet"
         with torch.no_grad(), torch.device("cpu"), library(ModelError, cause, remedy):
-            expected = type(self.module).forward.__wrapped__(small, x, index, weights)
+            expected = own_forward(self.module)(small, x, index, weights)
             routed = self.routed(index)
             read = {e: probe.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
             for self.summed in ("x", "float32", "weights"):
@@ -127,16 +133,13 @@ class Bank:
         raise ModelError(cause, remedy)
 
     def _product(self, attribute: str, expert: int, x: Tensor) -> Tensor:
-        bias = self._bias(attribute, expert)
+        bias = getattr(self.module, f"{attribute}_bias")[expert] if self.module.has_bias else None
         if isinstance(self.module, QuantizedExperts):
             return self.module.product(attribute, expert, x, bias)
         weight = getattr(self.module, attribute)[expert]
         if not self.module.is_transposed:
             return linear(x, weight, bias)
         return x @ weight if bias is None else x @ weight + bias
-
-    def _bias(self, attribute: str, expert: int) -> Tensor | None:
-        return getattr(self.module, f"{attribute}_bias")[expert] if self.module.has_bias else None
 
 
 class QuantizedExperts(nn.Module):
@@ -195,7 +198,7 @@ def called_through(
     def ours(module: nn.Module, x: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         bank = bank_of.get(id(module))
         if bank is None:  # left dense
-            return type(module).forward.__wrapped__(module, x, *routing, **named)
+            return own_forward(module)(module, x, *routing, **named)
         return function(bank, x, *routing, *named.values())
 
     configs = {id(bank.module.config): bank.module.config for bank in banks}.values()
