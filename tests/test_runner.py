@@ -614,6 +614,17 @@ def test_an_existing_output(folder_of, tmp_path):
         quantize(folder_of("llama"), output=folder_of("llama"), force=True)
 
 
+def test_an_empty_folder_that_a_killed_run_has_left(folder_of, tmp_path):
+    """It took the name, and died before the checkpoint could be moved there."""
+    out, notices = tmp_path / "out", []
+    (tmp_path / ".out.partial" / "whole").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "lock").touch()
+    out.mkdir()
+    result = quantize(folder_of("llama"), output=out, notice=notices.append)
+    assert decoder.decode(out).keys() == {r.name for r in result.layers} and len(notices) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("theirs", ["empty", "full"])
 def test_an_output_that_somebody_makes_meanwhile(folder_of, tmp_path, theirs):
     """It stands, and the run that lost says so."""
@@ -669,15 +680,15 @@ def test_blocks_are_handed_on_in_order(folder_of):
     seen = []
 
     class Watched(optq.runner.Kept):
-        def commit(self, block, layers, records):
-            seen.append((block, [*layers], [record.name for record in records]))
-            super().commit(block, layers, records)
+        def commit(self, layers, records):
+            seen.append(([*layers], [record.name for record in records]))
+            super().commit(layers, records)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optq.runner, "Kept", Watched)
         result = quantize(folder_of("llama"), skip=r"layers\.1\.")
-    assert [block for block, _, _ in seen] == [0, 1, 2]
-    for block, on_disk, names in seen:
+    assert len(seen) == 3
+    for block, (on_disk, names) in enumerate(seen):
         inside = [r.name for r in result.layers if r.name.startswith(f"model.layers.{block}.")]
         assert on_disk == names == inside and len(inside) == (0 if block == 1 else 7)
 
