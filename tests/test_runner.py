@@ -828,3 +828,52 @@ def test_a_few_of_them_are_counted_and_no_more(silent, tmp_path):
     said = []
     result = quantize(silent, notice=said.append)
     assert sum(layer.dead_columns for layer in result.layers) == 12 and said == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_config", "folder"),
+        ("quantizer", "gptq"),
+        ("quantizer", GPTQ),
+        ("qep", "yes"),
+        ("qep", 1),
+        ("qep", QEP),
+        ("calib", 5),
+        ("output", 5),
+        ("nsamples", "4"),
+        ("nsamples", 4.0),
+        ("nsamples", True),
+        ("seqlen", 16.0),
+        ("seed", None),
+        ("seed", "0"),
+        ("format", ["gptq"]),
+        ("skip", 5),
+        ("chat", "yes"),
+        ("force", 1),
+        ("progress", None),
+        ("reading", 5),
+    ],
+)
+def test_options_of_another_type_are_refused_before_any_work(monkeypatch, name, value):
+    monkeypatch.setattr(Checkpoint, "open", lambda *_: pytest.fail("work began"))
+    options = {"model_config": ModelConfig("folder", "cpu"), "quantizer": FOUR_BITS, name: value}
+    with pytest.raises(SettingError) as refused:
+        Runner(**options).run()
+    assert refused.value.cause.startswith(f"{name} is ") and len(str(refused.value)) < 150
+    assert refused.value.remedy.startswith("pass ")
+
+
+def test_the_remedy_for_a_type_names_the_types(folder_of):
+    with pytest.raises(SettingError, match=r"^seqlen is 16.0\npass what is int \| None$"):
+        quantize(folder_of("llama"), seqlen=16.0)
+    with pytest.raises(SettingError, match=r"^quantizer is 'gptq'\npass GPTQ\(wbits=4\), say$"):
+        quantize(folder_of("llama"), "gptq")
+
+
+def test_a_name_and_a_device_that_cannot_be(folder_of, monkeypatch):
+    monkeypatch.setattr(optq.runner, "load_model", lambda *_: pytest.fail("work began"))
+    with pytest.raises(OutputError, match=r"no folder can be called 'a\\x00b'\nchoose another"):
+        quantize(folder_of("llama"), output="a\0b")
+    with pytest.raises(SettingError, match="the device None is not here\nchoose cpu, or auto"):
+        ModelConfig("folder", None).torch_device()

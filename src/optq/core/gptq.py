@@ -113,7 +113,9 @@ class GPTQ(Solver):
         return cls(wbits, groupsize, sym, **(paper | {"actorder": actorder} | options))
 
     def __post_init__(self) -> None:
-        best = BEST.get(self.wbits, PLAIN)  # other widths are refused by the grid
+        best = BEST.get(
+            self.wbits if is_int(self.wbits) else 0, PLAIN
+        )  # other widths are refused by the grid
         for name in OPTIONS:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(best, name))
