@@ -259,7 +259,8 @@ class Runner:
 
     def _calib(self) -> str | Text | Tensor:
         if isinstance(self.calib, str | Path | None):
-            return str(self.calib or ("demo" if self.model_config.is_demo else "c4"))
+            default = "demo" if self.model_config.is_demo else "c4"
+            return default if self.calib is None else str(self.calib)
         return given(self.calib, self.chat)
 
     def _tell_of_columns_without_tokens(self, layers: list[LayerRecord]) -> None:

@@ -278,8 +278,3 @@ def _ends(group: Tensor) -> tuple[Tensor, Tensor]:
 def is_int(value: object) -> bool:
     """Whether an option is a whole number: not a float, not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether an option is a number: not a bool."""
-    return isinstance(value, float) or is_int(value)

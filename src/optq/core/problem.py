@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optq.core.clock import elapsed
-from optq.core.grid import is_number
 from optq.core.order import ActOrder, sweep_order
 from optq.core.precision import exact_products
 from optq.errors import NumericsError, SettingError
@@ -127,7 +126,8 @@ class Factor:
 
 def check_percdamp(percdamp: float) -> None:
     """Refuse a damping that is no fraction."""
-    if not is_number(percdamp) or not 0 <= percdamp <= 1:
+    number = isinstance(percdamp, int | float) and not isinstance(percdamp, bool)
+    if not number or not 0 <= percdamp <= 1:
         raise SettingError(
             f"percdamp is {percdamp!r}", "choose a fraction from 0 to 1, such as 0.01"
         )
