@@ -390,7 +390,8 @@ def test_a_chat_template_that_fails(refused, model, tmp_path):
     assert "talk.jsonl: the chat template refuses record 1: " in cause
 
 
-def test_a_text_in_the_place_of_its_name(optq_says, refused, folder_of):
+def test_a_text_in_the_place_of_its_name(optq_says, refused, folder_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where compare keeps its rows
     assert len(refused(folder_of("llama"), "--calib", TEXT)[0]) < 100
     for command in ("compare", "eval"):
         words = ["--text", TEXT, *(["--groupsize", "32"] if command == "compare" else [])]
@@ -651,8 +652,9 @@ def test_a_broken_model_in_other_commands(optq_says, model, tmp_path, command, b
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "inspect", "bench", "compare"])
-def test_codes_in_other_commands(optq_says, model, command):
+def test_codes_in_other_commands(optq_says, model, command, tmp_path, monkeypatch):
     """Read as numbers they would be thousands of times off, with exit status 0."""
+    monkeypatch.chdir(tmp_path)
     expected = codes_without_settings(model)
     text = ["--text", "demo", "--calib", "demo"]
     words = {"eval": text[:2], "generate": ["the"], "compare": text}

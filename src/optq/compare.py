@@ -90,7 +90,7 @@ class Comparison:
         blocks = find_blocks(model, self.skip)
         layers = [layer for block in blocks for layer in block.layers]
         for quantizer in quantizers.values():
-            check_layers(FORMATS["gptq"], blocks, quantizer.scheme())
+            check_layers(FORMATS["gptq"], blocks, quantizer.scheme(), ())
         tokens = None
         if not kept.rows.keys() >= {*keys.values()}:  # one calibration for all
             tokens = calibration_tokens(self.calib, tokenizer, self.nsamples, seqlen, self.seed)

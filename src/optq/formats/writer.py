@@ -183,6 +183,8 @@ def place_of(
     Raises :class:`OutputError` for a target that must not be, or cannot be, replaced.
     """
     elsewhere = "choose another folder"
+    if "\0" in str(target):
+        raise OutputError(f"no folder can be called {str(target)!r}", elsewhere)
     with writing(target):
         model, here, place = source.folder.resolve(), Path.cwd(), target.resolve()
         if place in (model, *model.parents):
