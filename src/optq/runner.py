@@ -153,7 +153,7 @@ class Runner:
 
     model_config: ModelConfig
     quantizer: Solver
-    qep: bool | QEP = False
+    qep: bool | QEP | None = False
     calib: str | Path | Tensor | Iterable[Any] | None = None
     output: str | Path | None = None
     nsamples: int = 128
