@@ -77,11 +77,11 @@ def test_files_are_utf_8_whatever_the_locale_says(tmp_path):
     row |= {"bytes": 1, "perplexity": 1.0}
     rows.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     program = (
-        "import sys, locale; from pathlib import Path; from optq.compare import Kept\n"
+        "import sys, locale; from pathlib import Path; from optq.compare import Rows\n"
         "from optq.model.checkpoint import Checkpoint\n"
         "assert locale.getpreferredencoding(False) != 'UTF-8'\n"
         "said = Checkpoint(Path(sys.argv[1]), {}, {}).config()['of']\n"
-        "print(ascii([said, *Kept(Path(sys.argv[1], 'rows.jsonl')).rows]))"
+        "print(ascii([said, *Rows(Path(sys.argv[1], 'rows.jsonl')).rows]))"
     )
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = [sys.executable, "-c", program, str(tmp_path)]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from optq import GPTQ, OBQ, QEP, RTN, ModelConfig, Runner
 from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
 from optq.evaluate.perplexity import perplexity
-from optq.formats import reader, writer
+from optq.formats import detect, reader, writer
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear, make_dense
 from optq.model.source import disk_names, load_model
@@ -614,6 +615,17 @@ def test_an_existing_output(folder_of, tmp_path):
         quantize(folder_of("llama"), output=folder_of("llama"), force=True)
 
 
+def test_an_empty_folder_that_a_killed_run_has_left(folder_of, tmp_path):
+    """It took the name, and died before the checkpoint could be moved there."""
+    out, notices = tmp_path / "out", []
+    (tmp_path / ".out.partial" / "whole").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "lock").touch()
+    out.mkdir()
+    result = quantize(folder_of("llama"), output=out, notice=notices.append)
+    assert decoder.decode(out).keys() == {r.name for r in result.layers} and len(notices) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("theirs", ["empty", "full"])
 def test_an_output_that_somebody_makes_meanwhile(folder_of, tmp_path, theirs):
     """It stands, and the run that lost says so."""
@@ -669,15 +681,15 @@ def test_blocks_are_handed_on_in_order(folder_of):
     seen = []
 
     class Watched(optq.runner.Kept):
-        def commit(self, block, layers, records):
-            seen.append((block, [*layers], [record.name for record in records]))
-            super().commit(block, layers, records)
+        def commit(self, layers, records):
+            seen.append(([*layers], [record.name for record in records]))
+            super().commit(layers, records)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optq.runner, "Kept", Watched)
         result = quantize(folder_of("llama"), skip=r"layers\.1\.")
-    assert [block for block, _, _ in seen] == [0, 1, 2]
-    for block, on_disk, names in seen:
+    assert len(seen) == 3
+    for block, (on_disk, names) in enumerate(seen):
         inside = [r.name for r in result.layers if r.name.startswith(f"model.layers.{block}.")]
         assert on_disk == names == inside and len(inside) == (0 if block == 1 else 7)
 
@@ -828,3 +840,84 @@ def test_a_few_of_them_are_counted_and_no_more(silent, tmp_path):
     said = []
     result = quantize(silent, notice=said.append)
     assert sum(layer.dead_columns for layer in result.layers) == 12 and said == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_config", "folder"),
+        ("quantizer", "gptq"),
+        ("quantizer", GPTQ),
+        ("qep", "yes"),
+        ("qep", 1),
+        ("qep", QEP),
+        ("calib", 5),
+        ("output", 5),
+        ("nsamples", "4"),
+        ("nsamples", 4.0),
+        ("nsamples", True),
+        ("seqlen", 16.0),
+        ("seed", None),
+        ("seed", "0"),
+        ("format", ["gptq"]),
+        ("skip", 5),
+        ("chat", "yes"),
+        ("force", 1),
+        ("progress", None),
+        ("reading", 5),
+    ],
+)
+def test_options_of_another_type_are_refused_before_any_work(monkeypatch, name, value):
+    monkeypatch.setattr(Checkpoint, "open", lambda *_: pytest.fail("work began"))
+    options = {"model_config": ModelConfig("folder", "cpu"), "quantizer": FOUR_BITS, name: value}
+    with pytest.raises(SettingError) as refused:
+        Runner(**options).run()
+    assert refused.value.cause.startswith(f"{name} is ") and len(str(refused.value)) < 150
+    assert refused.value.remedy.startswith("pass ")
+
+
+def test_the_remedy_for_a_type_names_the_types(folder_of):
+    with pytest.raises(SettingError, match=r"^seqlen is 16.0\npass what is int \| None$"):
+        quantize(folder_of("llama"), seqlen=16.0)
+    with pytest.raises(SettingError, match=r"^quantizer is 'gptq'\npass GPTQ\(wbits=4\), say$"):
+        quantize(folder_of("llama"), "gptq")
+
+
+def test_a_name_and_a_device_that_cannot_be(folder_of, monkeypatch):
+    monkeypatch.setattr(optq.runner, "load_model", lambda *_: pytest.fail("work began"))
+    with pytest.raises(OutputError, match=r"no folder can be called 'a\\x00b'\nchoose another"):
+        quantize(folder_of("llama"), output="a\0b")
+    with pytest.raises(SettingError, match="the device None is not here\nchoose cpu, or auto"):
+        ModelConfig("folder", None).torch_device()
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_a_float64_model_is_written(folder_of, tmp_path, form):
+    """Scales in float32, the widest that readers take, hold those of the file exactly."""
+    model = LlamaForCausalLM.from_pretrained(folder_of("llama"), dtype=torch.float64)
+    model.save_pretrained(tmp_path / "plain")
+    result = quantize(tmp_path / "plain", output=tmp_path / "out", format=form)
+    tensors = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        tensors |= load_file(path)
+    detected = detect(Checkpoint.open(str(tmp_path / "out")))
+    ours = weights(quantize(tmp_path / "plain", format=form).model)
+    assert result.layers
+    for name in (record.name for record in result.layers):
+        parts = detected.form.parts
+        found = {part: tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in tensors}
+        decoded = detected.form.decode(name, found, detected.layer(name)).weight
+        assert torch.equal(decoded.double(), ours[f"{name}.weight"]), name
+
+
+def test_an_empty_text_is_no_default(folder_of):
+    with pytest.raises(DataError, match="there is no text called ''"):
+        quantize(folder_of("llama"), calib="")
+
+
+def test_an_empty_quantization_config_says_nothing(folder_of, tmp_path):
+    shutil.copytree(folder_of("llama"), tmp_path / "plain")
+    path = tmp_path / "plain" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {}}))
+    found = quantize(tmp_path / "plain", output=tmp_path / "out")
+    assert found.layers and detect(Checkpoint.open(str(tmp_path / "out"))).form.name == "gptq"

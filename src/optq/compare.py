@@ -79,7 +79,7 @@ class Comparison:
         settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in self.methods]
         quantizers = {setting: self._quantizer(*setting) for setting in settings}
         common = self._key(self.config.plain_checkpoint().folder)
-        kept = Kept(results)
+        kept = Rows(results)
         keys = {
             s: f"{common} {s} {q!r} {self._propagates(s) and QEP()!r}"
             for s, q in quantizers.items()
@@ -90,7 +90,7 @@ class Comparison:
         blocks = find_blocks(model, self.skip)
         layers = [layer for block in blocks for layer in block.layers]
         for quantizer in quantizers.values():
-            check_layers(FORMATS["gptq"], blocks, quantizer.scheme())
+            check_layers(FORMATS["gptq"], blocks, quantizer.scheme(), ())
         tokens = None
         if not kept.rows.keys() >= {*keys.values()}:  # one calibration for all
             tokens = calibration_tokens(self.calib, tokenizer, self.nsamples, seqlen, self.seed)
@@ -146,7 +146,7 @@ class Comparison:
         return hashlib.sha256(repr((sorted(files), numbers, where)).encode()).hexdigest()[:16]
 
 
-class Kept:
+class Rows:
     """The rows in a file of JSON lines, by all that they depend on."""
 
     def __init__(self, path: Path | None) -> None:

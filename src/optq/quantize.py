@@ -46,7 +46,7 @@ class Progress:
 class Sink(Protocol):
     """What takes the layers of each block as soon as all are solved."""
 
-    def commit(self, block: int, layers: Solved, records: Sequence[LayerRecord]) -> None: ...
+    def commit(self, layers: Solved, records: Sequence[LayerRecord]) -> None: ...
 
 
 class Quantization:
@@ -117,7 +117,7 @@ class Quantization:
     def done(self, block: Block) -> None:
         """A block that no batch needs any more is handed on."""
         start = time.perf_counter()
-        self.sink.commit(block.index, self.solved, self.records)
+        self.sink.commit(self.solved, self.records)
         self.solved, self.records = {}, []
         self.seconds["write"] += time.perf_counter() - start
 

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from optq import __version__
+from optq.boundary import short
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
@@ -91,7 +93,7 @@ class ModelConfig:
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise SettingError(
                 f"the device {self.device} is not here", "choose cpu, or auto"
             ) from error
@@ -151,7 +153,7 @@ class Runner:
 
     model_config: ModelConfig
     quantizer: Solver
-    qep: bool | QEP = False
+    qep: bool | QEP | None = False
     calib: str | Path | Tensor | Iterable[Any] | None = None
     output: str | Path | None = None
     nsamples: int = 128
@@ -168,6 +170,7 @@ class Runner:
     def run(self) -> Result:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
         started = time.perf_counter()
+        self._check_types()
         if self.format not in FORMATS:
             raise SettingError(
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
@@ -177,6 +180,16 @@ class Runner:
             return self._run(checkpoint, form, None, started)
         with place_of(Path(self.output), checkpoint, self.force, self.notice) as place:
             return self._run(checkpoint, form, place, started)
+
+    def _check_types(self) -> None:
+        """Refuse what is not of the type that a field is annotated with."""
+        examples = {"model_config": 'ModelConfig("folder")', "quantizer": "GPTQ(wbits=4), say"}
+        for name, hint in get_type_hints(type(self)).items():
+            parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            kinds, value = tuple(get_origin(part) or part for part in parts), getattr(self, name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                wanted = examples.get(name, f"what is {self.__annotations__[name]}")
+                raise SettingError(f"{name} is {short(repr(value))}", f"pass {wanted}")
 
     def _run(
         self, checkpoint: Checkpoint, form: Format, place: Whole | None, started: float
@@ -248,7 +261,8 @@ class Runner:
 
     def _calib(self) -> str | Text | Tensor:
         if isinstance(self.calib, str | Path | None):
-            return str(self.calib or ("demo" if self.model_config.is_demo else "c4"))
+            default = "demo" if self.model_config.is_demo else "c4"
+            return default if self.calib is None else str(self.calib)
         return given(self.calib, self.chat)
 
     def _tell_of_columns_without_tokens(self, layers: list[LayerRecord]) -> None:

@@ -1,5 +1,8 @@
 """Error propagation: the correction of the weights, against the formula written out."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -113,3 +116,22 @@ def test_excluded_layers_are_named_by_a_regular_expression():
     assert some.applies("model.layers.3.mlp.up_proj") and QEP().applies("down_proj")
     with pytest.raises(SettingError, match="is not a regular expression"):
         QEP(exclude="(")
+
+
+def test_options_of_another_type_are_refused_when_they_are_made():
+    """In a process of its own: here, types are checked before OPTQ sees them."""
+    program = """
+from optq import GPTQ, QEP
+from optq.errors import SettingError
+wrong = [(QEP, "alpha", value) for value in ("0.5", None, True, [0.5])]
+wrong += [(QEP, "exclude", 5), (QEP, "percdamp", "0.01"), (GPTQ, "wbits", [4])]
+for kind, name, value in wrong:
+    try:
+        kind(**{name: value})
+    except SettingError as error:
+        assert error.cause == f"{name} is {value!r}", error
+    else:
+        raise AssertionError((name, value))
+assert QEP(alpha=1).alpha == 1 and QEP(exclude="q_proj").applies("k_proj")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -14,6 +14,7 @@ from optq.data.text import Text
 from optq.errors import DataError
 
 TEXTS = [f"the other end of the {index}th theorem" for index in range(20)]
+ROWS = datasets.Dataset.from_dict({"text": TEXTS})
 IDS = torch.arange(24).reshape(3, 8)
 
 
@@ -27,6 +28,7 @@ def windows(calib, chat=False):
         TEXTS,
         tuple(TEXTS),
         iter(TEXTS),
+        np.array(TEXTS),
         [{"text": text, "id": 7} for text in TEXTS],
         datasets.Dataset.from_dict({"text": TEXTS}),
         datasets.Dataset.from_dict({"text": TEXTS})["text"],
@@ -80,6 +82,12 @@ def test_ids(calib):
         ([[1, 2], ["a", "b"]], "not rows of one length", "or texts"),
         ([{"input_ids": [1, 2]}, {"text": "x"}], "not rows of one length", "or texts"),
         ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], "are padded", "without padding"),
+        ([[4.5, 2.0]], "are torch.float32", "pass integers"),
+        ([1, 2, 3], "a flat list of numbers", "calib=[ids]"),
+        (np.arange(3), "a flat list of numbers", "calib=[ids]"),
+        (list(torch.arange(3)), "a flat list of numbers", "calib=[ids]"),
+        ({"text": TEXTS}, "is a dict of text, not a text", "calib=data['text']"),
+        (datasets.DatasetDict(train=ROWS, test=ROWS), "a dict of train, test", "one of its keys"),
         (["x" * 9999, None], "record 2 has no field `text`", '{"text": "..."}'),
         ([{"body": "x" * 9999}], "record 1 has no field `text`", '{"text": "..."}'),
     ],

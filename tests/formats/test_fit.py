@@ -20,7 +20,7 @@ def llama(hidden, intermediate):
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64, hidden_size=hidden, intermediate_size=intermediate,
-            num_hidden_layers=2, num_attention_heads=4,
+            num_hidden_layers=2, num_attention_heads=2,
         )
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_words_that_are_not_full():
     cause, remedy = refusal(model, scheme, skip="v_proj")
     assert "cannot be packed at 3 bits: 72 rows" in cause
     assert "misfits: 6 of 12 layers, gate_proj, up_proj, down_proj" in cause
-    assert remedy.startswith("choose --wbits 4 or 8, or leave the misfits dense: ")
+    assert remedy.startswith("choose --format compressed-tensors, or choose --wbits 4, or choose")
     skip = re.search(r"--skip '(.*)'", remedy)[1]
     blocks = find_blocks(model, skip)
     check_layers(FORMATS["gptq"], blocks, scheme)
@@ -81,10 +81,10 @@ def test_a_pattern_by_whole_names_where_ends_do_not_tell():
 
 
 def test_a_format_that_holds_no_layer():
-    """Its own remedy, because no other size, width or pattern would help."""
+    """No other size, width or pattern would help."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4))
     scheme = replace(FOUR_BITS, groupsize=32)
-    assert refusal(model, scheme, "compressed-tensors")[1] == "write --format gptq"
+    assert refusal(model, scheme, "compressed-tensors")[1] == "choose --format gptq"
     check_layers(FORMATS["gptq"], find_blocks(model), scheme)
 
 
@@ -92,3 +92,45 @@ def test_what_fits_is_not_refused():
     row = next(row for row in zoo.ROWS if row.name == "llama")
     for form in FORMATS.values():
         check_layers(form, find_blocks(row.build()), replace(FOUR_BITS, groupsize=32))
+
+
+@pytest.mark.parametrize(
+    ("widths", "form", "scheme", "expected"),
+    [
+        ((36, 52), "gptq", FOUR_BITS, "choose --format compressed-tensors --groupsize -1"),
+        ((36, 52), "gptq_v2", FOUR_BITS, "choose --format compressed-tensors --groupsize -1"),
+        (
+            (80, 144),
+            "gptq",
+            LayerScheme(3, 32, True),
+            "choose --format compressed-tensors --groupsize 16 or -1",
+        ),
+        (
+            (80, 144),
+            "gptq",
+            LayerScheme(3, -1, True),
+            "choose --format compressed-tensors, or choose --wbits 2,"
+            " or choose --wbits 4, or choose --wbits 8",
+        ),
+        (
+            (36, 52),
+            "compressed-tensors",
+            LayerScheme(4, 32, True, actorder=True),
+            "choose --groupsize -1",
+        ),
+    ],
+)
+def test_two_things_change_where_one_does_not_do(widths, form, scheme, expected):
+    blocks = find_blocks(llama(*widths))
+    remedy = refusal(llama(*widths), scheme, form)[1]
+    assert remedy == expected
+    way = dict(re.findall(r"--(\w+) (\S+)", remedy.split(", or ")[0]))
+    size = int(way.get("groupsize", scheme.groupsize))
+    follows = scheme.actorder and size != -1
+    fitting = replace(scheme, groupsize=size, actorder=follows)
+    check_layers(FORMATS[way.get("format", form)], blocks, fitting)
+
+
+def test_nothing_fits():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=38, n_layer=1, n_head=2))
+    assert refusal(model, FOUR_BITS)[1] == "give another model: no options fit this one"

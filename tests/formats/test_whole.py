@@ -1,7 +1,9 @@
 """A file or a folder that appears only when it is whole, and never in the place of another's."""
 
 import errno
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +190,123 @@ def test_killed_after_the_renames(target, whole):
         put(place.part, "folder")
         place.appear()
     assert everything(target.parent) == OURS["folder"]
+
+
+def killed_while_naming(target, force):
+    """A process dies when the empty folder has taken the name, before the rename."""
+    script = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from optq.formats.whole import Whole
+        rename = Path.rename
+        def renamed(path, to):
+            if path.name == "whole":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(path, to)
+        Path.rename = renamed
+        with Whole(Path({str(target)!r}), {force}, print) as place:
+            place.part.mkdir()
+            (place.part / "inside").write_text("new")
+            place.appear()
+    """
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -signal.SIGKILL and list(target.iterdir()) == []
+
+
+def test_killed_while_the_new_takes_the_name_of_the_old(target, whole, notices):
+    put(target, "folder", "old")
+    killed_while_naming(target, force=True)
+    with pytest.raises(ZeroDivisionError), whole(force=True):
+        raise ZeroDivisionError
+    assert everything(target.parent) == {"out": None, "out/inside": "old"}
+    assert notices[0] == f"{target} is back: a run was cut off while it replaced it"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_killed_while_the_first_takes_its_name(target, whole, force):
+    """The empty folder that is left is nobody's."""
+    killed_while_naming(target, force=False)
+    with whole(force) as place:
+        put(place.part, "folder")
+        place.appear()
+    assert everything(target.parent) == OURS["folder"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("theirs", KINDS)
+def test_what_is_not_replaced_is_kept_where_the_name_is_taken(target, whole, theirs, force):
+    """Killed between the renames, and then somebody has made something."""
+    killed(target, "lock", "whole", "old")
+    put(target, theirs, "theirs")
+    before = everything(target.parent)
+    for _ in range(2):
+        with pytest.raises(OutputError, match="cut off while it replaced") as caught, whole(force):
+            pytest.fail("the old one is in the way")
+        assert everything(target.parent) == before
+    old = target.parent / ".out.partial" / "old"
+    assert str(old) in caught.value.cause and f"move {target} away" in caught.value.remedy
+    target.rename(target.with_name("away"))  # as it says
+    with pytest.raises(ZeroDivisionError), whole(force=True):
+        raise ZeroDivisionError
+    assert (target / "inside").read_text() == "old" and not old.parent.exists()
+
+
+def test_made_between_the_renames(target, whole, notices, monkeypatch):
+    """What could not go back is still there after the next run."""
+    put(target, "folder", "old")
+    rename, seen = type(target).rename, []
+
+    def renamed(path, to):
+        rename(path, to)
+        if path == target and not seen:
+            seen.append(path)
+            put(target, "folder", "theirs")
+
+    monkeypatch.setattr(type(target), "rename", renamed)
+    with pytest.raises(OutputError, match="was made while"), whole(force=True) as place:
+        put(place.part, "folder", "new")
+        place.appear()
+    old = target.parent / ".out.partial" / "old"
+    assert notices == [f"what {target} was before is now {old}"]
+    with pytest.raises(OutputError, match="cut off while it replaced"), whole(force=True):
+        pytest.fail("the old one is in the way")
+    assert (old / "inside").read_text() == "old" and (target / "inside").read_text() == "theirs"
+    assert (old.with_name("whole") / "inside").read_text() == "new"
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupt_at_any_line(target, force, kind):
+    """There is what was there, or what is to be there, and nothing beside it."""
+    old = {"out": None, "out/inside": "old"} if force else {}
+    for step in itertools.count(1):
+        shutil.rmtree(target.parent, ignore_errors=True)
+        target.parent.mkdir()
+        if force:
+            put(target, "folder", "old")
+        left = step
+
+        def interrupt(frame, event, _):
+            nonlocal left
+            left -= event == "line" and frame.f_code.co_name in ("appear", "_name")
+            if left == 0:
+                left = -1
+                raise KeyboardInterrupt
+            return interrupt
+
+        try:
+            with Whole(target, force, lambda _: None) as place:
+                put(place.part, kind)
+                sys.settrace(interrupt)
+                place.appear()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert everything(target.parent) in (old, OURS[kind]), step
+        if left > 0:
+            break
+    assert step > 5
 
 
 def test_where_the_file_system_has_no_locks(target, whole, monkeypatch):

@@ -98,7 +98,7 @@ def quantize(
         quantizer = replace(quantizer, groupsize=_groupsize(config, skip))
     if qep is None:
         qep = method == "gptq" and not plain and BEST[wbits].qep
-    calib = calib or ("demo" if config.is_demo else "c4")
+    calib = ("demo" if config.is_demo else "c4") if calib is None else calib
     with progress.bar("quantizing") as bar:
         bar(0, 1, "reading model and text")
 
@@ -192,8 +192,8 @@ def compare(
         words("--methods", methods),
         words("--wbits", wbits, int),
         sizes,
-        calib or ("demo" if config.is_demo else "c4"),
-        text or ("demo" if config.is_demo else "wikitext2"),
+        ("demo" if config.is_demo else "c4") if calib is None else calib,
+        ("demo" if config.is_demo else "wikitext2") if text is None else text,
         nsamples,
         seqlen,
         seed,

@@ -50,7 +50,7 @@ def evaluate(
     facts: dict[str, object] = {}
     loaded, tokenizer = config.load()
     if tasks is None or text is not None:
-        text = text or ("demo" if config.is_demo else "wikitext2")
+        text = ("demo" if config.is_demo else "wikitext2") if text is None else text
         seqlen = sequence_length(loaded, seqlen)
         with progress.bar("perplexity") as bar:
             windows = evaluation_tokens(

@@ -113,7 +113,8 @@ class GPTQ(Solver):
         return cls(wbits, groupsize, sym, **(paper | {"actorder": actorder} | options))
 
     def __post_init__(self) -> None:
-        best = BEST.get(self.wbits, PLAIN)  # other widths are refused by the grid
+        known = is_int(self.wbits) and self.wbits in BEST  # the grid refuses others
+        best = BEST[self.wbits] if known else PLAIN
         for name in OPTIONS:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(best, name))

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optq.core.grid import is_int
 from optq.core.precision import exact_products, quick_dtype
 from optq.core.problem import Problem, check_percdamp
 from optq.errors import SettingError
@@ -38,8 +39,12 @@ class QEP:
 
     def __post_init__(self) -> None:
         check_percdamp(self.percdamp)
-        if not math.isfinite(self.alpha):
-            raise SettingError(f"alpha is {self.alpha}", "choose a number, such as 0.5")
+        if not (is_int(self.alpha) or isinstance(self.alpha, float)) or not math.isfinite(
+            self.alpha
+        ):
+            raise SettingError(f"alpha is {self.alpha!r}", "choose a number, such as 0.5")
+        if not isinstance(self.exclude, str | None):
+            raise SettingError(f"exclude is {self.exclude!r}", "give a regular expression, or None")
         try:
             re.compile(self.exclude or "")
         except re.error as error:

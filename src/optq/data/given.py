@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.boundary import library
+from optq.boundary import library, short
 from optq.data.text import Text, document_in
 from optq.errors import DataError
 
@@ -22,14 +22,25 @@ def given(calib: Iterable[Any], chat: bool = False) -> Text | Tensor:
     """
     if isinstance(calib, Tensor):
         return calib
+    if isinstance(calib, Mapping) and not (
+        calib.keys() & {"input_ids", "messages"} or isinstance(calib.get("text"), str)
+    ):  # a table, or the splits of a dataset
+        keys = short(", ".join(map(str, calib)))
+        remedy = "pass what one of its keys holds, such as calib=data['text']"
+        raise DataError(f"the calibration is a dict of {keys}, not a text", remedy)
     rows = [calib] if isinstance(calib, Mapping) else list(calib)
     if not rows:
         raise DataError("the list of calibration texts is empty", "put texts into it")
     first = rows[0]
-    if isinstance(first, Mapping):
+    if isinstance(first, str):  # numpy's have a tolist too
+        tokenized = False
+    elif isinstance(first, int | float) or getattr(first, "ndim", 1) == 0:
+        remedy = "pass rows of ids, [samples, tokens], or one row as calib=[ids]"
+        raise DataError("the calibration is a flat list of numbers", remedy)
+    elif isinstance(first, Mapping):
         tokenized = "input_ids" in first
     else:
-        numbers = isinstance(first, list | tuple) and first and isinstance(first[0], int)
+        numbers = isinstance(first, list | tuple) and first and isinstance(first[0], int | float)
         tokenized = bool(numbers) or hasattr(first, "tolist")  # of a tensor or an array
     if tokenized:
         return _ids(rows)

@@ -47,7 +47,7 @@ def detect(checkpoint: Checkpoint) -> Detected | None:
 def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The settings of a quantized checkpoint; those in a file of their own if it has codes."""
     config = checkpoint.config()
-    settings = config.get("quantization_config")
+    settings = config.get("quantization_config") or None  # an empty one says nothing
     if settings is None:
         for place in _places(config):
             where = f"{REMEDY}, with the settings in quantization_config"

@@ -68,6 +68,7 @@ class CompressedTensorsFormat(Format):
         groupsize = -1 if layer.groups == 1 else layer.width
         scheme = LayerScheme(layer.wbits, groupsize, sym, not layer.consecutive)
         self.check("the layer", layer.rows, layer.cols, scheme)
+        dtype = torch.float32 if dtype == torch.float64 else dtype  # the widest that readers know
         tensors = {
             "weight_packed": _pack(layer.codes, layer.wbits),
             "weight_scale": layer.scales.to(dtype).contiguous(),

@@ -41,11 +41,11 @@ def export(
     dense, outside = dense_layers(checkpoint, on_disk, skeleton, blocks, set(names))
     with place_of(target, checkpoint, force, notice) as place:
         writer = Writer(place, checkpoint, form, skeleton.config.dtype)
-        for index, name in enumerate(names):  # one at a time: memory holds one layer
+        for name in names:  # one at a time: memory holds one layer
             weight = read_layer(checkpoint, name, scheme)
             layer = _as_it_is(scheme.layer(name), weight)
             form.check(name, weight.rows, weight.cols, layer, name in turned)
-            writer.commit(index, {name: (weight, layer)}, [])
+            writer.commit({name: (weight, layer)}, [])
         percdamp, packed = settings.get("damp_percent", 0.0), packed_tensors(checkpoint)
         writer.finish(dense, percdamp, outside=outside, packed=packed)
     return len(names)

@@ -9,6 +9,8 @@ from dataclasses import replace
 from optq.core.grid import BITS
 from optq.core.weight import LayerScheme
 from optq.errors import SettingError
+from optq.formats.compressed_tensors import COMPRESSED_TENSORS
+from optq.formats.gptq import GPTQ_V1
 from optq.formats.scheme import Format
 from optq.model.blocks import Block
 from optq.model.layer import Layer
@@ -16,32 +18,46 @@ from optq.model.layer import Layer
 GROUPSIZES = (256, 128, 64, 32, 16, -1)  # that are proposed
 
 
-def check_layers(form: Format, blocks: Sequence[Block], scheme: LayerScheme) -> None:
+def check_layers(
+    form: Format,
+    blocks: Sequence[Block],
+    scheme: LayerScheme,
+    others: Sequence[Format] = (GPTQ_V1, COMPRESSED_TENSORS),  # gptq_v2 holds what gptq does
+) -> None:
     """Refuse at once all layers that ``form`` cannot hold. Raises ``SettingError``.
 
-    What the remedy names has been tried on every layer.
+    What the remedy names, of options and ``others``, has been tried on every layer.
     """
     layers = [layer for block in blocks for layer in block.layers]
-    refused = _refused(form, layers, scheme)
+    refused = _refused(form, scheme, layers)
     if not refused:
         return
     error = next(iter(refused.values()))
     ends = {name.rpartition(".")[2]: None for name in refused}
     cause = f"{error.cause} (misfits: {len(refused)} of {len(layers)} layers, {', '.join(ends)})"
-    ways = []
-    for option, values in (("groupsize", GROUPSIZES), ("wbits", BITS)):
-        others = {n: replace(scheme, **{option: n}) for n in values}  # type: ignore[arg-type]
-        fitting = [str(n) for n, other in others.items() if not _refused(form, layers, other)]
-        if fitting:
-            ways.append(f"choose --{option} {' or '.join(fitting)}")
+    changes = [("--static-groups", form, replace(scheme, actorder=False))]
+    changes += [(f"--format {each.name}", each, scheme) for each in others]
+    changes += [(f"--wbits {n}", form, replace(scheme, wbits=n)) for n in BITS]
+    ways = [f"choose {w}" for w, other, new in changes if not _refused(other, new, layers)]
+    for way, other, changed in [("", form, scheme), *changes]:
+        if way and ways:  # two changes only where one does not do
+            break
+        tried = {n: _refused(other, _sized(changed, n), layers) for n in GROUPSIZES}
+        if sizes := " or ".join(str(n) for n, misfits in tried.items() if not misfits):
+            ways.insert(0, " ".join(f"choose {way} --groupsize {sizes}".split()))
     rest = {layer.name for layer in layers} - refused.keys()
     if rest:  # the pattern says also what another one has left dense
         dense = {name for block in blocks for name in block.linears} - rest
         ways.append(f"leave the misfits dense: --skip '{_pattern(dense, rest)}'")
-    raise SettingError(cause, ", or ".join(ways) or error.remedy)
+    raise SettingError(cause, ", or ".join(ways) or "give another model: no options fit this one")
 
 
-def _refused(form: Format, layers: Sequence[Layer], scheme: LayerScheme) -> dict[str, SettingError]:
+def _sized(scheme: LayerScheme, groupsize: int) -> LayerScheme:
+    """One group to a row has no order to follow."""
+    return replace(scheme, groupsize=groupsize, actorder=scheme.actorder and groupsize != -1)
+
+
+def _refused(form: Format, scheme: LayerScheme, layers: Sequence[Layer]) -> dict[str, SettingError]:
     found = {}
     for layer in layers:
         try:

@@ -69,7 +69,6 @@ class Whole:
                 if os.path.lexists(self._old) and not os.path.lexists(self.target):
                     _name(self._old, self.target)
                 raise
-            _remove(self._old)
 
     def _claim(self, undo: ExitStack) -> bool:
         """Make the hidden folder this process' own, until ``undo``; False: try once more."""
@@ -112,19 +111,32 @@ class Whole:
             return False
 
     def _clear(self) -> None:
-        if os.path.lexists(self._old):  # which could not go back to its place
-            self.notice(f"what {self.target} was before is now {self._old}")
-            return
         with suppress(OSError):  # a disk that has failed is told of by what failed on it
+            if os.path.lexists(self.target) and not os.path.lexists(self.part):
+                _remove(self._old)  # it is replaced
+            if os.path.lexists(self._old):  # which could not go back to its place
+                self.notice(f"what {self.target} was before is now {self._old}")
+                return
             _remove(self.part)
             self._lock.unlink()  # last: who takes the folder next finds it empty
 
     def _find_leftovers(self) -> None:
-        """Remove what a run that died has left; what it was about to replace goes back."""
+        """Remove what a run that died has left; what it was about to replace goes back.
+
+        While the part lies beside it, nothing has replaced it.
+        """
+        cut_off = os.path.lexists(self.part)
+        if self._left and cut_off and _remove_empty(self.target):  # see :func:`_name`
+            self._seen = None
         if os.path.lexists(self._old) and not os.path.lexists(self.target):
             _name(self._old, self.target)
             self._seen = _contents(self.target) if self.force else None
             self.notice(f"{self.target} is back: a run was cut off while it replaced it")
+        elif os.path.lexists(self._old) and cut_off:
+            raise OutputError(
+                f"a run was cut off while it replaced {self.target}: what that was is {self._old}",
+                f"move {self.target} away and run again to have it back, or delete {self._old}",
+            )
         if self._left:
             _remove(self.part)
             _remove(self._old)
@@ -140,16 +152,11 @@ def _name(part: Path, target: Path) -> None:
     try:
         if os.name != "nt":  # where a rename replaces nothing
             target.mkdir() if folder else target.touch(exist_ok=False)
+        part.rename(target)
     except FileExistsError as error:
         raise _meanwhile(target, "made") from error
-    try:
-        part.rename(target)
-    except BaseException:
-        with suppress(OSError):  # what is not empty stays: it is the part, or somebody's
-            if folder:
-                target.rmdir()
-            elif target.stat().st_size == 0:
-                target.unlink()
+    except BaseException:  # Ctrl-C too
+        _remove_empty(target)  # what is not empty stays: it is the part, or somebody's
         raise
 
 
@@ -179,9 +186,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # what is not empty stays
-        folder.rmdir()
+def _remove_empty(path: Path) -> bool:
+    """Remove an empty folder or file; anything else stays."""
+    with suppress(OSError):
+        if stat.S_ISDIR((found := path.lstat()).st_mode):
+            path.rmdir()
+            return True
+        if stat.S_ISREG(found.st_mode) and not found.st_size:
+            path.unlink()
+            return True
+    return False
 
 
 @contextmanager
@@ -198,6 +212,12 @@ def writing(target: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error)
         cause = f"{target} cannot be written: {reason}"
         remedy = "choose a folder that you may write to"
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        number = getattr(error, "errno", None)  # safetensors has only the words
+        if number == errno.ENOSPC or "No space left" in str(error):
             cause, remedy = f"the disk of {target} is full", "make room, and run again"
+        elif number == errno.EFBIG or "File too large" in str(error):
+            cause = f"{target} cannot be written: the limit on the size of a file is reached"
+            remedy = "raise it (ulimit -f), or choose another disk"
+        elif number == errno.ENAMETOOLONG:
+            remedy = "choose a shorter name"
         raise OutputError(cause, remedy) from error

@@ -37,7 +37,7 @@ class Kept:
         self.bytes = self.weights = 0  # as encoded, and how many weights that is
         self.blocks: list[dict[str, Tensor]] = []
 
-    def commit(self, block: int, layers: Solved, records: Sequence[LayerRecord]) -> None:
+    def commit(self, layers: Solved, records: Sequence[LayerRecord]) -> None:
         """Take the solved layers of one block, by name on disk."""
         tensors: dict[str, Tensor] = {}
         for name, (weight, scheme) in layers.items():
@@ -183,6 +183,8 @@ def place_of(
     Raises :class:`OutputError` for a target that must not be, or cannot be, replaced.
     """
     elsewhere = "choose another folder"
+    if "\0" in str(target):
+        raise OutputError(f"no folder can be called {str(target)!r}", elsewhere)
     with writing(target):
         model, here, place = source.folder.resolve(), Path.cwd(), target.resolve()
         if place in (model, *model.parents):
@@ -195,12 +197,11 @@ def place_of(
             raise OutputError(
                 f"{target} is a mount point", f"give a folder inside, such as {target / 'model'}"
             )
-        if target.is_dir() and not (target / "config.json").exists() and any(target.iterdir()):
+        empty = target.is_dir() and not any(target.iterdir())
+        if target.exists() and not empty and not (target / "config.json").exists():
             raise OutputError(
                 f"{target} exists and holds no checkpoint", f"move it away, or {elsewhere}"
             )
-        if target.exists() and not force:
-            raise OutputError(f"{target} exists", f"{elsewhere}, or pass --force")
         if target.is_dir() and not os.access(target, os.W_OK):  # it could not be moved at the end
             raise OutputError(f"{target} is read-only", f"make it writable, or {elsewhere}")
     return Whole(target, force, notice)
