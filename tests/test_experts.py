@@ -146,6 +146,21 @@ def test_transformers_reads_the_same_model(folder_of, tmp_path, name):
     torch.testing.assert_close(logits(model), logits(ours), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "said"),
+    [
+        ("mixtral", "compressed-tensors", None),
+        ("mixtral", "gptq", "transformers does not read experts from these files"),
+        ("gpt_oss", "compressed-tensors", "the source keeps experts in one tensor"),
+    ],
+)
+def test_who_cannot_read_the_experts_is_told(folder_of, tmp_path, name, form, said):
+    lines = []
+    options = {"qep": False, "format": form, "output": tmp_path / "out", "notice": lines.append}
+    quantize(folder_of(name), RTN(4, 32), **options)
+    assert [line.startswith(said or "?") for line in lines] == ([] if said is None else [True])
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
 def test_routers_are_declared_dense(folder_of, tmp_path, name):
     for form in ("compressed-tensors", "gptq"):

@@ -233,7 +233,16 @@ class Runner:
         dense, outside = dense_layers(checkpoint, names, model, blocks, sink.layers)
         banks = [bank for block in blocks for bank in block.banks]
         fused = {f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
-        rest = dense, percdamp, record, outside, [names[name] for name in fused if name in names]
+        replaced = [names[name] for name in fused if name in names]
+        if replaced:
+            self.notice(
+                "the source keeps experts in one tensor; here each has its own, for OPTQ alone"
+            )
+        elif banks and form is not FORMATS["compressed-tensors"]:
+            self.notice(
+                "transformers does not read experts from these files: compressed-tensors it does"
+            )
+        rest = dense, percdamp, record, outside, replaced
         if isinstance(sink, Writer):
             sink.finish(*rest)
         work.seconds["write"] += time.perf_counter() - finishing

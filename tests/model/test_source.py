@@ -649,8 +649,7 @@ REFUSALS = {
     "bert_masked": ("load", "BertForMaskedLM is not a causal language model"),
     "bert": ("load", "BertModel is not a causal language model"),
     "t5": ("load", "T5ForConditionalGeneration is not a causal language model"),
-    "mixtral": ("blocks", "experts in one parameter"),
-    "qwen3_moe": ("blocks", "experts in one parameter"),
+    "llama4": ("blocks", "a layout that is unknown"),
     "rwkv": ("flow", "the model changes .* while it runs"),
     "llama_no_blocks": ("blocks", "has no blocks with linear layers"),
 }
