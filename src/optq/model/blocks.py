@@ -135,7 +135,7 @@ def linears_outside(model: Any, blocks: list[Block]) -> list[str]:
 
 def _is_gate(linear: Any, name: str, block: nn.Module, prefix: str) -> bool:
     """Whether a layer beside experts decides for them: it is small, and stays dense."""
-    above = block.get_submodule(name.removeprefix(f"{prefix}.").rpartition(".")[0])
+    above = block.get_submodule(name[len(prefix) + 1 :].rpartition(".")[0])
     counts = {len(Bank("", each).inner) for each in above.children() if is_bank(each)}
     return bool(counts) and linear.weight.shape[0] in {1, *counts}
 
@@ -148,6 +148,6 @@ def _refuse_unknown(name: str, module: nn.Module, block: nn.Module) -> None:
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 2 and parameter.numel() > weights / 10:
             raise ModelError(
-                f"{name}.{own} holds weights {list(parameter.shape)} in a layout that is unknown",
+                f"{name}.{own} holds weights {list(parameter.shape)} of experts in an unknown layout",
                 "choose another model: experts of this kind cannot be quantized yet",
             )
