@@ -147,7 +147,8 @@ def _refuse_unknown(name: str, module: nn.Module, block: nn.Module) -> None:
     weights = sum(parameter.numel() for parameter in block.parameters())
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 2 and parameter.numel() > weights / 10:
+            shape = list(parameter.shape)
             raise ModelError(
-                f"{name}.{own} holds weights {list(parameter.shape)} of experts in an unknown layout",
+                f"{name}.{own} holds weights {shape} of experts in an unknown layout",
                 "choose another model: experts of this kind cannot be quantized yet",
             )
