@@ -231,7 +231,8 @@ class Runner:
         )
         finishing, percdamp = time.perf_counter(), quantizer.percdamp
         dense, outside = dense_layers(checkpoint, names, model, blocks, sink.layers)
-        banks = [bank for block in blocks for bank in block.banks]
+        every = (bank for block in blocks for bank in block.banks)
+        banks = [bank for bank in every if bank.layers[0].solved]  # others stay dense as they are
         fused = {f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
         replaced = [names[name] for name in fused if name in names]
         if replaced:
