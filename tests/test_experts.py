@@ -231,6 +231,27 @@ def test_experts_are_skipped_together_or_not_at_all(folder_of, tmp_path):
     )
 
 
+def test_experts_that_no_batch_called_travel_as_they_are(folder_of, tmp_path, monkeypatch):
+    """Fused on disk, they must not go with those that were replaced."""
+    last = build("granite_moe").model.layers[1].block_sparse_moe
+    kind, own, calls = type(last), type(last).forward, []
+
+    def every_other(self, x):
+        calls.append(self)
+        return own(self, x) if self is calls[0] else x
+
+    monkeypatch.setattr(kind, "forward", every_other)
+    result = quantize(folder_of("granite_moe"), qep=False, output=tmp_path / "out")
+    source, found = (
+        load_file(d / "model.safetensors") for d in (folder_of("granite_moe"), tmp_path / "out")
+    )
+    assert len(result.dense) == 12
+    for name in ("input_linear", "output_linear"):
+        key = f"model.layers.{{}}.block_sparse_moe.{name}.weight"
+        assert key.format(0) not in found
+        assert torch.equal(found[key.format(1)], source[key.format(1)])
+
+
 def test_a_group_that_fits_no_expert_is_refused(folder_of):
     with pytest.raises(
         SettingError, match=r"groupsize 64 does not divide the 96 columns of .*experts"
