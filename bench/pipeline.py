@@ -8,6 +8,9 @@ its own, since their requirements exclude each other's:
     python -m venv GPTQ && GPTQ/bin/pip install gptqmodel
     python bench/pipeline.py --llmcompressor LLMC/bin/python --gptqmodel GPTQ/bin/python --runs 3
 
+``--model experts`` takes one block of 128 experts instead, with Qwen3-30B-A3B's shapes. A tool that
+fails is recorded with its error.
+
 ``--before CHECKOUT`` sets another commit beside this one, for a change that should cost no time:
 
     git worktree add BEFORE COMMIT && python bench/pipeline.py --defaults --before BEFORE --runs 5
@@ -30,13 +33,17 @@ import tempfile
 from pathlib import Path
 
 from machine import append, machine
-from model import build
+from model import CONFIGS, build
 
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results" / "pipeline.jsonl"
 PHASES = ("load_seconds", "quantize_seconds", "save_seconds")
 COMPARED = ("quantize_seconds", "total_seconds")
 REPORTED = (*COMPARED, "load_seconds", "save_seconds", "peak_memory_over_model_gb")
+
+
+class ToolError(Exception):
+    """A tool that did not get through."""
 
 
 def run_once(
@@ -65,7 +72,7 @@ def run_once(
             check=False,
         )
     if process.returncode:
-        raise SystemExit(f"{script.name} failed:\n{process.stderr[-4000:]}")
+        raise ToolError(f"{script.name}:\n{process.stderr[-4000:]}")
     record = json.loads(process.stdout.splitlines()[-1])
     return {**record, "total_seconds": round(sum(record[phase] for phase in PHASES), 3)}
 
@@ -77,10 +84,11 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="OPTQ's own settings as well")
     parser.add_argument("--before", metavar="CHECKOUT", type=Path, help="of an earlier commit")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--model", choices=CONFIGS, default="llama")
     parser.add_argument("--cache", type=Path, default=Path(".bench"), help="keeps the model")
     args = parser.parse_args()
 
-    checkpoint, tokens = build(args.cache.resolve())
+    checkpoint, tokens = build(args.cache.resolve(), args.model)
     tools = {"optq": (sys.executable, BENCH / "ours.py", None, None)}
     if args.defaults:
         for best in ("default", "qep"):
@@ -99,15 +107,24 @@ def main() -> None:
 
     before = machine()
     runs: dict[str, list[dict]] = {name: [] for name in tools}
+    failed: dict[str, str] = {}
     for turn in range(args.runs):
         for name, (python, script, best, source) in tools.items():
-            record = run_once(python, script, checkpoint, tokens, best, source)
+            if name in failed:
+                continue
+            try:
+                record = run_once(python, script, checkpoint, tokens, best, source)
+            except ToolError as error:
+                print(f"{name} failed: {error}", file=sys.stderr)
+                failed[name] = str(error).strip().splitlines()[-1]
+                continue
             runs[name].append(record)
             print(f"run {turn + 1}: {name} {record['quantize_seconds']:.1f} s", file=sys.stderr)
 
     medians = {
         name: {key: statistics.median(run[key] for run in records) for key in REPORTED}
         for name, records in runs.items()
+        if records
     }
     ratios = {
         key: {name: round(each[key] / medians["optq"][key], 2) for name, each in medians.items()}
@@ -121,6 +138,7 @@ def main() -> None:
         )
         for name, earlier in pairs.items()
     }
+    before |= {"model": args.model, "failed": failed}
     append(RESULTS, {**before, "runs": runs, "median": medians, "ratio": ratios, "pairs": slower})
     print_table(runs, medians, ratios)
     for name, ratio in slower.items():
