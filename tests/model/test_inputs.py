@@ -72,6 +72,18 @@ def test_drift_is_of_the_tokens_that_both_streams_hold(mine, theirs):
     torch.testing.assert_close(sums.drift, drift, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 100])
+def test_routed_batches_count_alike_however_many_are_multiplied_at_once(monkeypatch, at_once):
+    monkeypatch.setattr("optq.model.inputs.TOKENS", at_once)
+    quantized = [named([0, 3, 6]), named([1, 2]), whole(), named([5]), named([7, 4, 0])]
+    full = [named([3, 0]), named([4]), whole(), named([5, 1]), named([0, 4, 7])]
+    sums = gather("a", COLUMNS, CPU, stream(quantized), stream(full))
+    H, drift, count = loop(quantized, full)
+    assert sums.tokens == count
+    torch.testing.assert_close(sums.H, H, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums.drift, drift, rtol=1e-12, atol=1e-12)
+
+
 def test_the_correction_is_the_least_squares_fit_to_the_outputs_the_layer_should_give():
     """A token that the full-precision stream lacks is to stay what the layer makes of it."""
     from optq.core.problem import Problem

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from optq.core.hessian import Hessian, add_drift
+from optq.core.hessian import TOKENS, Hessian, add_drift
 from optq.errors import NumericsError, not_finite_remedy
 
 
@@ -88,11 +88,10 @@ def gather(
     hessian = Hessian(columns, device, dtype)
     drift = None if full is None else torch.zeros(columns, columns, device=device, dtype=dtype)
     partners = {each.first_sample: each for each in full or []}
-    for batch in quantized:
-        inputs, partner = batch.inputs, partners.get(batch.first_sample)
+    for inputs, x, y in _pieces(quantized, partners):
         hessian.add(inputs)
-        if drift is not None and partner is not None:
-            add_drift(drift, *_common(batch, inputs, partner))
+        if drift is not None and len(x):
+            add_drift(drift, x, y)
     if drift is not None:
         drift /= max(hessian.tokens, 1)
     sums = SiteSums(hessian.matrix(), hessian.tokens, drift)
@@ -100,6 +99,34 @@ def gather(
         if matrix is not None and not torch.isfinite(matrix.sum()):
             _blame(where, [*quantized, *(full or [])])
     return sums
+
+
+def _pieces(
+    batches: list[Handed], partners: dict[int, Handed]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The inputs, and those of the same tokens in both streams; of experts, many batches' at once.
+
+    A few rows at a time would cost more in adding matrices up than in multiplying.
+    """
+    few: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in batches:
+        inputs, partner = batch.inputs, partners.get(batch.first_sample)
+        none = inputs[:0]
+        piece = (inputs, *(_common(batch, inputs, partner) if partner else (none, none)))
+        if batch.tokens is None:
+            yield piece
+            continue
+        few.append(piece)
+        if sum(len(inputs) for inputs, _, _ in few) >= TOKENS:
+            yield _cat(few)
+            few = []
+    if few:
+        yield _cat(few)
+
+
+def _cat(pieces: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, x, y = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return inputs, x, y
 
 
 def _common(batch: Handed, x: Tensor, partner: Handed) -> tuple[Tensor, Tensor]:
