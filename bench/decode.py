@@ -5,6 +5,9 @@ A random Llama of 1B-class shapes (hidden 2048, intermediate 8192, 8 layers, voc
 times. Then a checkpoint of 1 GB packed (hidden 4096, intermediate 11008, 10 layers) is loaded. The
 codes are random: speed depends on shapes alone. Prints, and appends one record to
 bench/results/decode.jsonl.
+
+``--experts``: a random Qwen3-MoE instead (hidden 1024, 64 experts of 512, 8 chosen, 8 layers),
+beside transformers' own experts in bfloat16, in each of its implementations.
 """
 
 import argparse
@@ -19,10 +22,10 @@ import torch
 from kernels import random_weight
 from machine import append, machine
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 import optq
-from optq.evaluate.speed import measure_speed
+from optq.evaluate.speed import measure_speed, model_speed
 from optq.formats.gptq import GPTQ_V1
 from optq.formats.scheme import LayerScheme
 from optq.model.blocks import find_blocks
@@ -46,14 +49,15 @@ def config(hidden: int, intermediate: int, layers: int) -> LlamaConfig:
     )
 
 
-def write(folder: Path, config: LlamaConfig) -> int:
+def write(folder: Path, config: PretrainedConfig) -> int:
     """A checkpoint with random codes, one shard to a block; the bytes of its packed layers."""
     scheme, size, where = LayerScheme(4, 128, True), 0, {}
     config.save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"")  # a name for the skeleton, replaced below
     skeleton = empty_model(Checkpoint(folder, {}, {}))
     blocks = find_blocks(skeleton)
-    inside = {f"{name}.weight" for block in blocks for name in block.linears}
+    layers = [layer for block in blocks for layer in block.layers]
+    inside = {id(layer.parameter) for layer in layers}
 
     def shard(file: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -67,7 +71,7 @@ def write(folder: Path, config: LlamaConfig) -> int:
             size += sum(part.nbytes for part in parts.values())
             tensors |= {f"{layer.name}.{suffix}": part for suffix, part in parts.items()}
         shard(f"model-{block.index}.safetensors", tensors)
-    rest = {n: p for n, p in skeleton.named_parameters() if n not in inside}
+    rest = {n: p for n, p in skeleton.named_parameters() if id(p) not in inside}
     shard(
         "model-rest.safetensors", {n: torch.randn(p.shape).bfloat16() / 50 for n, p in rest.items()}
     )
@@ -80,11 +84,56 @@ def write(folder: Path, config: LlamaConfig) -> int:
     return size
 
 
+def experts(runs: int) -> dict[str, object]:
+    """Tokens per second of the packed model and of dense ones, in turns, and the experts' bytes."""
+    config = Qwen3MoeConfig(
+        hidden_size=1024,
+        intermediate_size=2048,
+        moe_intermediate_size=512,
+        num_experts=64,
+        num_experts_per_tok=8,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=8000,
+        max_position_embeddings=2048,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    found: dict[str, list[float]] = {}
+    with TemporaryDirectory() as scratch:
+        write(Path(scratch), config)
+        packed = optq.load(scratch, "cpu")
+        for _ in range(runs):
+            for implementation in ("grouped_mm", "eager"):
+                dense.set_experts_implementation(implementation)
+                found.setdefault(implementation, []).append(model_speed(dense, 0).decode)
+            found.setdefault("packed", []).append(model_speed(packed, 0).decode)
+    best = [max(pair) for pair in zip(found["grouped_mm"], found["eager"], strict=True)]
+    ratios = [ours / theirs for ours, theirs in zip(found["packed"], best, strict=True)]
+    banks = [m for m in packed.modules() if type(m).__name__ == "Qwen3MoeExperts"]
+    size = sum(buffer.nbytes for bank in banks for buffer in bank.buffers())
+    weights = sum(p.numel() for n, p in dense.named_parameters() if ".experts." in n)
+    return {
+        "tokens/s": {name: [round(x, 2) for x in each] for name, each in found.items()},
+        "ratio to the faster": round(statistics.median(ratios), 3),
+        "memory": round(size / (2 * weights), 4),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--experts", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.experts:
+        record = {"bench": "decode, experts", **machine(), **experts(arguments.runs)}
+        print(record)
+        append(RESULTS, record)
+        return
     record = {"bench": "decode", **machine()}
     with TemporaryDirectory() as scratch:
         write(Path(scratch), config(2048, 8192, 8))

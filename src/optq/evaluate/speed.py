@@ -85,7 +85,7 @@ def measure_speed(model: Any, progress: Callable[[float, float, str], None]) -> 
     progress(0, 4, "memory bandwidth")
     bandwidth = _bandwidth(device)
     progress(1, 4, "packed model")
-    packed = _model_speed(model, sum(_packed_bytes(layer) for layer in layers))
+    packed = model_speed(model, sum(_packed_bytes(layer) for layer in layers))
     progress(2, 4, "packed layers")
     by_shape: dict[tuple[int, int], list[QuantizedLinear]] = {}
     for layer in layers:
@@ -94,12 +94,13 @@ def measure_speed(model: Any, progress: Callable[[float, float, str], None]) -> 
     progress(3, 4, "dense model")
     make_dense(model)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    dense = _model_speed(model, weights * dtype.itemsize)
+    dense = model_speed(model, weights * dtype.itemsize)
     name = str(dtype).removeprefix("torch.")
     return SpeedReport(str(device), name, bandwidth, packed, dense, shapes)
 
 
-def _model_speed(model: Any, size: int) -> ModelSpeed:
+def model_speed(model: Any, size: int) -> ModelSpeed:
+    """Of greedy generation after a prompt; ``size`` bytes are only told on."""
     longest = positions(model) or PROMPT + NEW_TOKENS
     new = max(2, min(NEW_TOKENS, longest // 2))
     prompt = max(1, min(PROMPT, longest - new))
