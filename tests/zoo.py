@@ -283,7 +283,7 @@ REFUSED: tuple[Refused, ...] = (
     Refused("bert_masked", configs.bert, "encoder only", "AutoModelForMaskedLM"),
     Refused("bert", configs.bert, "encoder only", "AutoModel"),
     Refused("t5", configs.t5, "encoder and decoder", "AutoModelForSeq2SeqLM"),
-    Refused("llama4", configs.llama4, "experts that are multiplied all at once"),
+    Refused("dbrx", configs.dbrx, "experts in one matrix"),
     Refused("rwkv", configs.rwkv, "recurrent"),
     Refused("llama_no_blocks", configs.llama_no_blocks, "no blocks"),
 )

@@ -456,6 +456,13 @@ def qwen3_next() -> PreTrainedConfig:
     return _sparse("Qwen3NextConfig", **experts, **linear, head_dim=16)
 
 
-def llama4() -> PreTrainedConfig:
-    experts = {"intermediate_size_mlp": 128, "num_local_experts": 4, "num_experts_per_tok": 1}
-    return _sparse("Llama4TextConfig", **experts, head_dim=16)
+def llama4(chosen: int = 1) -> PreTrainedConfig:
+    experts = {"intermediate_size_mlp": 128, "num_local_experts": 4, "intermediate_size": 96}
+    return _sparse("Llama4TextConfig", **experts, num_experts_per_tok=chosen, head_dim=16)
+
+
+def dbrx() -> PreTrainedConfig:
+    experts = {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}
+    shape = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
+    heads = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+    return tf.DbrxConfig(**_TOKENS, **shape, attn_config=heads, ffn_config=experts)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from optq.errors import ModelError, SettingError
-from optq.model.experts import Bank, is_bank
+from optq.model.experts import Bank, bank_of, is_bank
 from optq.model.layer import Layer
 
 
@@ -96,7 +96,7 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
                     continue
                 found = [Layer(name, child, isinstance(child, Conv1D))]
             elif is_bank(child):
-                bank = Bank(name, child)
+                bank = bank_of(name, child)
                 bank.check()
                 found = bank.layers
                 block.banks.append(bank)
@@ -136,7 +136,7 @@ def linears_outside(model: Any, blocks: list[Block]) -> list[str]:
 def _is_gate(linear: Any, name: str, block: nn.Module, prefix: str) -> bool:
     """Whether a layer beside experts decides for them: it is small, and stays dense."""
     above = block.get_submodule(name[len(prefix) + 1 :].rpartition(".")[0])
-    counts = {len(Bank("", each).inner) for each in above.children() if is_bank(each)}
+    counts = {len(bank_of("", each).inner) for each in above.children() if is_bank(each)}
     return bool(counts) and linear.weight.shape[0] in {1, *counts}
 
 

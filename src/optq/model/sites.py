@@ -129,12 +129,14 @@ class Sites:
             if batch.kind == "scout" and self.block is not None:
                 for site in self._bank_sites(self.block, bank):
                     self._seen.append((x.new_empty(0), 0, site))
-            inputs = {expert: (tokens, x[tokens]) for expert, (_, tokens) in routed.items()}
-            self._experts_reading(batch, bank.inner, x, inputs)
-        inside = {e: bank.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
+            every = bank.every(x, index)
+            read = bank.read(x, routed)
+            inputs = {expert: (tokens, read[expert]) for expert, (_, tokens) in routed.items()}
+            self._experts_reading(batch, bank.inner, every, inputs)
+        inside = bank.inside(x, routed)
         if isinstance(batch, Batch):
             inputs = {expert: (tokens, inside[expert]) for expert, (_, tokens) in routed.items()}
-            self._experts_reading(batch, bank.down, x, inputs)
+            self._experts_reading(batch, bank.down, every, inputs)
         return bank.combine(x, routed, inside, weights)
 
     def _experts_reading(

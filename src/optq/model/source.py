@@ -23,7 +23,7 @@ from optq.boundary import library
 from optq.errors import DataError, ModelError, SettingError
 from optq.model.blocks import Block, linears_outside
 from optq.model.checkpoint import TOGETHER, Checkpoint
-from optq.model.experts import PARTS, Bank, is_bank
+from optq.model.experts import PARTS, bank_of, is_bank
 
 NO_CODE = "OPTQ runs no code that a model brings"
 
@@ -141,7 +141,7 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
-    banks = (Bank(name, module) for name, module in model.named_modules() if is_bank(module))
+    banks = (bank_of(name, module) for name, module in model.named_modules() if is_bank(module))
     experts = {x.name: f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
     names: dict[str, str] = {}
     for on_disk in names_on_disk:
