@@ -38,11 +38,13 @@ FAMILIES = {
     "ernie_moe": (set(), 26),
     "glm4_moe": (set(), 26),
     "nemotron_h": (set(), 16),
-    "qwen3_next": ({"shared_expert_gate"}, 37),
+    "qwen3_next": ({"shared_expert_gate", "in_proj_ba"}, 36),
+    "qwen3_5_moe": ({"shared_expert_gate", "in_proj_b", "in_proj_a"}, 37),
+    "granite_hybrid_moe": (set(), 34),
     "llama4": ({"router"}, 38),
 }
 # Fused on disk, these have no names of single experts that transformers would read.
-FUSED = {"gpt_oss", "granite_moe", "llama4"}
+FUSED = {"gpt_oss", "granite_moe", "granite_hybrid_moe", "llama4"}
 
 
 def build(name, dtype=torch.float32):
