@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from optq import GPTQ, RTN, ModelConfig, Runner, load
-from optq.errors import ModelError, SettingError
+from optq.errors import ModelError
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.experts import called_through, is_bank
@@ -224,18 +224,6 @@ def test_an_expert_that_no_token_reached_is_solved_from_its_block_s(tmp_path, qu
         assert 0.01 < (found - weight).norm() / weight.norm() < 0.5
 
 
-def test_experts_are_skipped_together_or_not_at_all(folder_of, tmp_path):
-    source = folder_of("mixtral")
-    with pytest.raises(SettingError, match=r"leaves some experts .* dense and others not"):
-        quantize(source, skip=r"experts\.2\.")
-    result = quantize(source, skip=r"layers\.1\.mlp\.experts", output=tmp_path / "out")
-    assert len(result.layers) == 20 and len(result.dense) == 12
-    expected = build("mixtral").model.layers[1].mlp.experts.down_proj
-    assert torch.equal(
-        load(tmp_path / "out", "cpu").model.layers[1].mlp.experts.down_proj, expected
-    )
-
-
 def test_experts_that_no_batch_called_travel_as_they_are(folder_of, tmp_path, monkeypatch):
     """Fused on disk, they must not go with those that were replaced."""
     last = build("granite_moe").model.layers[1].block_sparse_moe
@@ -255,23 +243,6 @@ def test_experts_that_no_batch_called_travel_as_they_are(folder_of, tmp_path, mo
         key = f"model.layers.{{}}.block_sparse_moe.{name}.weight"
         assert key.format(0) not in found
         assert torch.equal(found[key.format(1)], source[key.format(1)])
-
-
-def test_a_group_that_fits_no_expert_is_refused(folder_of):
-    with pytest.raises(
-        SettingError, match=r"groupsize 64 does not divide the 96 columns of .*experts"
-    ):
-        quantize(folder_of("qwen3_moe"), GPTQ(4, 64))
-
-
-def test_a_source_that_lacks_an_expert_is_refused(folder_of, tmp_path):
-    build("mixtral").save_pretrained(tmp_path / "model")
-    zoo.tokenizer().save_pretrained(tmp_path / "model")
-    state = load_file(tmp_path / "model" / "model.safetensors")
-    del state["model.layers.0.block_sparse_moe.experts.2.w1.weight"]
-    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError):
-        quantize(tmp_path / "model")
 
 
 def test_a_packed_checkpoint_that_lacks_an_expert_is_refused(folder_of, tmp_path):

@@ -64,7 +64,13 @@ def load_model(
 
     # transformers makes the skeleton itself, so a class of its own is how to reach it.
     own: Any = type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
-    with _quiet(), library(*_unloadable(checkpoint), failed):
+    refusal, cause, remedy = _unloadable(checkpoint)
+
+    def copied(_: Exception) -> str:
+        lacking = _lacking_expert(checkpoint)
+        return f"copy the model again: it lacks {lacking}" if lacking else remedy
+
+    with _quiet(), library(refusal, cause, copied, failed):
         model, report = own.from_pretrained(
             None,
             config=config,
@@ -93,6 +99,18 @@ def load_model(
 def _unloadable(checkpoint: Checkpoint) -> tuple[type[ModelError], str, str]:
     remedy = "check that config.json and the weights belong together, or copy the model again"
     return ModelError, f"{checkpoint.folder} cannot be loaded", remedy
+
+
+def _lacking_expert(checkpoint: Checkpoint) -> str | None:
+    """A projection of an expert that is not on disk, though others of its block are."""
+    model = empty_model(checkpoint)
+    found = disk_names(model, checkpoint.files)
+    for name, module in model.named_modules():
+        layers = bank_of(name, module).layers if is_bank(module) else []
+        lacking = [layer.name for layer in layers if f"{layer.name}.weight" not in found]
+        if 0 < len(lacking) < len(layers):
+            return lacking[0]
+    return None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
