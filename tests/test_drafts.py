@@ -54,7 +54,7 @@ def test_they_travel_as_they_are_and_are_declared(tmp_path, name, form):
         settings = checkpoint.config()["quantization_config"]
         if "ignore" in settings:
             assert {*matrices} <= {*settings["ignore"]}
-            assert ("re:.*mtp.*" in settings["ignore"]) == ("mtp" in NAMES[name])
+            assert "re:.*mtp.*" in settings["ignore"] or "mtp" not in NAMES[name]
         else:
             layer = NAMES[name].partition(".layers.0")[0].rstrip(".").replace(".", r"\.")
             assert rf"-:^{layer}(\.|$)" in settings["dynamic"]
