@@ -67,8 +67,8 @@ def test_rows_of_zeros_are_no_tokens(chosen):
     copies = read_by(first, IDS, model)
     blocks, sums_of = find_blocks(model), {}
 
-    def solve(site, sums):
-        sums_of.update({layer.name: sums for layer in site.layers})
+    def solve(sites):
+        sums_of.update({layer.name: sums for site, sums in sites for layer in site.layers})
 
     weights = Weights(model, blocks, torch.device("cpu"))
     Flow(model, blocks, [*IDS.split(4)], weights, solve).run()
@@ -164,6 +164,27 @@ def test_the_commands_take_it(made, monkeypatch, capsys, tmp_path):
         "--results", tmp_path / "rows.jsonl", "--json",
     )  # fmt: skip
     assert [row["method"] for row in json.loads(rows)["rows"]] == ["none", "rtn"]
+
+
+def test_an_expert_that_no_token_reached_is_solved_from_its_block_s(tmp_path):
+    model = build()
+    with torch.no_grad():  # one feature is 5 for every token, and speaks against expert 3
+        model.model.embed_tokens.weight[:, 0] = 5
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight[0] = 0
+            block.feed_forward.experts.down_proj[:, :, 0] = 0
+            block.feed_forward.shared_expert.down_proj.weight[0] = 0
+            block.post_attention_layernorm.weight[0] = 1
+            block.feed_forward.router.weight[:, 0] = torch.tensor([0.0, 0, 0, -100])
+    model.save_pretrained(tmp_path / "model")
+    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    options = {"calib": IDS, "format": "compressed-tensors", "qep": True}
+    run = Runner(ModelConfig(str(tmp_path / "model"), "cpu"), GPTQ(3, 32), **options).run()
+    missed = [layer for layer in run.layers if ".experts.3." in layer.name]
+    assert len(missed) == 6
+    for layer in missed:
+        assert layer.tokens == 0 and layer.borrowed > 0 and layer.dead_columns < layer.cols
+        assert 0 < layer.error <= layer.rtn_error * (1 + 1e-6)
 
 
 def test_its_place_in_a_model_that_takes_images(tmp_path):

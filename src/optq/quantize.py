@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from optq.model.weights import Weights
 from optq.record import LayerRecord
 
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
+MEMORY = 2**30  # bytes for experts that are solved together
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,46 @@ class Quantization:
         flow.run()
         self.seconds |= flow.seconds
 
-    def solve(self, site: Site, sums: SiteSums) -> None:
-        """Quantize the stacked rows of one site and put the weights back."""
-        for layer in site.layers:
-            if not torch.isfinite(layer.weight).all():
-                raise NumericsError(
-                    f"the weight of {layer.name} (block {site.block.index}) holds NaN or infinity",
-                    "copy the model again, or train it again",
-                )
+    def solve(self, sites: Iterator[tuple[Site, SiteSums]]) -> None:
+        """Quantize the stacked rows of each site and put the weights back, some sites at a time."""
+        some: list[tuple[Site, SiteSums]] = []
+        for site, sums in sites:
+            some.append((site, sums))
+            rows, columns = sum(layer.shape[0] for layer in site.layers), len(sums.H)
+            # H, its factor and what makes them; weights, aims, codes and what the sweep holds.
+            bytes_each = 4 * columns * (4 * columns + 10 * rows)
+            if (len(some) + 1) * bytes_each > MEMORY:
+                self._solve_together(some)
+                some.clear()
+        if some:
+            self._solve_together(some)
+
+    def _solve_together(self, some: list[tuple[Site, SiteSums]]) -> None:
+        weights, problems, aims = [], [], []
+        for site, sums in some:
+            for layer in site.layers:
+                if not torch.isfinite(layer.weight).all():
+                    raise NumericsError(
+                        f"the weight of {layer.name} (block {site.block.index}) holds NaN or"
+                        " infinity",
+                        "copy the model again, or train it again",
+                    )
+            weights.append(weight := torch.cat([layer.weight for layer in site.layers]))
+            problems.append(problem := self.quantizer.problem(sums.H))
+            start = time.perf_counter()
+            aims.append(None if self.qep is None else _aim(self.qep, problem, site, sums, weight))
+            problem.seconds["solve"] += elapsed(start, weight) - problem.seconds["factor"]
+        solutions = self.quantizer.solve_together(problems, weights, aims, self.storage)
+        for (site, sums), weight, problem, solution in zip(
+            some, weights, problems, solutions, strict=True
+        ):
+            self._put(site, sums, weight, problem, solution)
+
+    def _put(
+        self, site: Site, sums: SiteSums, weight: Tensor, problem: Problem, solution: Solution
+    ) -> None:
+        """Solved: into the model, and among what goes to disk with the block."""
         rows = [layer.shape[0] for layer in site.layers]
-        weight = torch.cat([layer.weight for layer in site.layers])
-        problem = self.quantizer.problem(sums.H)
-        start = time.perf_counter()
-        aim = None if self.qep is None else _aim(self.qep, problem, site, sums.drift, weight)
-        problem.seconds["solve"] += elapsed(start, weight) - problem.seconds["factor"]
-        solution = self.quantizer.solve(problem, weight, aim, self.storage)
         energies = output_energy(weight, sums.H).split(rows)
         records = []
         for layer, part, energy in zip(site.layers, solution.split(rows), energies, strict=True):
@@ -136,10 +162,9 @@ def names_on_disk(
     return names
 
 
-def _aim(
-    qep: QEP, problem: Problem, site: Site, drift: Tensor | None, weight: Tensor
-) -> Tensor | None:
+def _aim(qep: QEP, problem: Problem, site: Site, sums: SiteSums, weight: Tensor) -> Tensor | None:
     """What the stacked rows of a site aim at; None: at themselves, as where nothing drifted."""
+    drift = sums.drift
     assert drift is not None  # the full-precision stream runs
     if not any(qep.applies(layer.name) for layer in site.layers) or not drift.any():
         return None

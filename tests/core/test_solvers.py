@@ -102,6 +102,39 @@ def test_the_promises_hold_on_every_grid(solver, kind):
         torch.testing.assert_close(Q[:, dead], nearest[:, dead])
 
 
+TOGETHER = [
+    *ROWS,
+    GPTQ.plain(4, 8, actorder=True),
+    GPTQ.plain(3, 8, sym=False, actorder="group", mse=True),
+    GPTQ(3, 8, static_groups=True),
+    GPTQ(2, -1, actorder=True, blocksize=5),
+]
+
+
+@pytest.mark.parametrize("solver", TOGETHER, ids=short)
+def test_experts_solved_together_get_what_each_gets_alone(solver):
+    kinds = ("correlated", "dead columns", "few tokens")
+    each = [problem(9, 36, kind, seed=seed).tensors() for seed, kind in enumerate(kinds)]
+    generator = torch.Generator().manual_seed(5)
+    for shifted in (False, True):
+        aims = [
+            W + 0.1 * torch.randn(W.shape, generator=generator).double() if shifted else None
+            for W, _ in each
+        ]
+        weights = [W for W, _ in each]
+        alone = [
+            solver.solve(solver.problem(H), W, aim, EXACT)
+            for (W, H), aim in zip(each, aims, strict=True)
+        ]
+        problems = [solver.problem(H) for _, H in each]
+        together = solver.solve_together(problems, weights, aims, EXACT)
+        for one, other in zip(alone, together, strict=True):
+            for name in ("codes", "zeros", "g_idx", "fell_back"):
+                assert torch.equal(getattr(one, name), getattr(other, name)), name
+            for name in ("scales", "error", "rtn_error"):
+                torch.testing.assert_close(getattr(one, name), getattr(other, name))
+
+
 @pytest.mark.parametrize("solver", ROWS, ids=short)
 def test_a_diagonal_hessian_gives_the_nearest_values(solver):
     """Nothing is to be made up for: whatever the order, each weight is the nearest of its grid."""

@@ -54,13 +54,14 @@ class Run:
             for handle in handles:
                 handle.remove()
 
-    def _solve(self, site, inputs):
-        self.sites.append(site)
-        self.inputs.append(inputs)
-        if self.own_solve is not None:
-            self.own_solve(site, inputs)
-        else:
-            quantize(site, inputs)
+    def _solve(self, sites):
+        for site, inputs in sites:
+            self.sites.append(site)
+            self.inputs.append(inputs)
+            if self.own_solve is not None:
+                self.own_solve(site, inputs)
+            else:
+                quantize(site, inputs)
 
     def _at_head(self, module, args):
         batch = getcurrent()

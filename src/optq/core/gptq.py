@@ -26,29 +26,24 @@ Departures from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from optq.core.descent import polish
-from optq.core.error import (
-    compare_with_rounding,
-    damped_error,
-    factored_error,
-    undamped_error,
-    weighted_squares,
-)
-from optq.core.grid import Grid, Storage, is_int
+from optq.core.error import compare_with_rounding, damped_error, factored_error, undamped_error
+from optq.core.grid import Storage, is_int
 from optq.core.order import ActOrder
 from optq.core.precision import quick_dtype
-from optq.core.problem import Factor, Problem
+from optq.core.problem import Problem
 from optq.core.rounding import Rounded, no_worse, round_groups, working_copy
 from optq.core.solution import Solution
 from optq.core.solver import Solver
-from optq.core.tiles import middle
+from optq.core.sweep import Start, Sweep
 from optq.core.weight import LayerScheme, dequantize, group_index
 from optq.errors import SettingError
 
@@ -139,28 +134,71 @@ class GPTQ(Solver):
     def _solve(
         self, problem: Problem, weight: Tensor, aim: Tensor | None, storage: Storage
     ) -> Solution:
-        H, order, factored, grid = problem.H, problem.order, problem.factor, self.grid
-        columns, importance = len(H), problem.importance
-        group = group_index(columns, grid.width(columns), H.device)
+        return self._solve_together([problem], [weight], [aim], storage)[0]
+
+    def _solve_together(
+        self,
+        problems: Sequence[Problem],
+        weights: Sequence[Tensor],
+        aims: Sequence[Tensor | None],
+        storage: Storage,
+    ) -> list[Solution]:
+        columns = weights[0].shape[1]
+        width = self.grid.width(columns)
+        dynamic = not (self.static_groups or width == columns)
+        parted = not dynamic and self.actorder is True and width < columns  # each in its own way
+        if len(problems) > 1 and parted:
+            return super()._solve_together(problems, weights, aims, storage)
+        each = list(zip(problems, weights, aims, strict=True))
+        known = [self._prepare(problem, weight, storage, dynamic) for problem, weight, _ in each]
+        starts = [
+            ready.start(working_copy(weight if aim is None else aim, problem.order), problem)
+            for ready, (problem, weight, aim) in zip(known, each, strict=True)
+        ]
+        group = known[0].group if parted else group_index(columns, width, weights[0].device)
+        sweep = Sweep(starts, group, self.grid, storage, self.blocksize, dynamic)
+        return [
+            self._finish(sweep, index, ready, *each[index], storage)
+            for index, ready in enumerate(known)
+        ]
+
+    def _prepare(
+        self, problem: Problem, weight: Tensor, storage: Storage, dynamic: bool
+    ) -> _Prepared:
+        """What does not depend on the sweep: the rounded weight, which is what to beat."""
+        order, factored, grid = problem.order, problem.factor, self.grid
+        columns, importance = len(problem.H), problem.importance
+        width = grid.width(columns)
+        group = group_index(columns, width, problem.H.device)
+        labels = None
         if order is not None:
             importance = importance[order]
-            follows = self.actorder != "group" and not self.static_groups
-            group = group if follows else group[order]
+            if self.actorder == "group" or not dynamic:
+                group = group[order]
+            if self.actorder == "group":
+                labels = group[::width].long()
         W = working_copy(weight, order)
         rounded = round_groups(W, group, grid, storage, importance, quick_dtype(W))
         damped = damped_error(rounded.miss, factored, exact=False)
+        return _Prepared(rounded, damped, group, labels, importance)
 
-        if aim is not None:
-            W = working_copy(aim, order)
-        sweep = _Sweep(W, factored, grid, storage, rounded, group, importance, self.blocksize)
-        if self.static_groups or grid.width(columns) == columns:
-            sweep.use_grids(rounded.scale, rounded.zero)
-        sweep.run(0, columns)
-        places = problem.places
-        codes = sweep.codes if places is None else sweep.codes[places]
-        g_idx = group if places is None else group[places]
+    def _finish(
+        self,
+        sweep: Sweep,
+        index: int,
+        ready: _Prepared,
+        problem: Problem,
+        weight: Tensor,
+        aim: Tensor | None,
+        storage: Storage,
+    ) -> Solution:
+        H, factored, places, rounded = problem.H, problem.factor, problem.places, ready.rounded
+        codes, group = sweep.codes[:, sweep.own[index]], ready.group
+        if places is not None:
+            codes, group = codes[places], group[places]
+        scale, zero = (ready.as_labelled(x[:, sweep.own[index]]) for x in (sweep.scale, sweep.zero))
         # Of rounding's error, what is damped will do until it is known better, below.
-        solution = self._solution(codes, sweep.scale, sweep.zero, g_idx, sweep.error(), damped)
+        solution = self._solution(codes, scale, zero, group, sweep.error(index), ready.damped)
         if self.polish:
             target = weight if aim is None else aim
             solution = polish(target, problem, solution, storage, self.polish, exact=aim is None)
@@ -168,97 +206,36 @@ class GPTQ(Solver):
         error = solution.error
         if aim is not None:
             error = undamped_error((weight - solution.weight).T.to(H.dtype).contiguous(), H)
-        better, rtn_error = compare_with_rounding(error, damped, rounded.miss, factored)
+        better, rtn_error = compare_with_rounding(error, ready.damped, rounded.miss, factored)
         unsure = (~better).nonzero().flatten()
-        grids = (rounded.codes, rounded.scale, rounded.zero)
-        codes, scale, zero = (each[:, unsure].T for each in grids)
-        miss = working_copy(weight[unsure], order)
-        miss -= dequantize(codes, scale, zero, group, grid.decode).T
+        codes, scale, zero = (
+            each[:, unsure].T for each in (rounded.codes, rounded.scale, rounded.zero)
+        )
+        miss = working_copy(weight[unsure], problem.order)
+        miss -= dequantize(codes, scale, zero, ready.group, self.grid.decode).T
         rtn_error[unsure] = factored_error(miss, factored)  # in full precision
         return no_worse(solution, rounded, places, error, rtn_error)
 
 
-class _Sweep:
-    """The sweep over the columns of one ``W``; its tensors are ``[cols, rows]``.
+@dataclass(frozen=True)
+class _Prepared:
+    """A weight before its sweep; ``group`` is that of each column, in the order of the sweep.
 
-    ``W`` is used up: column by column its weights become the errors ``e``.
+    ``labels`` are the groups in that order; None: as they are.
     """
 
-    def __init__(
-        self,
-        W: Tensor,
-        factored: Factor,
-        grid: Grid,
-        storage: Storage,
-        near: Rounded,
-        group: Tensor,
-        importance: Tensor,
-        blocksize: int,
-    ) -> None:
-        self.W, self.W_hat, self.grid, self.storage = W, W.clone(), grid, storage
-        self.factored, self.importance, self.blocksize = factored, importance, blocksize
-        self.near = near  # the original weights' grids, where the search for another one starts
-        self.codes = torch.empty_like(W, dtype=torch.uint8)
-        self.scale = W.new_empty(int(group.max()) + 1, W.shape[1])
-        self.zero = torch.zeros_like(self.scale)
-        # Views of each group, made once: the column loop is short of time for indexing.
-        self.scales = list(self.scale)
-        self.snaps = [grid.snapping(zero) for zero in self.zero]
-        self.group_of, self.group = group, group.tolist()
-        self.dynamic = True
-        self.steps = W.new_empty(blocksize, W.shape[1])
-        self.residual = W.new_zeros(W.shape[1])  # sum_j U_jj^2 (w^_j - q_j)^2
+    rounded: Rounded
+    damped: Float[Tensor, " rows"]  # the error of ``rounded``
+    group: Int[Tensor, " cols"]
+    labels: Int[Tensor, " groups"] | None
+    importance: Float[Tensor, "cols 1"]
 
-    def use_grids(self, scale: Tensor, zero: Tensor) -> None:
-        """Sweep on grids fitted beforehand."""
-        self.dynamic = False
-        self.scale.copy_(scale)
-        self.zero.copy_(zero)
-        self.snaps = [self.grid.snapping(zero) for zero in self.zero]
+    def start(self, W: Float[Tensor, "cols rows"], problem: Problem) -> Start:
+        near = self.rounded.scale, self.rounded.zero
+        if self.labels is not None:
+            near = near[0][self.labels], near[1][self.labels]
+        return Start(W, problem.factor, self.importance, near)
 
-    def run(self, start: int, stop: int) -> None:
-        """Quantize the columns ``start .. stop``; ``W^`` holds all errors before ``start``."""
-        count, width = stop - start, self.grid.width(len(self.group))
-        if self.dynamic and start % width == 0 and stop == min(start + width, len(self.group)):
-            self._fit_group(start, stop)
-        if count <= (min(self.blocksize, width) if self.dynamic else self.blocksize):
-            self._one_by_one(start, stop)
-            return
-        half = middle(start, stop, width if self.dynamic and count > width else self.blocksize)
-        self.run(start, half)
-        left, right = slice(start, half), slice(half, stop)
-        self.W_hat[right].addmm_(self.factored.N[left, right].T, self.W[left])
-        self.run(half, stop)
-
-    def error(self) -> Float[Tensor, " rows"]:
-        """The error of each row, ``H`` not damped."""
-        norm = weighted_squares(self.factored.live[None], self.W)[0]
-        return (self.residual - self.factored.damp * norm).clamp_(min=0)
-
-    def _fit_group(self, start: int, stop: int) -> None:
-        columns, N = slice(start, stop), self.factored.N
-        sums = self.W_hat[columns] - self.W[columns]
-        one = torch.eye(stop - start, dtype=N.dtype, device=N.device)
-        inverse = torch.linalg.solve_triangular(
-            N[columns, columns], one, upper=True, unitriangular=True
-        )
-        updated = torch.addmm(self.W[columns], inverse.T, sums)
-        group = self.group[start]
-        near = (self.near.scale[group], self.near.zero[group])
-        scale, zero = self.grid.fit(updated, self.storage, self.importance[columns], near)
-        self.scale[group], self.zero[group] = scale, zero
-        self.snaps[group] = self.grid.snapping(self.zero[group])
-
-    def _one_by_one(self, start: int, stop: int) -> None:
-        columns = slice(start, stop)
-        block, N = self.W_hat[columns], self.factored.N[columns, columns]
-        steps = self.steps[: stop - start]
-        rows = zip(self.group[columns], block, self.W[columns], steps, N, strict=True)
-        for j, (group, w_hat, w, step, spread) in enumerate(rows, start=1):
-            scale = self.scales[group]
-            self.snaps[group](torch.div(w_hat, scale, out=step))
-            w_hat.addcmul_(step, scale, value=-1)  # w^ - q
-            w.addcmul_(step, scale, value=-1)  # e
-            block[j:].addr_(spread[j:], w)
-        self.codes[columns] = self.grid.code(steps, self.zero[self.group_of[columns]])
-        self.residual += self.factored.squares[columns] @ block.square()
+    def as_labelled(self, swept: Float[Tensor, "groups rows"]) -> Float[Tensor, "groups rows"]:
+        """What was found for each group in the order of the sweep, in that of the columns."""
+        return swept if self.labels is None else swept[torch.argsort(self.labels)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -46,7 +47,6 @@ class Solver(ABC):
         """The problem of a site whose Hessian, not damped, is ``H``."""
         return Problem(H, self.percdamp)
 
-    @exact_products()
     def solve(
         self,
         problem: Problem,
@@ -61,11 +61,37 @@ class Solver(ABC):
         rounding, and grids fitted beforehand stay those of ``weight``. Works in float32, or
         float64 where both are float64. Raises ``NumericsError`` if ``H`` is not finite.
         """
-        start, known = time.perf_counter(), sum(problem.seconds.values())
-        solution = self._solve(problem, weight, aim, storage)
-        apart = sum(problem.seconds.values()) - known  # what has a clock of its own
-        problem.seconds["solve"] += elapsed(start, solution.error) - apart
-        return solution
+        return self.solve_together([problem], [weight], [aim], storage)[0]
+
+    @exact_products()
+    def solve_together(
+        self,
+        problems: Sequence[Problem],
+        weights: Sequence[Float[Tensor, "rows cols"]],
+        aims: Sequence[Float[Tensor, "rows cols"] | None],
+        storage: Storage = Storage(),
+    ) -> list[Solution]:
+        """The same for weights of one shape, each with a problem of its own, as experts are.
+
+        Their codes are those that each would get by itself, but for the last bits of sums.
+        """
+        start, known = time.perf_counter(), sum(sum(p.seconds.values()) for p in problems)
+        solutions = self._solve_together(problems, weights, aims, storage)
+        seconds = elapsed(start, solutions[-1].error)
+        seconds -= sum(sum(p.seconds.values()) for p in problems) - known  # have their own clock
+        for problem in problems:
+            problem.seconds["solve"] += seconds / len(problems)
+        return solutions
+
+    def _solve_together(
+        self,
+        problems: Sequence[Problem],
+        weights: Sequence[Tensor],
+        aims: Sequence[Tensor | None],
+        storage: Storage,
+    ) -> list[Solution]:
+        each = zip(problems, weights, aims, strict=True)
+        return [self._solve(problem, weight, aim, storage) for problem, weight, aim in each]
 
     @abstractmethod
     def _solve(

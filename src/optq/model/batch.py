@@ -42,15 +42,11 @@ class Batch(greenlet):
         self.site, self.input = site, Handed(self.first_sample, self.ids, x)
         self._pause()
 
-    def hand_experts(self, site: Site, x: Tensor, of: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """The same for all experts of a bank: ``of`` has the tokens and the input of each."""
+    def hand_experts(self, site: Site, x: Tensor, of: dict[int, Handed]) -> None:
+        """The same for all experts of a bank: ``of`` has the input of each, ``x`` all tokens."""
         self.handed[site] = weakref.ref(x)
-        own = {
-            expert: Handed(self.first_sample, self.ids, inside, tokens)
-            for expert, (tokens, inside) in of.items()
-        }
         self.site = site
-        self.input = HandedExperts(Handed(self.first_sample, self.ids, x), own)
+        self.input = HandedExperts(Handed(self.first_sample, self.ids, x), of)
         self._pause()
 
     def unwind(self) -> None:

@@ -108,18 +108,17 @@ class Bank:
         index, weights = given
         return index, weights
 
-    def every(self, x: Tensor, index: Tensor) -> Tensor:
-        """All that the experts may read of ``x``, ``[tokens, hidden]``."""
+    def every(self, x: Tensor) -> Tensor:
+        """What the experts read, a row for each token: ``[tokens, hidden]``."""
         return x
 
-    def read(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
-        """What each expert's gate and up read of ``x``."""
-        return {expert: x[tokens] for expert, (_, tokens) in routed.items()}
+    def read(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
+        """What an expert's gate and up read of ``x`` for these tokens."""
+        return x[tokens]
 
     def inside(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
         """What each expert's down projection reads."""
-        read = self.read(x, routed).items()
-        return {expert: self.activations(expert, own) for expert, own in read}
+        return {e: self.activations(e, self.read(x, e, own)) for e, (_, own) in routed.items()}
 
     def activations(self, expert: int, x: Tensor) -> Tensor:
         """What an expert's down projection reads for inputs ``[tokens, hidden]``."""
@@ -211,12 +210,13 @@ class Copies(Bank):
         experts = torch.arange(len(self.inner), device=x.device)
         return torch.where(mask, experts, len(experts)), mask.to(x.dtype)
 
-    def every(self, x: Tensor, index: Tensor) -> Tensor:
-        return self._apart(x).transpose(0, 1)[index < len(self.inner)]
+    def every(self, x: Tensor) -> Tensor:
+        return self._apart(x).sum(
+            0
+        )  # of most tokens only one is not zero, and all point the same way
 
-    def read(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
-        copies = self._apart(x)
-        return {expert: copies[expert, tokens] for expert, (_, tokens) in routed.items()}
+    def read(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
+        return self._apart(x)[expert, tokens]
 
     def inside(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
         if self.packed:

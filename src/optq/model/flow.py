@@ -30,6 +30,7 @@ from optq.errors import ModelError
 from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
 from optq.model.inputs import Handed, SiteSums, gather
+from optq.model.others import Others
 from optq.model.sites import Sites
 from optq.model.weights import Weights
 
@@ -40,7 +41,8 @@ ENOUGH = 2  # tokens to a column; an expert that saw fewer borrows from the rest
 class Flow:
     """One calibration run over ``batches`` (token ids ``[samples, tokens]`` each).
 
-    ``solve(site, sums)`` quantizes the site's layers and puts their weights in place;
+    ``solve(sites)`` quantizes the layers of each site, which comes with its sums, and puts their
+    weights in place; the sites are of one shape, and sums are made as they are asked for.
     ``done(block)`` is called when no batch needs the block any more, before its weights go.
     """
 
@@ -48,7 +50,7 @@ class Flow:
     blocks: list[Block]
     batches: list[Tensor]
     weights: Weights
-    solve: Callable[[Site, SiteSums], None]
+    solve: Callable[[Iterator[tuple[Site, SiteSums]]], None]
     done: Callable[[Block], None] = lambda block: None
     propagate: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0})
@@ -95,9 +97,7 @@ class Flow:
             if any(batch.kind == "quantized" for batch in here):  # else there is nothing to go by
                 if self.propagate:
                     self.weights.hold_originals(site.layers)
-                for part, sums in self._gather(site, here):
-                    self.solve(part, sums)
-                    del sums  # the next ones may need the memory
+                self.solve(self._gather(site, here))
                 for layer in site.layers:
                     layer.solved = True
             self._advance(here)
@@ -122,28 +122,27 @@ class Flow:
 
     def _gather(self, site: Site, here: list[Batch]) -> Iterator[tuple[Site, SiteSums]]:
         """What the site has seen; of experts, each one's in its turn."""
-        inputs: dict[str, list[Any]] = {
-            kind: [b.input for b in here if b.kind == kind] for kind in ("quantized", "full")
-        }
+        quantized: list[Any] = [batch.input for batch in here if batch.kind == "quantized"]
+        full: list[Any] = [batch.input for batch in here if batch.kind == "full"]
         if site.bank is None:
-            yield site, self._sums(site, inputs["quantized"], inputs["full"])
+            yield site, self._sums(site, quantized, full)
             return
-        every = [batch.every for batch in inputs["quantized"]]
-        others = self._sums(site, every, []) if site.experts is site.bank.inner else None
+        others, every = Others(site, quantized), None
+        if site.experts is site.bank.inner:
+            every = self._sums(site, [batch.every for batch in quantized], [])
         for expert, layers in enumerate(site.experts):
             part = Site(site.block, layers)
-            own, full = (
-                [batch.of[expert] for batch in inputs[kind] if expert in batch.of]
-                for kind in ("quantized", "full")
-            )
-            sums, enough = self._sums(part, own, full), ENOUGH * layers[0].shape[1]
+            own = [batch.of[expert] for batch in quantized if expert in batch.of]
+            sums = self._sums(part, own, [b.of[expert] for b in full if expert in b.of])
+            enough = ENOUGH * layers[0].shape[1]
             if sums.tokens < enough:
-                stand_in = others
+                stand_in = every
                 if stand_in is None:  # what it would make of tokens that went elsewhere
                     start = time.perf_counter()
-                    inside = site.bank.activations(expert, _spread([e.x for e in every], enough))
-                    self.seconds["forward"] += time.perf_counter() - start
-                    stand_in = self._sums(part, [Handed(0, every[0].ids, inside)], [])
+                    sample = others.sample(expert, enough - sums.tokens)
+                    inside = site.bank.activations(expert, sample)
+                    self.seconds["forward"] += elapsed(start, inside)
+                    stand_in = self._sums(part, [Handed(0, quantized[0].every.ids, inside)], [])
                 sums = sums.with_others(stand_in, enough)
             yield part, sums
 
@@ -154,9 +153,3 @@ class Flow:
         sums = gather(where, columns, device, quantized, full if self.propagate else None)
         self.seconds["hessian"] += elapsed(start, sums.H)
         return sums
-
-
-def _spread(batches: list[Tensor], count: int) -> Tensor:
-    """So many tokens ``[count, cols]``, or all there are, evenly out of all batches."""
-    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in batches])
-    return rows[:: max(1, len(rows) // count)][:count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,13 +50,21 @@ class HandedExperts:
 class Handed:
     """The input that one batch brought: ``ids`` are its samples, the first one's number first.
 
-    ``tokens`` says which of the batch's tokens each row of a routed ``x`` is, none of them twice.
+    ``tokens`` says which of the batch's tokens each row of a routed input is, none of them twice.
+    ``copy`` makes that input out of ``x``, anew each time, where all experts' would fill the
+    memory.
     """
 
     first_sample: int
     ids: Int[Tensor, "samples tokens"]
     x: Float[Tensor, "*batch cols"]
     tokens: Int[Tensor, " rows"] | None = None
+    copy: Callable[[], Float[Tensor, "rows cols"]] | None = None
+
+    @property
+    def inputs(self) -> Float[Tensor, "rows cols"]:
+        """One row for each token."""
+        return self.x.reshape(-1, self.x.shape[-1]) if self.copy is None else self.copy()
 
     def rows(self) -> Int[Tensor, " rows"] | None:
         """The token of each row: as told, or all in order; None where only some came, unnamed."""
@@ -80,10 +89,10 @@ def gather(
     drift = None if full is None else torch.zeros(columns, columns, device=device, dtype=dtype)
     partners = {each.first_sample: each for each in full or []}
     for batch in quantized:
-        hessian.add(batch.x)
-        partner = partners.get(batch.first_sample)
+        inputs, partner = batch.inputs, partners.get(batch.first_sample)
+        hessian.add(inputs)
         if drift is not None and partner is not None:
-            add_drift(drift, *_common(batch, partner))
+            add_drift(drift, *_common(batch, inputs, partner))
     if drift is not None:
         drift /= max(hessian.tokens, 1)
     sums = SiteSums(hessian.matrix(), hessian.tokens, drift)
@@ -93,9 +102,9 @@ def gather(
     return sums
 
 
-def _common(batch: Handed, partner: Handed) -> tuple[Tensor, Tensor]:
-    """The rows of both that are the same tokens, in the same order."""
-    x, y = (each.x.reshape(-1, each.x.shape[-1]) for each in (batch, partner))
+def _common(batch: Handed, x: Tensor, partner: Handed) -> tuple[Tensor, Tensor]:
+    """The rows of both that are the same tokens, in the same order; ``x`` are the first one's."""
+    y = partner.inputs
     mine, theirs = batch.rows(), partner.rows()
     if mine is None or theirs is None:
         return x[:0], y[:0]
@@ -109,12 +118,13 @@ def _common(batch: Handed, partner: Handed) -> tuple[Tensor, Tensor]:
 
 def _blame(where: str, batches: list[Handed]) -> None:
     for batch in batches:
-        if torch.isfinite(batch.x).all():
+        inputs = batch.inputs
+        if torch.isfinite(inputs).all():
             continue
         which = f"samples {batch.first_sample} to {batch.first_sample + len(batch.ids) - 1}"
         rows = batch.rows()
         if rows is not None:
-            bad = rows[(~torch.isfinite(batch.x.reshape(len(rows), -1))).any(1)].min()
+            bad = rows[(~torch.isfinite(inputs)).any(1)].min()
             which = f"sample {batch.first_sample + int(bad) // batch.ids.shape[1]}"
         raise NumericsError(
             f"the input of {where} holds NaN or infinity for calibration {which}",

@@ -7,8 +7,9 @@ at the same version, held alive meanwhile; never equal contents and never an add
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from itertools import takewhile
 from typing import Any
@@ -20,6 +21,7 @@ from optq.errors import ModelError
 from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
 from optq.model.experts import Bank, called_through
+from optq.model.inputs import Handed
 from optq.model.layer import Layer
 
 
@@ -129,13 +131,15 @@ class Sites:
             if batch.kind == "scout" and self.block is not None:
                 for site in self._bank_sites(self.block, bank):
                     self._seen.append((x.new_empty(0), 0, site))
-            every = bank.every(x, index)
-            read = bank.read(x, routed)
-            inputs = {expert: (tokens, read[expert]) for expert, (_, tokens) in routed.items()}
-            self._experts_reading(batch, bank.inner, every, inputs)
+            every = bank.every(x)
+            copies = {
+                e: (tokens, x, partial(bank.read, x, e, tokens))
+                for e, (_, tokens) in routed.items()
+            }
+            self._experts_reading(batch, bank.inner, every, copies)
         inside = bank.inside(x, routed)
         if isinstance(batch, Batch):
-            inputs = {expert: (tokens, inside[expert]) for expert, (_, tokens) in routed.items()}
+            inputs = {e: (tokens, inside[e], None) for e, (_, tokens) in routed.items()}
             self._experts_reading(batch, bank.down, every, inputs)
         return bank.combine(x, routed, inside, weights)
 
@@ -144,7 +148,7 @@ class Sites:
         batch: Batch,
         experts: list[list[Layer]],
         x: Tensor,
-        inputs: dict[int, tuple[Tensor, Tensor]],
+        inputs: Mapping[int, tuple[Tensor, Tensor, Callable[[], Tensor] | None]],
     ) -> None:
         layers = [layer for own in experts for layer in own]
         first, site = layers[0], self._of.get(layers[0])
@@ -154,7 +158,9 @@ class Sites:
         if site is None or self.block is None or batch.kind == "scout" or batch.calls[first] > 1:
             return
         if not first.solved:
-            batch.hand_experts(site, x, inputs)
+            who = batch.first_sample, batch.ids
+            of = {e: Handed(*who, own, tokens, copy) for e, (tokens, own, copy) in inputs.items()}
+            batch.hand_experts(site, x, of)
         elif batch.kind == "quantized":
             raise ModelError(
                 f"the experts of {first.name} are reached by some samples after they were solved",
