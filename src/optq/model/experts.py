@@ -211,9 +211,7 @@ class Copies(Bank):
         return torch.where(mask, experts, len(experts)), mask.to(x.dtype)
 
     def every(self, x: Tensor) -> Tensor:
-        return self._apart(x).sum(
-            0
-        )  # of most tokens only one is not zero, and all point the same way
+        return self._apart(x).sum(0)  # a token's copies differ by a factor, most of them zero
 
     def read(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
         return self._apart(x)[expert, tokens]
