@@ -346,7 +346,7 @@ def test_a_broken_model(refused, model, broken):
     [
         ("bert_masked", "BertForMaskedLM is not a causal language model"),
         ("t5", "T5ForConditionalGeneration is not a causal language model"),
-        ("llama4", "holds weights [4, 64, 256] of experts in an unknown layout"),
+        ("dbrx", "holds weights [384, 64] of experts in an unknown layout"),
         ("llama_no_blocks", "has no blocks"),
     ],
 )

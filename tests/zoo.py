@@ -202,6 +202,16 @@ _MINICPM3: Sites = (
     *_LLAMA[1:],
 )
 _GEMMA4: Sites = (*_LLAMA, ("per_layer_input_gate",), ("per_layer_projection",))
+_MLP: Sites = (("feed_forward.gate_proj", "feed_forward.up_proj"), ("feed_forward.down_proj",))
+_MAMBA: Sites = (("mamba.in_proj",), ("mamba.out_proj",))
+_FALCON_H1: Sites = (
+    *_MAMBA,
+    _QKV,
+    ("self_attn.o_proj",),
+    ("feed_forward.up_proj", "feed_forward.gate_proj"),
+    ("feed_forward.down_proj",),
+)
+_GRANITE: Sites = (("shared_mlp.input_linear",), ("shared_mlp.output_linear",))
 _GEMMA4_SHARED: Sites = (("self_attn.q_proj",), *_GEMMA4[1:])
 
 ROWS: tuple[Row, ...] = (
@@ -248,6 +258,21 @@ ROWS: tuple[Row, ...] = (
     Row("cohere", configs.cohere, "model.layers", _LLAMA_PARALLEL),
     Row("cohere2", configs.cohere2, "model.layers", _LLAMA_PARALLEL),
     Row("starcoder2", configs.starcoder2, "model.layers", _STARCODER2),
+    Row(
+        "bamba",
+        configs.bamba,
+        "model.layers",
+        (*_MAMBA, *_MLP),
+        other_sites={1: (_QKV, ("self_attn.o_proj",), *_MLP)},
+    ),
+    Row("falcon_h1", configs.falcon_h1, "model.layers", _FALCON_H1),
+    Row(
+        "granite_hybrid",
+        configs.granite_hybrid,
+        "model.layers",
+        (*_MAMBA, *_GRANITE),
+        other_sites={1: (_QKV, ("self_attn.o_proj",), *_GRANITE)},
+    ),
     Row("mpt", configs.mpt, "transformer.blocks", _MPT),
     Row("stablelm", configs.stablelm, "model.layers", _LLAMA),
     Row("stablelm_parallel", configs.stablelm_parallel, "model.layers", _LLAMA_PARALLEL),
@@ -283,7 +308,7 @@ REFUSED: tuple[Refused, ...] = (
     Refused("bert_masked", configs.bert, "encoder only", "AutoModelForMaskedLM"),
     Refused("bert", configs.bert, "encoder only", "AutoModel"),
     Refused("t5", configs.t5, "encoder and decoder", "AutoModelForSeq2SeqLM"),
-    Refused("llama4", configs.llama4, "experts that are multiplied all at once"),
+    Refused("dbrx", configs.dbrx, "experts in one matrix"),
     Refused("rwkv", configs.rwkv, "recurrent"),
     Refused("llama_no_blocks", configs.llama_no_blocks, "no blocks"),
 )

@@ -456,6 +456,44 @@ def qwen3_next() -> PreTrainedConfig:
     return _sparse("Qwen3NextConfig", **experts, **linear, head_dim=16)
 
 
-def llama4() -> PreTrainedConfig:
-    experts = {"intermediate_size_mlp": 128, "num_local_experts": 4, "num_experts_per_tok": 1}
-    return _sparse("Llama4TextConfig", **experts, head_dim=16)
+def qwen3_5_moe() -> PreTrainedConfig:
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    linear |= {"linear_value_head_dim": 16, "layer_types": ["linear_attention", FULL]}
+    experts = _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 64}
+    shape = {name: value for name, value in _COMMON.items() if name != "intermediate_size"}
+    return tf.Qwen3_5MoeTextConfig(**shape, **experts, **linear, head_dim=16, num_hidden_layers=2)
+
+
+def llama4(chosen: int = 1) -> PreTrainedConfig:
+    experts = {"intermediate_size_mlp": 128, "num_local_experts": 4, "intermediate_size": 96}
+    return _sparse("Llama4TextConfig", **experts, num_experts_per_tok=chosen, head_dim=16)
+
+
+def dbrx() -> PreTrainedConfig:
+    experts = {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}
+    shape = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
+    heads = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+    return tf.DbrxConfig(**_TOKENS, **shape, attn_config=heads, ffn_config=experts)
+
+
+# Mamba blocks beside attention: one parallel to it, two in its place.
+
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 30, "mamba_chunk_size": 8}
+
+
+def bamba() -> PreTrainedConfig:
+    return _sparse("BambaConfig", **_MAMBA, attn_layer_indices=[1])
+
+
+def falcon_h1() -> PreTrainedConfig:
+    return _sparse("FalconH1Config", **_MAMBA, mamba_d_ssm=128)
+
+
+def granite_hybrid(experts: int = 0) -> PreTrainedConfig:
+    chosen = {"num_local_experts": experts, "num_experts_per_tok": min(experts, 2)}
+    chosen |= {"intermediate_size": 96, "shared_intermediate_size": 96}
+    return _sparse("GraniteMoeHybridConfig", **chosen, **_MAMBA, layer_types=["mamba", "attention"])
+
+
+def granite_hybrid_moe() -> PreTrainedConfig:
+    return granite_hybrid(4)

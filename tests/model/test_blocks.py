@@ -53,3 +53,21 @@ def test_a_small_second_list_is_not_part_of_the_blocks():
 def test_a_skip_that_matches_nothing_is_refused():
     with pytest.raises(SettingError, match="matches no layer"):
         find_blocks(Model([Block(), Block()]), skip="no_such_layer")
+
+
+class Heads(nn.Module):
+    """As in a gated delta net: a number for each of 32 heads from each of two small layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.zeros(32))
+        self.qkv, self.k = nn.Linear(1024, 512), nn.Linear(1024, 128)
+        self.a, self.b, self.ba = nn.Linear(1024, 32), nn.Linear(1024, 32), nn.Linear(1024, 64)
+        self.wide = nn.Linear(128, 32)
+
+
+def test_a_layer_that_makes_one_number_for_each_head_stays_dense():
+    block = find_blocks(Model([Block(Heads())]))[0]
+    names = {layer.name.rpartition(".")[2] for layer in block.layers}
+    assert names == {"up", "down", "qkv", "k", "wide"}
+    assert {"list0.0.extra.a", "list0.0.extra.b", "list0.0.extra.ba"} <= {*block.linears}

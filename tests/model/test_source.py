@@ -649,7 +649,7 @@ REFUSALS = {
     "bert_masked": ("load", "BertForMaskedLM is not a causal language model"),
     "bert": ("load", "BertModel is not a causal language model"),
     "t5": ("load", "T5ForConditionalGeneration is not a causal language model"),
-    "llama4": ("blocks", "of experts in an unknown layout"),
+    "dbrx": ("blocks", r"experts\.mlp\.w1 holds weights .* of experts in an unknown layout"),
     "rwkv": ("flow", "the model changes .* while it runs"),
     "llama_no_blocks": ("blocks", "has no blocks with linear layers"),
 }

@@ -45,10 +45,16 @@ def check_layers(
         tried = {n: _refused(other, _sized(changed, n), layers) for n in GROUPSIZES}
         if sizes := " or ".join(str(n) for n, misfits in tried.items() if not misfits):
             ways.insert(0, " ".join(f"choose {way} --groupsize {sizes}".split()))
+    banks = [bank for block in blocks for bank in block.banks]
     rest = {layer.name for layer in layers} - refused.keys()
+    for bank in banks:  # one of them is dense: then all are
+        own = {layer.name for layer in bank.layers}
+        if not own <= rest:
+            rest -= own
     if rest:  # the pattern says also what another one has left dense
         dense = {name for block in blocks for name in block.linears} - rest
-        ways.append(f"leave the misfits dense: --skip '{_pattern(dense, rest)}'")
+        pattern = _pattern(dense, rest, {bank.name for bank in banks})
+        ways.append(f"leave the misfits dense: --skip '{pattern}'")
     raise SettingError(cause, ", or ".join(ways) or "give another model: no options fit this one")
 
 
@@ -67,9 +73,22 @@ def _refused(form: Format, scheme: LayerScheme, layers: Sequence[Layer]) -> dict
     return found
 
 
-def _pattern(names: Collection[str], others: Collection[str]) -> str:
-    """A regular expression that finds ``names`` and none of ``others``."""
-    start, words = r"\.", {name.rpartition(".")[2] for name in names}
-    if words & {name.rpartition(".")[2] for name in others}:
-        start, words = "^", set(names)
-    return f"{start}({'|'.join(sorted(map(re.escape, words)))})$"
+def _pattern(names: Collection[str], others: Collection[str], banks: Collection[str]) -> str:
+    """A regular expression that finds ``names`` and none of ``others``.
+
+    ``banks``: what experts are called together; their layers have a number and a name more.
+    """
+
+    def parts(all_names: Collection[str]) -> list[set[str]]:
+        above = {name: name.rsplit(".", 2)[0] for name in all_names}
+        plain = {name for name in all_names if above[name] not in banks}
+        return [plain, {*above.values()} & {*banks}]
+
+    found = []
+    for own, rest, end in zip(parts(names), parts(others), ("$", r"\.\d+\."), strict=True):
+        start, words = r"\.", {name.rpartition(".")[2] for name in own}
+        if words & {name.rpartition(".")[2] for name in rest}:
+            start, words = "^", own
+        if words:
+            found.append(f"{start}({'|'.join(sorted(map(re.escape, words)))}){end}")
+    return "|".join(found)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from optq.errors import ModelError, SettingError
-from optq.model.experts import Bank, is_bank
+from optq.model.experts import Bank, bank_of, is_bank
 from optq.model.layer import Layer
 
 
@@ -96,7 +96,7 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
                     continue
                 found = [Layer(name, child, isinstance(child, Conv1D))]
             elif is_bank(child):
-                bank = Bank(name, child)
+                bank = bank_of(name, child)
                 bank.check()
                 found = bank.layers
                 block.banks.append(bank)
@@ -134,10 +134,19 @@ def linears_outside(model: Any, blocks: list[Block]) -> list[str]:
 
 
 def _is_gate(linear: Any, name: str, block: nn.Module, prefix: str) -> bool:
-    """Whether a layer beside experts decides for them: it is small, and stays dense."""
+    """Whether a layer is small and decides for others: it stays dense.
+
+    That is one beside experts with a number for each or one in all, and one that makes a number
+    or two for each head, as many as the module has in a vector of its own (``in_proj_b`` and
+    ``in_proj_a`` of gated delta nets): too few rows for servers' kernels, and nothing to save.
+    """
     above = block.get_submodule(name[len(prefix) + 1 :].rpartition(".")[0])
-    counts = {len(Bank("", each).inner) for each in above.children() if is_bank(each)}
-    return bool(counts) and linear.weight.shape[0] in {1, *counts}
+    rows, columns = linear.weight.shape
+    heads = {len(own) for own in above.parameters(recurse=False) if own.ndim == 1}
+    if rows <= columns / 8 and {rows, rows / 2} & heads:
+        return True
+    counts = {len(bank_of("", each).inner) for each in above.children() if is_bank(each)}
+    return bool(counts) and rows in {1, *counts}
 
 
 def _refuse_unknown(name: str, module: nn.Module, block: nn.Module) -> None:

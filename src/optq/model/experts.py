@@ -5,6 +5,8 @@ classes dispatch to a function of ours instead (``ExpertsInterface``), which com
 eager code does, stage by stage for all experts: what gate and up read is handed over, and then what
 down reads. The layout is in the flags that ``use_experts_implementation`` leaves on each instance;
 that the two agree to the bit is tried on a small one of the same class before any work.
+
+Classes that have no flags are reached where what they compute is that of :class:`Copies`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -31,30 +35,50 @@ Routed = dict[int, tuple[Tensor, Tensor]]  # by expert: places among the top k, 
 
 def is_bank(module: nn.Module) -> bool:
     """Whether a module is experts of a known layout."""
-    return all(hasattr(module, flag) for flag in FLAGS)
+    return all(hasattr(module, flag) for flag in FLAGS) or _reads_copies(module)
+
+
+def bank_of(name: str, module: nn.Module) -> Bank:
+    """The experts of a module for which :func:`is_bank` holds."""
+    return Bank(name, module) if all(hasattr(module, f) for f in FLAGS) else Copies(name, module)
+
+
+def _reads_copies(module: nn.Module) -> bool:
+    """Whether a module's parameters and its one input are those of :class:`Copies`."""
+    shapes = {name: [*p.shape] for name, p in module.named_parameters(recurse=False)}
+    if shapes.keys() != {"gate_up_proj", "down_proj"} or len(shapes["down_proj"]) != 3:
+        return False
+    count, inside, hidden = shapes["down_proj"]
+    inputs = signature(type(module).forward).parameters  # with self
+    return shapes["gate_up_proj"] == [count, hidden, 2 * inside] and len(inputs) == 2
 
 
 def own_forward(module: Any) -> Callable[..., Tensor]:
     """The eager code of a class of experts, without transformers' dispatch."""
-    forward: Callable[..., Tensor] = type(module).forward.__wrapped__
-    return forward
+    forward: Callable[..., Tensor] = type(module).forward
+    return getattr(forward, "__wrapped__", forward)
 
 
 class Bank:
     """The experts of one module called ``name``; ``inner`` and ``down`` are their layers."""
 
+    packed = False  # then the module multiplies: see :class:`optq.model.linear.QuantizedExperts`
+
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
-        self.first = "gate_up_proj" if module.has_gate else "up_proj"
+        self.has_gate, self.has_bias, self.transposed, self.concatenated, self.normed = (
+            self._flags()
+        )
+        self.first = "gate_up_proj" if self.has_gate else "up_proj"
         parts, count = PARTS[self.first], len(getattr(module, self.first))
-        rows = getattr(module, self.first).shape[2 if module.is_transposed else 1] // len(parts)
+        rows = getattr(module, self.first).shape[2 if self.transposed else 1] // len(parts)
 
         def layer(expert: int, attribute: str, part: str, taken: slice | None) -> Layer:
             title = f"{name}.{expert}.{part}"
-            return Layer(title, module, module.is_transposed, attribute, expert, taken)
+            return Layer(title, module, self.transposed, attribute, expert, taken)
 
         halves = [slice(i * rows, (i + 1) * rows) for i in range(len(parts))]
-        if not module.is_concatenated:
+        if not self.concatenated:
             halves = [slice(i, None, len(parts)) for i in range(len(parts))]
         self.inner = [
             [layer(e, self.first, *part) for part in zip(parts, halves, strict=True)]
@@ -62,6 +86,9 @@ class Bank:
         ]
         self.down = [[layer(e, "down_proj", "down_proj", None)] for e in range(count)]
         self.summed = ""  # whose dtype outputs are summed in: see :meth:`check`
+
+    def _flags(self) -> Iterator[bool]:
+        return (getattr(self.module, flag) for flag in FLAGS)
 
     @property
     def layers(self) -> list[Layer]:
@@ -76,12 +103,29 @@ class Bank:
         where = {expert: torch.where(mask[expert]) for expert in hit if expert < len(self.inner)}
         return {expert: (places, tokens) for expert, (places, tokens) in where.items()}
 
+    def routing(self, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        """Which experts each token goes to, and with what weights, both ``[tokens, top k]``."""
+        index, weights = given
+        return index, weights
+
+    def every(self, x: Tensor) -> Tensor:
+        """What the experts read, a row for each token: ``[tokens, hidden]``."""
+        return x
+
+    def read(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
+        """What an expert's gate and up read of ``x`` for these tokens."""
+        return x[tokens]
+
+    def inside(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
+        """What each expert's down projection reads."""
+        return {e: self.activations(e, self.read(x, e, own)) for e, (_, own) in routed.items()}
+
     def activations(self, expert: int, x: Tensor) -> Tensor:
         """What an expert's down projection reads for inputs ``[tokens, hidden]``."""
-        inside = self._product(self.first, expert, x)
-        return (
-            self.module._apply_gate(inside) if self.module.has_gate else self.module.act_fn(inside)
-        )
+        return self._activate(self._product(self.first, expert, x))
+
+    def _activate(self, inside: Tensor) -> Tensor:
+        return self.module._apply_gate(inside) if self.has_gate else self.module.act_fn(inside)
 
     def combine(
         self, like: Tensor, routed: Routed, inside: dict[int, Tensor], weights: Tensor
@@ -91,7 +135,7 @@ class Bank:
         total = torch.zeros_like(like, dtype=dtypes.get(self.summed, like.dtype))
         for expert, (places, tokens) in routed.items():
             out = self._product("down_proj", expert, inside[expert])
-            if self.module.has_post_expert_norm:
+            if self.normed:
                 out = self.module.post_expert_norm(out)
             out = out * weights[tokens, places, None]
             total.index_add_(0, tokens, out.to(total.dtype))
@@ -102,85 +146,114 @@ class Bank:
 
         Raises :class:`ModelError`.
         """
-        inside = SMALL * len(self.inner[0])
-        (rows, _), (_, columns) = self.down[0][0].shape, self.inner[0][0].shape
-        shapes = {self.first: [inside, columns], "down_proj": [rows, SMALL]}
-        if self.module.is_transposed:
-            shapes = {name: shape[::-1] for name, shape in shapes.items()}
-        shapes |= {f"{self.first}_bias": [inside], "down_proj_bias": [rows]}
-        count, generator = len(self.inner), torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:  # on the CPU, also while a skeleton is made
-            return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
-
-        small = copy(self.module)
-        small.__dict__["_parameters"] = {
-            name: random(count, *shape).bfloat16() for name, shape in shapes.items()
-        }
-        probe = Bank(self.name, small)
-        x, weights = random(9, columns).bfloat16(), random(9, 2).half()
-        index = torch.randint(count, (9, 2), generator=generator, device="cpu")
         cause = f"the experts {self.name} compute more than their layout says"
         remedy = "report this model: its experts cannot be quantized yet"
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad(), torch.device("cpu"), library(ModelError, cause, remedy):
-            expected = own_forward(self.module)(small, x, index, weights)
-            routed = self.routed(index)
-            read = {e: probe.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
+            probe = type(self)(self.name, self._small(generator))
+            x, *given = probe._trial(generator)
+            expected = own_forward(self.module)(probe.module, x, *given)
+            index, weights = probe.routing(x, *given)
+            routed = probe.routed(index)
+            inside = probe.inside(x, routed)
             for self.summed in ("x", "float32", "weights"):
                 probe.summed = self.summed
-                if torch.equal(probe.combine(x, routed, read, weights), expected):
+                if torch.equal(probe.combine(x, routed, inside, weights), expected):
                     return
         raise ModelError(cause, remedy)
 
+    def _small(self, generator: torch.Generator) -> Any:
+        """A module of the same class with few activations; on the CPU, of a skeleton as well."""
+        inside = SMALL * len(self.inner[0])
+        (rows, _), (_, columns) = self.down[0][0].shape, self.inner[0][0].shape
+        shapes = {self.first: [inside, columns], "down_proj": [rows, SMALL]}
+        if self.transposed:
+            shapes = {name: shape[::-1] for name, shape in shapes.items()}
+        shapes |= {f"{self.first}_bias": [inside], "down_proj_bias": [rows]}
+        small = copy(self.module)
+        small.__dict__["_parameters"] = {
+            name: _random(generator, len(self.inner), *shape).bfloat16()
+            for name, shape in shapes.items()
+        }
+        return small
+
+    def _trial(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Inputs of the trial."""
+        count, columns = len(self.inner), self.inner[0][0].shape[1]
+        x, weights = _random(generator, 9, columns).bfloat16(), _random(generator, 9, 2).half()
+        return x, torch.randint(count, (9, 2), generator=generator), weights
+
     def _product(self, attribute: str, expert: int, x: Tensor) -> Tensor:
-        bias = getattr(self.module, f"{attribute}_bias")[expert] if self.module.has_bias else None
-        if isinstance(self.module, QuantizedExperts):
+        bias = getattr(self.module, f"{attribute}_bias")[expert] if self.has_bias else None
+        if self.packed:
             return self.module.product(attribute, expert, x, bias)
         weight = getattr(self.module, attribute)[expert]
-        if not self.module.is_transposed:
+        if not self.transposed:
             return linear(x, weight, bias)
         return x @ weight if bias is None else x @ weight + bias
 
 
-class QuantizedExperts(nn.Module):
-    """What experts become whose layers are modules of their own, packed: see :func:`open_bank`."""
+class Copies(Bank):
+    """Experts that multiply, all at once, a copy of the tokens for each: Llama 4's.
 
-    bank: Bank
+    They read ``[experts * tokens, hidden]``. In each copy the tokens that go to other experts are
+    zero, and the rest have been scaled by their scores: a row of zeros is no token. The weights are
+    ``[experts, hidden, 2 I]``, gate beside up, and ``[experts, I, hidden]``.
+    """
 
-    def forward(self, x: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
-        """Only experts that were chosen are multiplied."""
-        index, weights = (*routing, *named.values())
-        routed = self.bank.routed(index)
-        inside = {e: self.bank.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
-        return self.bank.combine(x, routed, inside, weights)
+    def _flags(self) -> Iterator[bool]:
+        return iter((True, False, True, True, False))
 
-    def product(self, attribute: str, expert: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        """One projection: of gate and up together as the experts' own code has them."""
-        own = self.get_submodule(str(expert))
-        parts = [own.get_submodule(part)(x) for part in PARTS.get(attribute, (attribute,))]
-        if self.is_concatenated or len(parts) == 1:
-            y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        else:
-            y = torch.stack(parts, dim=-1).flatten(-2)
-        return y if bias is None else y + bias
+    def routing(self, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        """As of a model that asks for all experts, and names none where a token is not routed."""
+        mask = self._apart(x).ne(0).any(-1).T
+        experts = torch.arange(len(self.inner), device=x.device)
+        return torch.where(mask, experts, len(experts)), mask.to(x.dtype)
+
+    def every(self, x: Tensor) -> Tensor:
+        return self._apart(x).sum(0)  # a token's copies differ by a factor, most of them zero
+
+    def read(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
+        return self._apart(x)[expert, tokens]
+
+    def inside(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
+        if self.packed:
+            return super().inside(x, routed)
+        # The bits of a row depend on how many are multiplied with it: all, as its own code does.
+        inside = self._activate(torch.bmm(self._apart(x), self.module.gate_up_proj))
+        return {expert: inside[expert, tokens] for expert, (_, tokens) in routed.items()}
+
+    def combine(
+        self, like: Tensor, routed: Routed, inside: dict[int, Tensor], weights: Tensor
+    ) -> Tensor:
+        """The outputs, each in the place of its copy."""
+        if self.packed:
+            total = torch.zeros_like(self._apart(like))
+            for expert, (_, tokens) in routed.items():
+                total[expert, tokens] = self._product("down_proj", expert, inside[expert])
+            return total.view_as(like)
+        down = self.module.down_proj
+        copies = like.new_zeros(len(down), len(weights), down.shape[1])
+        for expert, (_, tokens) in routed.items():
+            copies[expert, tokens] = inside[expert]
+        return torch.bmm(copies, down).view_as(like)
+
+    def _activate(self, inside: Tensor) -> Tensor:
+        gate, up = inside.chunk(2, dim=-1)
+        return up * self.module.act_fn(gate)
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """``[experts, tokens, hidden]``."""
+        return x.view(len(self.inner), -1, x.shape[-1])
+
+    def _trial(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        x = _random(generator, len(self.inner), 9, self.inner[0][0].shape[1]).bfloat16()
+        x[torch.rand(x.shape[:2], generator=generator) < 0.5] = 0
+        return (x.flatten(0, 1),)
 
 
-def open_bank(module: Any) -> None:
-    """Turn experts in one parameter into modules ``EXPERT.PROJECTION``, empty, in place."""
-    bank = Bank(type(module).__name__, module)
-    bank.check()
-    layers = [(layer.name.split(".")[-2:], layer.shape) for layer in bank.layers]
-    for attribute in (bank.first, "down_proj"):
-        delattr(module, attribute)
-        setattr(module, attribute, torch.empty(0))  # for models that initialise by name
-    for (expert, part), (rows, columns) in layers:
-        if not hasattr(module, expert):
-            module.add_module(expert, nn.Module())
-        with torch.device("meta"):
-            empty = nn.Linear(columns, rows, bias=False)
-        module.get_submodule(expert).add_module(part, empty)
-    module.bank = bank
-    module.__class__ = type(type(module).__name__, (QuantizedExperts, type(module)), {})
+def _random(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 @contextmanager
@@ -193,22 +266,28 @@ def called_through(
         return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    bank_of = {id(bank.module): bank for bank in banks}
+    bank_of_module = {id(bank.module): bank for bank in banks}
 
     def ours(module: nn.Module, x: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
-        bank = bank_of.get(id(module))
+        bank = bank_of_module.get(id(module))
         if bank is None:  # left dense
             return own_forward(module)(module, x, *routing, **named)
-        return function(bank, x, *routing, *named.values())
+        return function(bank, x, *bank.routing(x, *routing, *named.values()))
 
-    configs = {id(bank.module.config): bank.module.config for bank in banks}.values()
+    apart = [bank.module for bank in banks if isinstance(bank, Copies)]
+    others = [bank.module for bank in banks if not isinstance(bank, Copies)]
+    configs = {id(module.config): module.config for module in others}.values()
     before = [(config, config._experts_implementation) for config in configs]
     ALL_EXPERTS_FUNCTIONS[OURS] = ours
     try:
+        for module in apart:
+            module.forward = partial(ours, module)
         for config in configs:
             config._experts_implementation = OURS
         yield
     finally:
+        for module in apart:
+            del module.forward
         for config, implementation in before:
             config._experts_implementation = implementation
         del ALL_EXPERTS_FUNCTIONS[OURS]

@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed."""
+"""Linear layers and experts whose weights stay packed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optq.errors import ModelError
 from optq.kernels.product import Product
 from optq.kernels.table import pick
 from optq.model.checkpoint import TOGETHER
-from optq.model.experts import is_bank, open_bank
+from optq.model.experts import PARTS, Bank, bank_of, is_bank
 from optq.model.source import disk_names
 
 
@@ -59,6 +59,46 @@ class QuantizedLinear(nn.Module):
                 "copy its folder, or convert it with optq export",
             )
         super()._save_to_state_dict(*arguments)
+
+
+class QuantizedExperts(nn.Module):
+    """What experts become whose layers are modules of their own, packed: see :func:`open_bank`."""
+
+    bank: Bank
+
+    def forward(self, x: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        """Only experts that were chosen are multiplied."""
+        index, weights = self.bank.routing(x, *routing, *named.values())
+        routed = self.bank.routed(index)
+        return self.bank.combine(x, routed, self.bank.inside(x, routed), weights)
+
+    def product(self, attribute: str, expert: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """One projection: of gate and up together as the experts' own code has them."""
+        own = self.get_submodule(str(expert))
+        parts = [own.get_submodule(part)(x) for part in PARTS.get(attribute, (attribute,))]
+        if self.bank.concatenated or len(parts) == 1:
+            y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        else:
+            y = torch.stack(parts, dim=-1).flatten(-2)
+        return y if bias is None else y + bias
+
+
+def open_bank(module: Any) -> None:
+    """Turn experts in one parameter into modules ``EXPERT.PROJECTION``, empty, in place."""
+    bank = bank_of(type(module).__name__, module)
+    bank.check()
+    layers = [(layer.name.split(".")[-2:], layer.shape) for layer in bank.layers]
+    for attribute in (bank.first, "down_proj"):
+        delattr(module, attribute)
+        setattr(module, attribute, torch.empty(0))  # for models that initialise by name
+    for (expert, part), (rows, columns) in layers:
+        if not hasattr(module, expert):
+            module.add_module(expert, nn.Module())
+        with torch.device("meta"):
+            empty = nn.Linear(columns, rows, bias=False)
+        module.get_submodule(expert).add_module(part, empty)
+    bank.packed, module.bank = True, bank
+    module.__class__ = type(type(module).__name__, (QuantizedExperts, type(module)), {})
 
 
 def make_room(model: Any, names_on_disk: list[str], tensors: Collection[str]) -> dict[str, str]:

@@ -131,14 +131,16 @@ class Sites:
             if batch.kind == "scout" and self.block is not None:
                 for site in self._bank_sites(self.block, bank):
                     self._seen.append((x.new_empty(0), 0, site))
+            every = bank.every(x)
             copies = {
-                e: (tokens, x, partial(x.__getitem__, tokens)) for e, (_, tokens) in routed.items()
+                e: (tokens, x, partial(bank.read, x, e, tokens))
+                for e, (_, tokens) in routed.items()
             }
-            self._experts_reading(batch, bank.inner, x, copies)
-        inside = {e: bank.activations(e, x[tokens]) for e, (_, tokens) in routed.items()}
+            self._experts_reading(batch, bank.inner, every, copies)
+        inside = bank.inside(x, routed)
         if isinstance(batch, Batch):
             inputs = {e: (tokens, inside[e], None) for e, (_, tokens) in routed.items()}
-            self._experts_reading(batch, bank.down, x, inputs)
+            self._experts_reading(batch, bank.down, every, inputs)
         return bank.combine(x, routed, inside, weights)
 
     def _experts_reading(

@@ -23,7 +23,7 @@ from optq.boundary import library
 from optq.errors import DataError, ModelError, SettingError
 from optq.model.blocks import Block, linears_outside
 from optq.model.checkpoint import TOGETHER, Checkpoint
-from optq.model.experts import PARTS, Bank, is_bank
+from optq.model.experts import PARTS, bank_of, is_bank
 
 NO_CODE = "OPTQ runs no code that a model brings"
 
@@ -64,7 +64,13 @@ def load_model(
 
     # transformers makes the skeleton itself, so a class of its own is how to reach it.
     own: Any = type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
-    with _quiet(), library(*_unloadable(checkpoint), failed):
+    refusal, cause, remedy = _unloadable(checkpoint)
+
+    def copied(_: Exception) -> str:
+        lacking = _lacking_expert(checkpoint)
+        return f"copy the model again: it lacks {lacking}" if lacking else remedy
+
+    with _quiet(), library(refusal, cause, copied, failed):
         model, report = own.from_pretrained(
             None,
             config=config,
@@ -93,6 +99,18 @@ def load_model(
 def _unloadable(checkpoint: Checkpoint) -> tuple[type[ModelError], str, str]:
     remedy = "check that config.json and the weights belong together, or copy the model again"
     return ModelError, f"{checkpoint.folder} cannot be loaded", remedy
+
+
+def _lacking_expert(checkpoint: Checkpoint) -> str | None:
+    """A projection of an expert that is not on disk, though others of its block are."""
+    model = empty_model(checkpoint)
+    found = disk_names(model, checkpoint.files)
+    for name, module in model.named_modules():
+        layers = bank_of(name, module).layers if is_bank(module) else []
+        lacking = [layer.name for layer in layers if f"{layer.name}.weight" not in found]
+        if 0 < len(lacking) < len(layers):
+            return lacking[0]
+    return None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -141,7 +159,7 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
-    banks = (Bank(name, module) for name, module in model.named_modules() if is_bank(module))
+    banks = (bank_of(name, module) for name, module in model.named_modules() if is_bank(module))
     experts = {x.name: f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
     names: dict[str, str] = {}
     for on_disk in names_on_disk:
