@@ -42,7 +42,8 @@ from optq.formats.scheme import Detected
 from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import TOGETHER, Checkpoint
 from optq.model.experts import Bank, is_bank
-from optq.model.source import disk_names, empty_model, load_tokenizer
+from optq.model.names import disk_names
+from optq.model.source import empty_model, load_tokenizer
 
 DENSE = {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16, torch.float32: Kind.F32}
 ROUTERS = (MODEL_TENSOR.FFN_GATE_INP, MODEL_TENSOR.FFN_GATE_INP_SHEXP)  # as its converter does
@@ -146,8 +147,8 @@ def _tensors(
     config, scheme = model.config, detect(checkpoint)
     packed = {f"{name}.weight" for name in quantized_layers(checkpoint)}
     assert scheme is not None  # quantized_layers has refused a plain model
-    on_disk = [*checkpoint.files, *sorted(packed)]
-    found = {place: n for place, n in disk_names(model, on_disk).items() if n in {*on_disk}}
+    there = {**dict.fromkeys(checkpoint.files), **dict.fromkeys(sorted(packed))}
+    found = {place: n for place, n in disk_names(model, there).items() if n in there}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     places = {name: parts for name, parts in _places(model).items() if name not in tied}
     lacking = {name for parts in places.values() for name in parts} - found.keys()
