@@ -44,7 +44,8 @@ def architecture(config: dict[str, Any]) -> MODEL_ARCH:
     if kind in FAMILIES:
         return FAMILIES[kind]
     other = "nobody has compared what llama.cpp computes for it"
-    reason = next((reason for key, reason in REASONS.items() if key in config), other)
+    inside = {**config, **config.get("text_config", {})}
+    reason = next((reason for key, reason in REASONS.items() if key in inside), other)
     raise ModelError(
         f"a {kind} model cannot be exported to llama.cpp: {reason}",
         f"{ELSEWHERE}; exported are {', '.join(FAMILIES)}",
