@@ -30,7 +30,7 @@ from optq.data.given import given
 from optq.data.text import Text
 from optq.errors import SettingError
 from optq.formats import FORMATS, reader, require_plain
-from optq.formats.readers import notices
+from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
 from optq.formats.writer import Kept, Writer, place_of

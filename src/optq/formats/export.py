@@ -8,8 +8,8 @@ from pathlib import Path
 
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.formats import detect, quantization
+from optq.formats.notices import notices
 from optq.formats.reader import packed_tensors, quantized_layers, read_layer
-from optq.formats.readers import notices
 from optq.formats.scheme import Format
 from optq.formats.writer import Writer, place_of
 from optq.model.blocks import find_blocks

@@ -7,7 +7,7 @@ import zoo_configs as configs
 
 from optq.core.weight import LayerScheme
 from optq.formats import FORMATS
-from optq.formats.readers import notices
+from optq.formats.notices import notices
 from optq.model.experts import Bank, is_bank
 from optq.model.names import disk_names
 
