@@ -6,6 +6,8 @@ and what is written is what was measured, for our reader and for transformers.
 """
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.experts import called_through, is_bank
 from optq.model.linear import QuantizedLinear, make_dense
-from optq.model.source import disk_names, load_model
+from optq.model.names import disk_names, merges
+from optq.model.source import load_model
 
 CALIB = zoo.token_ids(8, 48)
 # What stays dense inside the blocks, by the last part of its name, and how many layers are solved.
@@ -151,19 +154,39 @@ def test_transformers_reads_the_same_model(folder_of, tmp_path, name):
     torch.testing.assert_close(logits(model), logits(ours), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "form", "said"),
-    [
-        ("mixtral", "compressed-tensors", None),
-        ("mixtral", "gptq", "transformers does not read experts from these files"),
-        ("gpt_oss", "compressed-tensors", "the source keeps experts in one tensor"),
-    ],
-)
-def test_who_cannot_read_the_experts_is_told(folder_of, tmp_path, name, form, said):
+def told(folder, quantizer=None, **options):
     lines = []
-    options = {"qep": False, "format": form, "output": tmp_path / "out", "notice": lines.append}
-    quantize(folder_of(name), RTN(4, 32), **options)
-    assert [line.startswith(said or "?") for line in lines] == ([] if said is None else [True])
+    quantize(folder, quantizer or RTN(4, 32), qep=False, notice=lines.append, **options)
+    return lines
+
+
+def test_who_cannot_read_the_experts_is_told(folder_of, tmp_path):
+    slow = "vLLM runs these experts without its fast kernel: their 64 inputs are no multiple of 128"
+    singly = "transformers has the experts of this model in one tensor and reads none singly"
+    mixtral, packed = folder_of("mixtral"), {"format": "compressed-tensors"}
+    assert told(mixtral, **packed) == [slow]
+    assert told(mixtral, format="gptq") == [
+        "transformers does not read experts from these files: compressed-tensors it does",
+        slow,
+    ]
+    assert told(folder_of("granite_moe"), output=tmp_path / "out", **packed) == [
+        f"{singly}: these files are for vLLM and OPTQ",
+        slow,
+    ]
+    assert told(folder_of("gpt_oss"), **packed) == [f"{singly}: these files are for OPTQ alone"]
+    assert told(mixtral, skip="experts", **packed) == []  # none is packed
+
+
+def test_an_export_tells_as_well(folder_of, tmp_path):
+    from optq.formats import FORMATS
+    from optq.formats.export import export
+
+    for skip, expected in ((None, "transformers does not read experts"), ("experts", "")):
+        out, lines = tmp_path / str(skip), []
+        told(folder_of("mixtral"), format="compressed-tensors", output=out, skip=skip)
+        again = tmp_path / f"{skip}.gptq"
+        export(Checkpoint.open(str(out)), again, FORMATS["gptq"], notice=lines.append)
+        assert bool(lines) is bool(expected) and all(expected in line for line in lines[:1])
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
@@ -181,6 +204,133 @@ def test_routers_are_declared_dense(folder_of, tmp_path, name):
             }
         else:
             assert {*routers} <= {*settings["ignore"]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_scheme_for_all_experts_and_each_dense_matrix_is_declared(folder_of, tmp_path, name):
+    """One config group, as transformers' loader wants it; full names, as vLLM does."""
+    for form in ("compressed-tensors", "gptq"):
+        told(folder_of(name), format=form, output=tmp_path / form)
+        settings = json.loads((tmp_path / form / "config.json").read_text())["quantization_config"]
+        state = load_file(tmp_path / form / "model.safetensors")
+        matrices = [n.removesuffix(".weight") for n, t in state.items() if t.ndim == 2]
+        dense = {n for n in matrices if f"{n}.weight" in state and "embed" not in n}
+        if form == "gptq":
+            rules = settings.get("dynamic", {})
+            found = [re.compile(rule[2:]) for rule in rules if rule.startswith("-:")]
+            assert len(found) == len(rules)  # and no second scheme
+            undeclared = {n for n in dense if not any(each.match(n) for each in found)}
+            assert undeclared <= {"lm_head"} and settings["lm_head"] is False
+        else:
+            assert [*settings["config_groups"]] == ["group_0"]
+            assert settings["config_groups"]["group_0"]["targets"] == ["Linear"]
+            assert dense | {"lm_head"} == {*settings["ignore"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("deepseek_v3", "model.layers.2."), ("qwen3_next", "mtp.layers.0.")]
+)
+def test_layers_for_multi_token_prediction_travel_and_are_declared(
+    folder_of, tmp_path, name, place
+):
+    source = tmp_path / "source"
+    shutil.copytree(folder_of(name), source)
+    state = load_file(source / "model.safetensors")
+    last = {n: t for n, t in state.items() if n.startswith("model.layers.1.")}
+    more = {n.replace("model.layers.1.", place): t.clone() for n, t in last.items()}
+    more[f"{place}eh_proj.weight"] = torch.ones(64, 128)
+    save_file(state | more, source / "model.safetensors", metadata={"format": "pt"})
+    matrices = {n.removesuffix(".weight") for n, t in more.items() if t.ndim == 2}
+    assert any(".experts.3." in n for n in matrices)
+    for form in ("compressed-tensors", "gptq"):
+        out = tmp_path / form
+        told(source, format=form, output=out)
+        found = load_file(out / "model.safetensors")
+        assert all(torch.equal(found[n], t) for n, t in more.items())
+        settings = json.loads((out / "config.json").read_text())["quantization_config"]
+        if form == "gptq":
+            assert any(rule.startswith("-:") and "mtp" in rule for rule in settings["dynamic"])
+            inside = re.compile(rf"^{re.escape(place[:-1])}\.")
+            assert all(inside.match(n) for n in matrices)
+            rules = [re.compile(rule[2:]) for rule in settings["dynamic"]]
+            assert all(any(rule.match(n) for rule in rules) for n in matrices)
+        else:
+            assert matrices | {"re:.*mtp.*"} <= {*settings["ignore"]}
+        assert torch.isfinite(logits(load(out, "cpu"))).all()
+
+
+FUSED_NAMES = {  # one of a fused source, beside it on disk
+    "granite_moe": "model.layers.0.block_sparse_moe.experts.3.w3",
+    "gpt_oss": "model.layers.0.mlp.experts.3.up_proj",
+}
+
+
+@pytest.mark.parametrize("name", FUSED_NAMES)
+def test_experts_of_one_tensor_are_named_as_vllm_names_them(folder_of, tmp_path, name):
+    told(folder_of(name), format="compressed-tensors", output=tmp_path / "out")
+    found = {n.rpartition(".")[0] for n in load_file(tmp_path / "out" / "model.safetensors")}
+    assert FUSED_NAMES[name] in found
+
+
+def test_a_hybrid_s_experts_have_the_names_of_most():
+    """vLLM's Granite 4 reads gate_proj where its Granite 3 reads w1."""
+    config = transformers.GraniteMoeHybridConfig(
+        **configs._COMMON | configs._LOCAL,
+        num_hidden_layers=2,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=4,
+        mamba_d_head=32,
+        mamba_n_groups=1,
+    )
+    with torch.device("meta"):
+        model = transformers.GraniteMoeHybridForCausalLM(config)
+    on_disk = "model.layers.1.block_sparse_moe.input_linear.weight"
+    place = "model.layers.1.block_sparse_moe.experts"
+    names = disk_names(model, [on_disk])
+    assert names[f"{place}.gate_up_proj"] == on_disk
+    assert names[f"{place}.3.up_proj.weight"] == f"{place}.3.up_proj.weight"
+    for part in ("gate_proj", "w1"):  # both are read
+        assert disk_names(model, [f"{place}.2.{part}.weight"]) == {
+            f"{place}.2.gate_proj.weight": f"{place}.2.{part}.weight"
+        }
+
+
+def test_fused_experts_that_transformers_reads_singly(folder_of, tmp_path):
+    """As some files of Qwen3.5: under names of their own the loader merges them like others'."""
+    source = tmp_path / "source"
+    shutil.copytree(folder_of("qwen3_moe"), source)
+    (source / "model.safetensors").unlink()
+    model = build("qwen3_moe")
+    save_file(model.state_dict(), source / "model.safetensors", metadata={"format": "pt"})
+    lines = told(source, format="compressed-tensors", output=tmp_path / "out")
+    assert not any("transformers" in line for line in lines)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    )
+    ours = load(tmp_path / "out", "cpu")
+    make_dense(ours)
+    torch.testing.assert_close(logits(loaded), logits(ours), rtol=1e-5, atol=1e-5)
+    assert not any("gate_up_proj" in n for n in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_names_of_fused_experts_are_where_the_source_has_them():
+    """Qwen3.5's files say model.language_model where the model says model."""
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    config = transformers.Qwen3_5MoeTextConfig(
+        **configs._COMMON | configs._EXPERTS | linear,
+        linear_value_head_dim=16,
+        num_experts=4,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3_5MoeForCausalLM(config)
+    place = "model.language_model.layers.1.mlp.experts"
+    names = disk_names(model, [f"{place}.gate_up_proj", f"{place}.down_proj"])
+    assert names["model.layers.1.mlp.experts.3.gate_proj.weight"] == f"{place}.3.gate_proj.weight"
+    assert merges(model, f"{place}.3.gate_proj.weight")
 
 
 def test_gptq_files_and_exports_hold_experts_too(folder_of, tmp_path):

@@ -26,7 +26,8 @@ from optq.evaluate.perplexity import perplexity
 from optq.formats import detect, reader, writer
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear, make_dense
-from optq.model.source import disk_names, load_model
+from optq.model.names import disk_names
+from optq.model.source import load_model
 from optq.record import RunRecord
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}

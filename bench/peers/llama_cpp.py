@@ -61,17 +61,27 @@ def ours(folder: Path, file: Path) -> None:
 
     from optq.formats.reader import quantized_layers, read_layer
     from optq.model.checkpoint import Checkpoint
+    from optq.model.experts import Bank, is_bank
+    from optq.model.names import disk_names
     from optq.model.source import load_tokenizer
 
     checkpoint = Checkpoint.open(str(folder))
     tokenizer, config = load_tokenizer(checkpoint), AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    state = {name: tensor.float() for name, tensor in checkpoint.tensors()}
-    state = {name: tensor for name, tensor in state.items() if name in model.state_dict()}
-    layers = quantized_layers(checkpoint)
-    state |= {f"{name}.weight": read_layer(checkpoint, name).weight for name in layers}
-    missing = {*model.load_state_dict(state, strict=False).missing_keys}
+    banks = [Bank(name, module) for name, module in model.named_modules() if is_bank(module)]
+    places = {f"{layer.name}.weight": layer for bank in banks for layer in bank.layers}
+    places |= {n: each for n, each in model.state_dict().items() if not n.endswith("_proj")}
+    packed = {f"{name}.weight": name for name in quantized_layers(checkpoint)}
+    missing = {*places}
+    for name, on_disk in disk_names(model, [*checkpoint.files, *packed]).items():
+        if on_disk in packed:
+            tensor = read_layer(checkpoint, packed[on_disk]).weight
+        else:
+            ((_, tensor),) = checkpoint.tensors([on_disk])
+        missing.discard(name)
+        place = places[name]
+        (place.copy_ if isinstance(place, torch.Tensor) else place.put)(tensor.float())
     assert missing <= {"lm_head.weight"}, missing  # tied
     ids = tokenizer(PROMPT).input_ids
     sequence = list(ids)

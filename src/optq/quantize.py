@@ -26,7 +26,7 @@ from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow
 from optq.model.inputs import SiteSums
 from optq.model.layer import Layer
-from optq.model.source import disk_names
+from optq.model.names import disk_names
 from optq.model.weights import Weights
 from optq.record import LayerRecord
 

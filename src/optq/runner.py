@@ -30,6 +30,7 @@ from optq.data.given import given
 from optq.data.text import Text
 from optq.errors import SettingError
 from optq.formats import FORMATS, reader, require_plain
+from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
 from optq.formats.writer import Kept, Writer, place_of
@@ -198,6 +199,9 @@ class Runner:
         model = load_model(checkpoint)
         blocks = find_blocks(model, self.skip)
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
+        banks = [bank for block in blocks for bank in block.banks]
+        for line in notices(form, quantizer.scheme(), model, banks, names):
+            self.notice(line)
         qep = QEP() if self.qep is True else self.qep or None
         tokens = self._tokens(calib, checkpoint, model)
         dtype, storage = model.dtype, form.storage(model.dtype)
@@ -231,18 +235,9 @@ class Runner:
         )
         finishing, percdamp = time.perf_counter(), quantizer.percdamp
         dense, outside = dense_layers(checkpoint, names, model, blocks, sink.layers)
-        every = (bank for block in blocks for bank in block.banks)
-        banks = [bank for bank in every if bank.layers[0].solved]  # others stay dense as they are
-        fused = {f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
+        of_experts = (x for bank in banks if bank.layers[0].solved for x in bank.layers)
+        fused = {f"{x.name.rsplit('.', 2)[0]}.{x.attribute}" for x in of_experts}
         replaced = [names[name] for name in fused if name in names]
-        if replaced:
-            self.notice(
-                "the source keeps experts in one tensor; here each has its own, for OPTQ alone"
-            )
-        elif banks and form is not FORMATS["compressed-tensors"]:
-            self.notice(
-                "transformers does not read experts from these files: compressed-tensors it does"
-            )
         rest = dense, percdamp, record, outside, replaced
         if isinstance(sink, Writer):
             sink.finish(*rest)

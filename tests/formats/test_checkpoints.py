@@ -25,7 +25,8 @@ from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear
-from optq.model.source import disk_names, load_model
+from optq.model.names import disk_names
+from optq.model.source import load_model
 from optq.record import RunRecord
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL)}

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import re
 import shutil
+import weakref
 from collections import namedtuple
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 from optq import GPTQ, RTN, ModelConfig, Runner
 from optq.core.weight import QuantizedWeight, group_index
 from optq.errors import ModelError, OutputError, SettingError
+from optq.formats import gguf as gguf_file
 from optq.formats import reader
 from optq.formats.gguf import export_gguf
 from optq.formats.gguf_blocks import choose, encode
@@ -59,6 +63,11 @@ ROUND = RTN(4, 32)
 Exported = namedtuple("Exported", "checkpoint file facts fields tensors")
 
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_experts": 4}
+LOCAL = {"num_experts_per_tok": 2, "intermediate_size": 64, "num_local_experts": 4}
+SHARED = EXPERTS | {"shared_expert_intermediate_size": 96}
+
+
 def model(kind: str, dtype=torch.float32, **changes):
     config = getattr(transformers, f"{kind}Config")
     row = zoo.Row(kind, lambda: config(**SIZES | changes), "model.layers", (), dtype=dtype)
@@ -72,6 +81,10 @@ MODELS = {
     "mistral": lambda: model("Mistral", torch.float16, sliding_window=None),
     "qwen2": lambda: model("Qwen2", torch.bfloat16, tie_word_embeddings=True),
     "qwen3": lambda: model("Qwen3", torch.float16, head_dim=64),
+    "mixtral": lambda: model("Mixtral", torch.bfloat16, **LOCAL),
+    "qwen2_moe": lambda: model("Qwen2Moe", torch.bfloat16, **SHARED),
+    "qwen3_moe": lambda: model("Qwen3Moe", head_dim=64, norm_topk_prob=True, **EXPERTS),
+    "olmoe": lambda: model("Olmoe", num_key_value_heads=4, num_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -219,6 +232,18 @@ PLACES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -234,6 +259,20 @@ def place(name: str) -> str:
     return f"blk.{block}.{PLACES[inside]}.{suffix}"
 
 
+def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The experts of a block in one tensor, and the gate of a shared one in one row."""
+    found = {}
+    for name, tensor in tensors.items():
+        if inside := re.match(r"(.*\.experts)\.(\d+)(\..*)", name):
+            found.setdefault(inside[1] + inside[3], {})[int(inside[2])] = tensor
+        else:
+            found[name] = tensor[0] if "shared_expert_gate" in name else tensor
+    return {
+        n: torch.stack([t[e] for e in range(len(t))]) if isinstance(t, dict) else t
+        for n, t in found.items()
+    }
+
+
 def check_tensors(made: Exported) -> None:
     """Every tensor of the checkpoint is in the file, bit for bit, and no other one."""
     checkpoint, config = made.checkpoint, made.checkpoint.config()
@@ -242,25 +281,31 @@ def check_tensors(made: Exported) -> None:
         f"{n}.weight": reader.read_layer(checkpoint, n) for n in reader.quantized_layers(checkpoint)
     }
     expected = {name: layer.weight for name, layer in layers.items()}
+    scales = stacked({name: layer.scales.abs().max() for name, layer in layers.items()})
     parts = ("qweight", "qzeros", "scales", "g_idx")
-    expected |= {n: t for n, t in checkpoint.tensors() if n.rpartition(".")[2] not in parts}
+    dense = {n: t for n, t in checkpoint.tensors() if n.rpartition(".")[2] not in parts}
+    expected, dense = stacked(expected | dense), stacked(dense)
     assert {place(name) for name in expected} == {*made.tensors} - {"rope_freqs.weight"}
     for name, tensor in expected.items():
         found = made.tensors[place(name)]
         back = values(found)
-        if "LlamaForCausalLM" in config["architectures"] or config["model_type"] == "mistral":
+        if "LlamaForCausalLM" in config["architectures"] or config["model_type"] in (
+            "mistral",
+            "mixtral",
+        ):
             for part, count in heads.items():
                 if part in name:
                     back = as_transformers(back, count)
         assert list(found.shape)[::-1] == list(tensor.shape)
         if found.tensor_type == gguf.GGMLQuantizationType.Q4_1:
-            moved = (back - tensor).abs() / layers[name].scales.abs().max()
+            moved = (back - tensor).abs() / scales[name].max()
             assert moved.max() <= made.facts["minimum_moved"] + 1e-7
         else:
             assert torch.equal(back, tensor.float()), name
-        if name not in layers:
+        if name in dense:
             dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-            dtype = "F32" if tensor.ndim == 1 else dtypes[tensor.dtype]
+            router = name.endswith(".gate.weight")
+            dtype = "F32" if tensor.ndim == 1 or router else dtypes[tensor.dtype]
             assert found.tensor_type.name == dtype
 
 
@@ -292,6 +337,68 @@ def test_the_file_holds_the_checkpoints_weights(checkpoint_of, export, name, qua
     moved = exported.facts["minimum_moved"]
     assert 0 < moved <= 16 * 2**-11 if kind == "Q4_1" else moved == 0
     assert exported.fields["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind}"]
+
+
+SPARSE = [
+    ("mixtral", RTN(4, 32), "Q4_0", 2 * 7),
+    ("mixtral", RTN(4, 64, sym=False), "Q4_1", 2 * 7),
+    ("qwen2_moe", RTN(3, 32, sym=False), "Q4_0", 2 * 10),
+    ("qwen3_moe", RTN(4, 32), "Q4_0", 2 * 7),
+    ("qwen3_moe", RTN(8, -1), "Q8_0", 2 * 7),
+    ("olmoe", GPTQ.plain(2, 64), "Q4_0", 2 * 7),
+]
+
+
+@pytest.mark.parametrize(("name", "quantizer", "kind", "count"), SPARSE, ids=str)
+def test_experts_are_one_tensor(checkpoint_of, export, name, quantizer, kind, count):
+    exported = export(checkpoint_of(name, quantizer, qep=False))
+    check_tensors(exported)
+    assert exported.facts["tensors"][kind] == count
+    assert list(exported.tensors["blk.1.ffn_down_exps.weight"].shape)[1:] == [128, 4]
+    assert exported.tensors["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+
+
+def test_experts_left_dense_are_one_tensor_too(checkpoint_of, export):
+    exported = export(checkpoint_of("mixtral", skip=r"layers\.0\.mlp\.experts", qep=False))
+    check_tensors(exported)
+    assert exported.facts["tensors"]["Q4_0"] == 14 - 3
+    assert exported.tensors["blk.0.ffn_up_exps.weight"].tensor_type.name == "BF16"
+
+
+def test_experts_are_read_one_at_a_time(checkpoint_of, export, monkeypatch):
+    """Their blocks are in memory once, and beside them those of one expert."""
+    stack, seen = gguf_file._stack, []
+
+    def one_at_a_time(reads):
+        alive = []
+
+        def watched(read):
+            assert all(each() is None for each in alive)
+            tensor = read()
+            alive.append(weakref.ref(tensor))
+            return tensor
+
+        whole = stack([partial(watched, read) for read in reads])
+        seen.append(len(alive))
+        return whole
+
+    monkeypatch.setattr(gguf_file, "_stack", one_at_a_time)
+    export(checkpoint_of("qwen3_moe", qep=False))
+    assert seen == [4] * 6
+
+
+def test_experts_of_two_kinds_are_refused(checkpoint_of, copy):
+    """llama.cpp has one type for all of a block."""
+    checkpoint, other = copy("mixtral"), checkpoint_of("mixtral", RTN(8, 32))
+    name = "model.layers.0.block_sparse_moe.experts.1.w2"
+    parts = {n: t for n, t in other.tensors() if n.startswith(name)}
+    changed = with_tensors(checkpoint, lambda state: state.update(parts))
+    path = changed.folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["dynamic"] = {f"+:{name}": {"bits": 8}}
+    path.write_text(json.dumps(config))
+    cause = "the experts of .* in one tensor, and these are Q4_0 and Q8_0"
+    refused(Checkpoint.open(str(changed.folder)), SettingError, cause)
 
 
 @pytest.mark.parametrize("form", ["gptq_v2", "compressed-tensors"])
@@ -339,6 +446,34 @@ def test_settings_of_a_llama(checkpoint_of, export):
     assert {name: fields[name] for name in expected} == expected
     assert fields["llama.attention.layer_norm_rms_epsilon"] == np.float32(1e-5)
     assert "llama.rope.scaling.type" not in fields
+
+
+SPARSE_SETTINGS = {
+    "mixtral": {"feed_forward_length": 64, "rope.dimension_count": 32},
+    "qwen2_moe": {
+        "feed_forward_length": 256,
+        "expert_feed_forward_length": 64,
+        "expert_shared_feed_forward_length": 96,
+    },
+    "qwen3_moe": {
+        "feed_forward_length": 256,
+        "expert_feed_forward_length": 64,
+        "attention.key_length": 64,
+    },
+    "olmoe": {"feed_forward_length": 256},
+}
+
+
+@pytest.mark.parametrize("name", SPARSE_SETTINGS)
+def test_settings_of_experts(checkpoint_of, export, name):
+    fields = export(checkpoint_of(name, qep=False)).fields
+    arch = {"mixtral": "llama"}.get(name, name.replace("_", ""))
+    expected = {"expert_count": 4, "expert_used_count": 2, **SPARSE_SETTINGS[name]}
+    expected = {f"{arch}.{key}": value for key, value in expected.items()}
+    assert {key: fields[key] for key in expected} == expected
+    assert fields["general.architecture"] == arch
+    shared = f"{arch}.expert_shared_feed_forward_length" in fields
+    assert shared is (name == "qwen2_moe")
 
 
 @pytest.mark.parametrize(("name", "arch"), [("mistral", "llama"), ("qwen2", "qwen2")])
@@ -550,8 +685,32 @@ def refused(checkpoint, kind, cause, force=False, name="deep/model.gguf"):
     assert "\n" not in caught.value.cause and "\n" not in caught.value.remedy
 
 
+def sparse(kind, **changes):
+    sizes = SIZES | (LOCAL if kind == "Mixtral" else SHARED) | changes
+    return lambda: getattr(transformers, f"{kind}Config")(**sizes)
+
+
 REFUSED_MODELS = [
-    (zoo_configs.gemma2, "gemma2 model"),
+    (zoo_configs.gemma2, "gemma2 model .*: nobody has compared"),
+    (zoo_configs.deepseek_v3, "deepseek_v3 model .*: .* latent attention transposed"),
+    (zoo_configs.gpt_oss, "gpt_oss model .*: nobody has compared"),
+    (zoo_configs.granite_moe, "granitemoe model .*: nobody has compared"),
+    (zoo_configs.ernie_moe, "ernie4_5_moe model .*: nobody has compared"),
+    (zoo_configs.glm4_moe, "glm4_moe model .*: nobody has compared"),
+    (zoo_configs.phimoe, "phimoe model .*: .* by another rule"),
+    (zoo_configs.jamba, "jamba model .*: .* recurrent layers in a form of its own"),
+    (zoo_configs.nemotron_h, "nemotron_h model .*: .* recurrent layers"),
+    (zoo_configs.qwen3_next, "qwen3_next model .*: .* recurrent layers"),
+    (sparse("Mixtral", sliding_window=8), "attention to the last 8 tokens"),
+    (sparse("Qwen3Moe", head_dim=32), "experts' weights that do not sum to one"),
+    (sparse("Qwen3Moe", norm_topk_prob=True, attention_bias=True), "biases in the attention"),
+    (sparse("Qwen3Moe", norm_topk_prob=True, mlp_only_layers=[0]), "blocks without experts"),
+    (sparse("Qwen2Moe", norm_topk_prob=True), "experts' weights that sum to one"),
+    (sparse("Qwen2Moe", decoder_sparse_step=2), "blocks without experts"),
+    (sparse("Qwen2Moe", tie_word_embeddings=True), "a head that is the embedding"),
+    (sparse("Qwen2Moe", num_experts=1, num_experts_per_tok=1), "a single expert"),
+    (sparse("Olmoe"), "keys and values that several heads share"),
+    (sparse("Olmoe", num_key_value_heads=4, clip_qkv=8.0), "clipped to 8"),
     (lambda: MistralConfig(**SIZES, sliding_window=8), "attention to the last 8 tokens"),
     (
         lambda: transformers.Qwen3Config(

@@ -29,7 +29,15 @@ from optq.core.grid import BITS
 from optq.core.packing import pack, unpack
 from optq.core.weight import LayerScheme, QuantizedWeight, group_index
 from optq.errors import ModelError, SettingError
-from optq.formats.scheme import SCALES, Detected, Format, Schemes, require_fit, require_groups
+from optq.formats.scheme import (
+    SCALES,
+    Detected,
+    Format,
+    Schemes,
+    has_drafts,
+    require_fit,
+    require_groups,
+)
 from optq.model.checkpoint import TOGETHER
 
 PACKED = "pack-quantized"
@@ -124,7 +132,7 @@ class CompressedTensorsFormat(Format):
         ``lm_head`` is named in any case. SGLang wants a pattern for multi-token layers.
         """
         ignore = [n for n in dict.fromkeys([*dense, *outside, "lm_head"]) if n not in layers]
-        if any("mtp" in name for name in ignore) and not any("mtp" in name for name in layers):
+        if has_drafts(layers, outside) and not any("mtp" in name for name in layers):
             ignore.append("re:.*mtp.*")
         groups: dict[LayerScheme, list[str]] = {}
         for name, layer in layers.items():

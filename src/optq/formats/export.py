@@ -8,12 +8,14 @@ from pathlib import Path
 
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.formats import detect, quantization
+from optq.formats.notices import notices
 from optq.formats.reader import packed_tensors, quantized_layers, read_layer
 from optq.formats.scheme import Format
 from optq.formats.writer import Writer, place_of
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
-from optq.model.source import dense_layers, disk_names, empty_model
+from optq.model.names import disk_names
+from optq.model.source import dense_layers, empty_model
 
 
 def export(
@@ -39,6 +41,12 @@ def export(
     conv1d = [layer.name for block in blocks for layer in block.layers if layer.conv1d]
     turned = {on_disk.get(f"{name}.weight", "").removesuffix(".weight") for name in conv1d}
     dense, outside = dense_layers(checkpoint, on_disk, skeleton, blocks, set(names))
+    every = [bank for block in blocks for bank in block.banks]
+    first = {on_disk.get(f"{bank.layers[0].name}.weight"): bank for bank in every}
+    banks = {n: first[f"{n}.weight"] for n in names if f"{n}.weight" in first}
+    if layer := next(map(scheme.layer, banks), None):
+        for line in notices(form, layer, skeleton, [*banks.values()], on_disk):
+            notice(line)
     with place_of(target, checkpoint, force, notice) as place:
         writer = Writer(place, checkpoint, form, skeleton.config.dtype)
         for name in names:  # one at a time: memory holds one layer

@@ -1,7 +1,8 @@
 """Export a quantized checkpoint as one GGUF file, which llama.cpp and what is built on it run.
 
-Quantized layers keep their codes, in the blocks of :mod:`optq.formats.gguf_blocks`. Norms and
-biases become float32; every other tensor keeps its dtype and its bits.
+Quantized layers keep their codes, in the blocks of :mod:`optq.formats.gguf_blocks`. Norms, biases
+and routers become float32; every other tensor keeps its dtype and its bits. One projection of all
+experts of a block is one tensor ``[experts, rows, columns]``.
 
 llama.cpp turns neighbouring features (2i, 2i + 1) in a Llama's rotary embedding, transformers
 features (i, i + d/2): the rows of q and k are reordered to match. A row's codes stay as they are.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -31,22 +32,21 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from optq import __version__
-from optq.errors import ModelError, OutputError
+from optq.errors import ModelError, OutputError, SettingError
 from optq.formats import detect
 from optq.formats.gguf_blocks import choose, encode
+from optq.formats.gguf_settings import add_settings, architecture, head_dim
 from optq.formats.gguf_vocabulary import add_vocabulary
 from optq.formats.reader import packed_tensors, quantized_layers, read_layer
+from optq.formats.scheme import Detected
 from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import TOGETHER, Checkpoint
-from optq.model.source import disk_names, empty_model, load_tokenizer
+from optq.model.experts import bank_of, is_bank
+from optq.model.names import disk_names
+from optq.model.source import empty_model, load_tokenizer
 
-FAMILIES = {  # by the model_type of config.json
-    "llama": MODEL_ARCH.LLAMA,
-    "mistral": MODEL_ARCH.LLAMA,
-    "qwen2": MODEL_ARCH.QWEN2,
-    "qwen3": MODEL_ARCH.QWEN3,
-}
 DENSE = {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16, torch.float32: Kind.F32}
+ROUTERS = (MODEL_TENSOR.FFN_GATE_INP, MODEL_TENSOR.FFN_GATE_INP_SHEXP)  # as its converter does
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,16 @@ def export_gguf(
     """
     _check_target(target)
     detect(checkpoint)  # refuses what nobody can read
-    kind = checkpoint.config().get("model_type")
-    if kind not in FAMILIES:
-        raise ModelError(
-            f"a {kind} model cannot be exported to llama.cpp", f"export {', '.join(FAMILIES)}"
-        )
+    arch = architecture(checkpoint.config())
     with Whole(target, force, notice) as place:
-        return _export(checkpoint, FAMILIES[kind], place)
+        return _export(checkpoint, arch, place)
 
 
 def _export(checkpoint: Checkpoint, arch: MODEL_ARCH, place: Whole) -> dict[str, Any]:
     model, target = empty_model(checkpoint), place.target
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
-    _add_settings(writer, model.config, arch)
+    sparse = sum(is_bank(module) for module in model.modules())
+    add_settings(writer, model.config, arch, sparse)
     add_vocabulary(writer, load_tokenizer(checkpoint), model.config)
     tensors, moved, left_out = _tensors(checkpoint, model, arch)
     count = Counter(tensor.kind for tensor in tensors)
@@ -117,47 +114,6 @@ def _export(checkpoint: Checkpoint, arch: MODEL_ARCH, place: Whole) -> dict[str,
 # The model: its settings and its tensors by llama.cpp's names.
 
 
-def _add_settings(writer: gguf.GGUFWriter, config: Any, arch: MODEL_ARCH) -> None:
-    """What llama.cpp computes with. Raises :class:`ModelError` for what it computes otherwise."""
-    rope, longest = config.rope_parameters, config.max_position_embeddings
-    window = getattr(config, "sliding_window", None)
-    kinds = {*(getattr(config, "layer_types", None) or ())}
-    local = kinds - {"full_attention"} or (config.model_type == "mistral" and window is not None)
-    scalings = {"default", "linear"} | ({"llama3"} if arch == MODEL_ARCH.LLAMA else set())
-    heads = config.num_attention_heads
-    wide = arch == MODEL_ARCH.QWEN2 and _head_dim(config) * heads != config.hidden_size
-    biased = arch == MODEL_ARCH.QWEN3 and config.attention_bias
-    for refused, reason in (
-        (config.hidden_act != "silu", f"the activation {config.hidden_act}"),
-        (local and (window or 0) < longest, f"attention to the last {window} tokens only"),
-        (rope["rope_type"] not in scalings, f"rotary scaling of the kind {rope['rope_type']}"),
-        (rope.get("partial_rotary_factor", 1) != 1, "rotary embeddings of a part of each head"),
-        (wide, "heads that are not as wide together as the model"),
-        (biased, "biases in the attention"),
-    ):
-        if refused:
-            raise ModelError(
-                f"llama.cpp does not compute {reason} for a {config.model_type} model",
-                "run the checkpoint with optq, transformers or vLLM instead",
-            )
-    writer.add_type("model")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(longest)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(_head_dim(config))
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-
-
 def _rotary(config: Any) -> list[_Tensor]:
     """Llama 3's scaling of the rotary frequencies, as llama.cpp reads it: their divisors."""
     if config.rope_parameters["rope_type"] != "llama3":
@@ -171,17 +127,13 @@ def _rotary(config: Any) -> list[_Tensor]:
     return [_Tensor(name, Kind.F32, tuple(factors.shape), lambda: factors)]
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _order(name: str, config: Any, arch: MODEL_ARCH) -> Tensor | slice:
     """The rows of the tensor called ``name`` as llama.cpp wants them, of q and k of a Llama."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     count = heads.get(name.split(".")[-2])
     if arch != MODEL_ARCH.LLAMA or count is None:
         return slice(None)
-    rows = torch.arange(count * _head_dim(config))
+    rows = torch.arange(count * head_dim(config))
     return rows.view(count, 2, -1).transpose(1, 2).reshape(-1)
 
 
@@ -192,52 +144,96 @@ def _tensors(
 
     Raises :class:`ModelError` where tensors and config do not belong together.
     """
-    config = model.config
-    packed = [f"{name}.weight" for name in quantized_layers(checkpoint)]
-    in_model = disk_names(model, [*checkpoint.files, *packed])
+    config, scheme = model.config, detect(checkpoint)
+    packed = {f"{name}.weight" for name in quantized_layers(checkpoint)}
+    assert scheme is not None  # quantized_layers has refused a plain model
+    there = {**dict.fromkeys(checkpoint.files), **dict.fromkeys(sorted(packed))}
+    found = {place: n for place, n in disk_names(model, there).items() if n in there}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    left = {*checkpoint.files} - {*in_model.values(), *packed_tensors(checkpoint)}
+    places = {name: parts for name, parts in _places(model).items() if name not in tied}
+    lacking = {name for parts in places.values() for name in parts} - found.keys()
+    left = {*checkpoint.files} - {*found.values(), *packed_tensors(checkpoint)}
     of_packed = [name for name in left if f"{name.rpartition('.')[0]}.weight" in packed]
     added = {name for name, tensor in checkpoint.tensors(of_packed) if tensor.count_nonzero()}
-    added |= {*packed} - {*in_model.values()}
-    for what, names in (("lacks", {*model.state_dict()} - {*in_model} - tied), ("also has", added)):
+    added |= packed - {*found.values()}
+    for what, names in (("lacks", lacking), ("also has", added)):
         if names:
             raise ModelError(f"{checkpoint.folder} {what} {min(names)}", TOGETHER)
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     tensors, farthest = _rotary(config), 0.0
-    for place, name in in_model.items():
-        if place in tied:
-            continue
-        rows = _order(place, config, arch)
-        if name in packed:
-            layer_name = name.removesuffix(".weight")
-            layer = read_layer(checkpoint, layer_name)
-            kind, moved = choose(layer, layer_name)
-            shape, farthest = tuple(layer.codes.shape), max(farthest, moved)
-            read = partial(_read_layer, checkpoint, layer_name, kind, rows)
-        else:
-            ((_, tensor),) = checkpoint.tensors([name])
-            kind, shape = _dense_kind(name, tensor), tuple(tensor.shape)
-            read = partial(_read_dense, checkpoint, name, kind, rows)
-        if shape != (fits := tuple(model.get_parameter(place).shape)):
-            raise ModelError(f"{name} is {list(shape)} where {list(fits)} fits", TOGETHER)
-        title = known.get_name(place, (".weight", ".bias"))
-        assert title is not None, place  # of every tensor of the families above
-        tensors.append(_Tensor(title, kind, shape, read))
+    for place, parts in places.items():
+        which = known.get_type_and_name(place, (".weight", ".bias"))
+        assert which is not None, place  # of every tensor of the families above
+        rows, kinds, reads = _order(place, config, arch), set(), []
+        for part, fits in parts.items():
+            name = found[part]
+            if name in packed:
+                layer_name = name.removesuffix(".weight")
+                layer = read_layer(checkpoint, layer_name, scheme)
+                kind, moved = choose(layer, layer_name)
+                shape, farthest = tuple(layer.codes.shape), max(farthest, moved)
+                reads.append(partial(_read_layer, checkpoint, layer_name, scheme, kind, rows))
+            else:
+                ((_, tensor),) = checkpoint.tensors([name])
+                kind, shape = _dense_kind(name, tensor, which[0]), tuple(tensor.shape)
+                reads.append(partial(_read_dense, checkpoint, name, kind, rows))
+            if shape != fits:
+                raise ModelError(f"{name} is {list(shape)} where {list(fits)} fits", TOGETHER)
+            kinds.add(kind)
+        if len(kinds) > 1:
+            what = " and ".join(sorted(kind.name for kind in kinds))
+            cause = f"llama.cpp keeps the experts of {place} in one tensor, and these are {what}"
+            raise SettingError(cause, "quantize them alike")
+        if which[0] == MODEL_TENSOR.FFN_GATE_INP_SHEXP:  # one row
+            shape = shape[1:]
+        if place not in parts:  # experts
+            shape, reads = (len(parts), *shape), [partial(_stack, reads)]
+        tensors.append(_Tensor(which[1], kind, shape, reads[0]))
     return tensors, farthest, sorted(n for n in left if not n.endswith("rotary_emb.inv_freq"))
 
 
-def _read_layer(checkpoint: Checkpoint, name: str, kind: Kind, rows: Tensor | slice) -> Tensor:
-    return encode(read_layer(checkpoint, name), kind)[rows]
+def _places(model: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    """What llama.cpp keeps in one tensor, by names in the model: of experts each, with its shape.
+
+    The experts' projections are called as if they were one linear layer, as the package
+    ``gguf`` knows them.
+    """
+    places = {name: {name: tuple(each.shape)} for name, each in model.state_dict().items()}
+    for bank in (
+        bank_of(name, module) for name, module in model.named_modules() if is_bank(module)
+    ):
+        for layer in bank.layers:
+            places.pop(f"{bank.name}.{layer.attribute}", None)
+            place = f"{bank.name}.{layer.name.rpartition('.')[2]}.weight"
+            places.setdefault(place, {})[f"{layer.name}.weight"] = layer.shape
+    return places
 
 
-def _dense_kind(name: str, tensor: Tensor) -> Kind:
+def _stack(reads: Sequence[Callable[[], Tensor]]) -> Tensor:
+    """All experts in one tensor: one of them at a time is in memory beside it."""
+    whole = torch.empty(0)
+    for number, read in enumerate(reads):
+        expert = read()
+        if number == 0:
+            whole = expert.new_empty(len(reads), *expert.shape)
+        whole[number] = expert
+        del expert  # before the next is read
+    return whole
+
+
+def _read_layer(
+    checkpoint: Checkpoint, name: str, scheme: Detected, kind: Kind, rows: Tensor | slice
+) -> Tensor:
+    return encode(read_layer(checkpoint, name, scheme), kind)[rows]
+
+
+def _dense_kind(name: str, tensor: Tensor, which: MODEL_TENSOR) -> Kind:
     if tensor.dtype not in DENSE:
         raise ModelError(
             f"{name} is {tensor.dtype}, which llama.cpp does not take".replace("torch.", ""),
             "convert the model to float32, float16 or bfloat16",
         )
-    return Kind.F32 if tensor.ndim == 1 else DENSE[tensor.dtype]
+    return Kind.F32 if tensor.ndim == 1 or which in ROUTERS else DENSE[tensor.dtype]
 
 
 def _read_dense(checkpoint: Checkpoint, name: str, kind: Kind, rows: Tensor | slice) -> Tensor:

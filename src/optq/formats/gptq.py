@@ -28,7 +28,15 @@ from optq.core.grid import BITS, Storage
 from optq.core.packing import pack, unpack
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, SettingError
-from optq.formats.scheme import SCALES, Detected, Format, Schemes, require_fit, require_groups
+from optq.formats.scheme import (
+    SCALES,
+    Detected,
+    Format,
+    Schemes,
+    has_drafts,
+    require_fit,
+    require_groups,
+)
 from optq.model.checkpoint import TOGETHER
 
 DOTTED = "{}.{}".format
@@ -109,7 +117,8 @@ class GPTQFormat(Format):
         """The ``quantization_config``: the commonest scheme, and a rule for each exception.
 
         Outside, a rule covers all that lies below the first name with nothing packed in it
-        (``mtp``, ``model.layers.61``): readers fuse layers, and then look for other names.
+        (``mtp``, ``model.layers.61``): readers fuse layers, and then look for other names. vLLM
+        leaves layers for multi-token prediction dense only where a rule says ``mtp``.
         """
         base = Counter(layers.values()).most_common(1)[0][0]
         config: dict[str, Any] = {
@@ -129,6 +138,8 @@ class GPTQFormat(Format):
                 above = accumulate(name.split("."), DOTTED)
                 whole = next((place for place in above if place not in packed), name)
                 rules[rf"-:^{re.escape(whole)}(\.|$)"] = {}
+        if has_drafts(layers, outside) and not any("mtp" in name for name in (*layers, *rules)):
+            rules["-:.*mtp.*"] = {}
         for name, layer in layers.items():
             if layer != base:
                 rules[f"+:^{re.escape(name)}$"] = _settings(layer)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from optq.model.checkpoint import TOGETHER
 
 Solved = Mapping[str, tuple[QuantizedWeight, LayerScheme]]  # layers of a block, by name on disk
 Schemes = Mapping[str, LayerScheme]  # of quantized layers, by name on disk
+BLOCK = re.compile(r"(.*?\.)\d+\.")  # the start of names inside a block, and of its list
 SCALES = (torch.float16, torch.bfloat16, torch.float32)  # dtypes that are read
 
 
@@ -93,6 +95,17 @@ class Format(ABC):
 
         Raises ``ModelError`` where it is this one's and cannot be read.
         """
+
+
+def has_drafts(layers: Iterable[str], outside: Collection[str]) -> bool:
+    """Whether layers for multi-token prediction are ``outside``: ``mtp``, or blocks of their own.
+
+    DeepSeek-V3's stand beside the model's blocks, as ``model.layers.61`` after 61 of them.
+    """
+    blocks = {found[0]: found[1] for name in layers if (found := BLOCK.match(name))}
+    beside = {found[0]: found[1] for name in outside if (found := BLOCK.match(name))}
+    more = any(first in blocks.values() for block, first in beside.items() if block not in blocks)
+    return more or any("mtp" in name for name in outside)
 
 
 def require_fit(

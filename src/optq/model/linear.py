@@ -14,7 +14,7 @@ from optq.kernels.product import Product
 from optq.kernels.table import pick
 from optq.model.checkpoint import TOGETHER
 from optq.model.experts import PARTS, Bank, bank_of, is_bank
-from optq.model.source import disk_names
+from optq.model.names import disk_names
 
 
 class QuantizedLinear(nn.Module):

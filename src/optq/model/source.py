@@ -9,7 +9,6 @@ files hold them is asked once, and an adapter that lies beside them does not get
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import distributions
@@ -23,7 +22,8 @@ from optq.boundary import library
 from optq.errors import DataError, ModelError, SettingError
 from optq.model.blocks import Block, linears_outside
 from optq.model.checkpoint import TOGETHER, Checkpoint
-from optq.model.experts import PARTS, bank_of, is_bank
+from optq.model.experts import bank_of, is_bank
+from optq.model.names import disk_names
 
 NO_CODE = "OPTQ runs no code that a model brings"
 
@@ -142,51 +142,6 @@ def _lacking(folder: Path, error: Exception) -> list[str]:
     here = {each.name for each in distributions()}
     needed = ("sentencepiece", "protobuf", "tiktoken", "blobfile")
     return [package for package in needed if package in said and package not in here]
-
-
-def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
-    """The name on disk of each of the model's tensors that stands there one to one.
-
-    transformers 5 renames while it loads (``language_model.model.`` becomes
-    ``model.language_model.``, a base model's tensors get their prefix); this asks it for the same
-    renamings. Of tensors that it merges from several on disk only experts are kept: each
-    projection of each has the name that :class:`optq.model.experts.Bank` gives it.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    banks = (bank_of(name, module) for name, module in model.named_modules() if is_bank(module))
-    experts = {x.name: f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
-    names: dict[str, str] = {}
-    for on_disk in names_on_disk:
-        in_model, converted = rename_source_key(
-            on_disk, renamings, converters, model.base_model_prefix, state
-        )
-        if converted is None and in_model in state:
-            names[in_model] = on_disk
-        elif converted is not None:
-            in_model = _expert_name(in_model, converted, converters, on_disk) or ""
-        if in_model.removesuffix(".weight") in experts:
-            names[in_model] = on_disk
-    for name, fused in experts.items():  # in one tensor on disk as well: named as others name them
-        if fused in names:
-            names.setdefault(f"{name}.weight", f"{name}.weight")
-    return names
-
-
-def _expert_name(merged: str, pattern: str, converters: list[Any], on_disk: str) -> str | None:
-    """The name of one projection of one expert, that is merged with others into ``merged``."""
-    bank, _, attribute = merged.rpartition(".")
-    sources = next(each.source_patterns for each in converters if pattern in each.source_patterns)
-    number = re.search(r"\.(\d+)\.\w+\.weight$", on_disk)
-    parts = PARTS.get(attribute, (attribute,))
-    if number is None or len(parts) != len(sources):
-        return None
-    return f"{bank}.{number[1]}.{parts[sources.index(pattern)]}.weight"
 
 
 def dense_layers(
