@@ -21,6 +21,7 @@ bfloat16 (2^-9 each), sums are float32.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +86,9 @@ class Int4Product(Product):
             self.keep(f"grid{index}", grid.repeat_interleave(group // self.width, 0).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.order is not None:
-            x = x[:, self.order]
+        kept: Any = self._buffers  # as attributes they would cost more than a small product
+        if kept["order"] is not None:
+            x = x[:, kept["order"]]
         if len(x) > FEW:
             y = x.new_empty(len(x), self.rows)
             # float16 products of this layout are slower on a CPU than all else by far.
@@ -94,14 +96,15 @@ class Int4Product(Product):
             for start in range(0, self.rows, CHUNK):
                 y[:, start : start + CHUNK] = wide @ self._columns(start, wide.dtype)
             return y
-        short = x.to(torch.bfloat16)
-        filler = 2 * self.codes0.shape[1] - self.cols
+        short, codes = x.to(torch.bfloat16), kept["codes0"]
+        filler = 2 * codes.shape[1] - self.cols
         short = pad(short, (0, filler)) if filler else short.contiguous()
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(short, self.codes0, self.width, self.grid0)
+        y = multiply(short, codes, self.width, kept["grid0"])
         if self.halves == 2:
-            y = y + multiply(short, self.codes1, self.width, self.grid1)
-        return y[:, : self.rows].to(x.dtype)
+            y = y + multiply(short, kept["codes1"], self.width, kept["grid1"])
+        y = y if y.shape[1] == self.rows else y[:, : self.rows]
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def dense(self) -> Tensor:
         chunks = [self._columns(start, self.dtype).T for start in range(0, self.rows, CHUNK)]

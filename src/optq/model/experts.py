@@ -98,10 +98,11 @@ class Bank:
 
     def routed(self, index: Tensor) -> Routed:
         """The tokens of each expert that has any, in the order of the model's own code."""
-        mask = torch.nn.functional.one_hot(index, num_classes=len(self.inner) + 1).permute(2, 1, 0)
-        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().flatten().tolist()
-        where = {expert: torch.where(mask[expert]) for expert in hit if expert < len(self.inner)}
-        return {expert: (places, tokens) for expert, (places, tokens) in where.items()}
+        count, flat = len(self.inner), index.T.reshape(-1)  # all first places come first
+        order, counts = flat.argsort(stable=True), flat.bincount(minlength=count).tolist()
+        hit = enumerate(zip(order.split(counts), counts, strict=True))
+        tokens = len(index)
+        return {e: (own // tokens, own % tokens) for e, (own, some) in hit if some and e < count}
 
     def routing(self, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         """Which experts each token goes to, and with what weights, both ``[tokens, top k]``."""
