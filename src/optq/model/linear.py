@@ -23,11 +23,15 @@ class QuantizedLinear(nn.Module):
     Without :attr:`product` it is the empty place that a checkpoint is loaded into.
     """
 
+    product: Product | None
+    bias: nn.Parameter | None
+
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.product: Product | None = None
+        empty = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.register_parameter("bias", empty)
+        self.register_module("product", None)
 
     def fill(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         """Hand the weight to the kernel that serves it best."""
@@ -43,10 +47,12 @@ class QuantizedLinear(nn.Module):
         return self.product.dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x.reshape(-1, self.in_features))  # type: ignore[misc]
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        # Past what modules do on the way to an attribute and a call: as much as a small product.
+        product: Any = self._modules["product"]
+        y = product.forward(x if x.ndim == 2 else x.reshape(-1, self.in_features))
+        if (bias := self._parameters["bias"]) is not None:
+            y = y + bias
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
@@ -75,19 +81,12 @@ class QuantizedExperts(nn.Module):
     def product(self, attribute: str, expert: int, x: Tensor, bias: Tensor | None) -> Tensor:
         """One projection: of gate and up together as the experts' own code has them."""
         own: Any = self._modules[str(expert)]  # a name with dots would be looked up more slowly
-        parts = [_multiply(own._modules[part], x) for part in PARTS.get(attribute, (attribute,))]
+        parts = [own._modules[part](x) for part in PARTS.get(attribute, (attribute,))]
         if self.bank.concatenated or len(parts) == 1:
             y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         else:
             y = torch.stack(parts, dim=-1).flatten(-2)
         return y if bias is None else y + bias
-
-
-def _multiply(layer: Any, x: Tensor) -> Tensor:
-    """``layer(x)``; what a call of a module costs beside a small product is left out."""
-    if isinstance(layer, QuantizedLinear) and layer.bias is None:
-        return layer.product(x)  # type: ignore[misc]
-    return layer(x)
 
 
 def open_bank(module: Any) -> None:
