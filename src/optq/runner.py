@@ -201,18 +201,8 @@ class Runner:
         tokens = self._tokens(calib, checkpoint, model)
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink = Kept(form, dtype) if place is None else Writer(place, checkpoint, form, dtype)
-        work = Quantization(
-            model,
-            blocks,
-            names,
-            quantizer,
-            qep,
-            storage,
-            sink,
-            place is None,
-            self.progress,
-            shards,
-        )
+        around = (storage, sink, place is None, self.progress, shards)
+        work = Quantization(model, blocks, names, quantizer, qep, *around)
         loaded = time.perf_counter() - started
         try:
             work.calibrate(tokens, device)

@@ -13,6 +13,7 @@ from optq import RTN, ModelConfig, Runner
 from optq.errors import ModelError
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
+from optq.model.experts import Bank
 from optq.model.shards import open_model
 from optq.model.source import load_model
 from optq.model.weights import Weights
@@ -104,7 +105,7 @@ def test_what_is_outside_of_blocks_comes_back_also_where_two_modules_share_it():
         assert parameter.dtype == torch.float32, name
 
 
-# Merged experts, buffers beside them, other names, biases and another layout on disk, a tied list.
+# Merged experts, buffers beside them, other names, biases, other layouts on disk, mamba blocks.
 STREAMED = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "granite_moe", "jamba", "nemotron_h")
 
 
@@ -198,3 +199,15 @@ def test_a_shard_damaged_after_the_run_began_is_named(tmp_path, damage):
     with pytest.raises(ModelError, match=said[damage]) as caught:
         weights.fetch(blocks[1])
     assert caught.value.remedy and "\n" not in caught.value.cause
+
+
+def test_experts_are_tried_before_the_norm_inside_them_has_values():
+    from transformers.models.muse_spark import modeling_muse_spark as muse
+
+    config = muse.MuseSparkTextConfig(
+        num_local_experts=4, moe_hidden_size=64, moe_intermediate_size=32
+    )
+    with torch.device("meta"):
+        bank = Bank("experts", muse.MuseSparkExperts(config))
+    bank.check()
+    assert bank.summed and bank.module.post_expert_norm.weight.is_meta

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -117,6 +117,11 @@ class Bank:
         small.__dict__["_parameters"] = {
             name: random(count, *shape).bfloat16() for name, shape in shapes.items()
         }
+        if self.module.has_post_expert_norm:  # whose values may still be on disk
+            norm = deepcopy(self.module.post_expert_norm).to_empty(device="cpu").bfloat16()
+            for parameter in norm.parameters():
+                parameter.data.normal_(generator=generator)
+            small.__dict__["_modules"] = {**self.module._modules, "post_expert_norm": norm}
         probe = Bank(self.name, small)
         x, weights = random(9, columns).bfloat16(), random(9, 2).half()
         index = torch.randint(count, (9, 2), generator=generator, device="cpu")
