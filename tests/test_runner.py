@@ -24,10 +24,10 @@ from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
 from optq.evaluate.perplexity import perplexity
 from optq.formats import detect, reader, writer
+from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear, make_dense
 from optq.model.names import disk_names
-from optq.model.source import load_model
 from optq.record import RunRecord
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL, *zoo.REFUSED)}
@@ -219,7 +219,7 @@ def test_a_list_of_ids(folder_of):
 
 
 def test_a_list_is_refused_before_work_starts(folder_of, monkeypatch):
-    monkeypatch.setattr("optq.runner.load_model", lambda *_: pytest.fail("the run has begun"))
+    monkeypatch.setattr("optq.runner.open_model", lambda *_: pytest.fail("the run has begun"))
     with pytest.raises(DataError, match="padded"):
         quantize(folder_of("llama"), calib=[{"input_ids": [5, 0], "attention_mask": [1, 0]}])
     with pytest.raises(DataError, match="list of calibration texts is empty"):
@@ -416,13 +416,12 @@ def test_records_are_complete_and_true(folder_of):
 def test_calls_of_a_module_that_a_later_block_shares_are_in_its_record(folder_of, monkeypatch):
     """They are made after it was solved."""
 
-    def load(checkpoint):
-        model = load_model(checkpoint)
+    def find(model, skip):
         first, second = model.model.layers[:2]
         second.mlp.down_proj = first.mlp.down_proj
-        return model
+        return find_blocks(model, skip)
 
-    monkeypatch.setattr(optq.runner, "load_model", load)
+    monkeypatch.setattr(optq.runner, "find_blocks", find)
     result = quantize(folder_of("llama"))
     calls = {record.name: record.calls for record in result.layers}
     assert calls.pop("model.layers.0.mlp.down_proj") == 2
@@ -885,7 +884,7 @@ def test_the_remedy_for_a_type_names_the_types(folder_of):
 
 
 def test_a_name_and_a_device_that_cannot_be(folder_of, monkeypatch):
-    monkeypatch.setattr(optq.runner, "load_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(optq.runner, "open_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(OutputError, match=r"no folder can be called 'a\\x00b'\nchoose another"):
         quantize(folder_of("llama"), output="a\0b")
     with pytest.raises(SettingError, match="the device None is not here\nchoose cpu, or auto"):

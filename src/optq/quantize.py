@@ -27,6 +27,7 @@ from optq.model.flow import Flow
 from optq.model.inputs import SiteSums
 from optq.model.layer import Layer
 from optq.model.names import disk_names
+from optq.model.shards import Shards
 from optq.model.weights import Weights
 from optq.record import LayerRecord
 
@@ -54,6 +55,7 @@ class Quantization:
     """One model, one quantizer: each site is solved, and each block handed to ``sink``.
 
     ``names`` are those of :func:`names_on_disk`. With ``keep`` the weights of finished blocks stay.
+    ``shards`` have those that are not in the model yet.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class Quantization:
         sink: Sink,
         keep: bool,
         progress: Callable[[Progress], None],
+        shards: Shards | None = None,
     ) -> None:
         self.model, self.blocks, self.names, self.keep = model, blocks, names, keep
         self.quantizer, self.qep, self.storage = quantizer, qep, storage
-        self.sink, self.progress = sink, progress
+        self.sink, self.progress, self.shards = sink, progress, shards
         self.scheme = quantizer.scheme()
         self.solved: dict[str, tuple[QuantizedWeight, LayerScheme]] = {}  # of the current block
         self.records: list[LayerRecord] = []
@@ -80,10 +83,11 @@ class Quantization:
         """Take all calibration tokens ``[samples, tokens]`` through the model once."""
         batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
         # What is on its way to disk leaves the memory, block by block.
-        weights = Weights(self.model, self.blocks, device, self.keep)
+        weights = Weights(self.model, self.blocks, device, self.keep, self.shards)
         propagate = self.qep is not None
         flow = Flow(self.model, self.blocks, batches, weights, self.solve, self.done, propagate)
         flow.run()
+        weights.complete()
         self.seconds |= flow.seconds
 
     def solve(self, sites: Iterator[tuple[Site, SiteSums]]) -> None:

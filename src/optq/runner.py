@@ -36,10 +36,10 @@ from optq.formats.whole import Whole
 from optq.formats.writer import Kept, Writer, place_of
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
+from optq.model.shards import open_model
 from optq.model.source import (
     check_vocabulary,
     dense_layers,
-    load_model,
     load_tokenizer,
     sequence_length,
 )
@@ -196,8 +196,7 @@ class Runner:
         self, checkpoint: Checkpoint, form: Format, place: Whole | None, started: float
     ) -> Result:
         device, quantizer, calib = self.model_config.torch_device(), self.quantizer, self._calib()
-        model = load_model(checkpoint)
-        blocks = find_blocks(model, self.skip)
+        model, blocks, shards = open_model(checkpoint, lambda m: find_blocks(m, self.skip))
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
         banks = [bank for block in blocks for bank in block.banks]
         for line in notices(form, quantizer.scheme(), model, banks, names):
@@ -206,9 +205,8 @@ class Runner:
         tokens = self._tokens(calib, checkpoint, model)
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink = Kept(form, dtype) if place is None else Writer(place, checkpoint, form, dtype)
-        work = Quantization(
-            model, blocks, names, quantizer, qep, storage, sink, place is None, self.progress
-        )
+        around = (storage, sink, place is None, self.progress, shards)
+        work = Quantization(model, blocks, names, quantizer, qep, *around)
         loaded = time.perf_counter() - started
         try:
             work.calibrate(tokens, device)

@@ -5,10 +5,19 @@ import copy
 import pytest
 import torch
 import zoo
+import zoo_configs as configs
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from optq import RTN, ModelConfig, Runner
+from optq.errors import ModelError
 from optq.model.blocks import find_blocks
+from optq.model.checkpoint import Checkpoint
+from optq.model.experts import Bank
+from optq.model.shards import open_model
+from optq.model.source import load_model
 from optq.model.weights import Weights
+from optq.quantize import Quantization
 
 CPU = torch.device("cpu")
 
@@ -27,10 +36,10 @@ def test_a_dropped_block_keeps_what_a_later_one_shares():
     weights = Weights(model, blocks, CPU, keep=False)
     weights.drop(blocks[0])
     for name, parameter in model.model.layers[0].named_parameters():
-        kept = whole.model.layers[0].get_parameter(name).numel() if "up_proj" in name else 0
-        assert parameter.numel() == kept, name
+        assert parameter.is_meta is ("up_proj" not in name), name
+        assert parameter.shape == whole.model.layers[0].get_parameter(name).shape
     weights.drop(blocks[1])
-    assert not any(p.numel() for block in blocks[:2] for p in block.module.parameters())
+    assert all(p.is_meta for block in blocks[:2] for p in block.module.parameters())
 
 
 def test_blocks_that_are_kept_stay_whole():
@@ -94,3 +103,111 @@ def test_what_is_outside_of_blocks_comes_back_also_where_two_modules_share_it():
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == before[name].data_ptr(), name
         assert parameter.dtype == torch.float32, name
+
+
+# Merged experts, buffers beside them, other names, biases, other layouts on disk, mamba blocks.
+STREAMED = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "granite_moe", "jamba", "nemotron_h")
+
+
+def saved(name, folder):
+    model = zoo.Row(name, getattr(configs, name), "", ()).build()
+    model.save_pretrained(folder, max_shard_size="100kB")
+    return folder
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_block_read_alone_is_what_transformers_loads(tmp_path, name):
+    """In every parameter, its dtype and strides; and one block is in memory at a time."""
+    checkpoint = Checkpoint.open(str(saved(name, tmp_path)))
+    whole = load_model(checkpoint)
+    model, blocks, shards = open_model(checkpoint, find_blocks)
+    weights = Weights(model, blocks, CPU, keep=False, shards=shards)
+    inside = {n for block in blocks for n, _ in block.module.named_parameters(block.name)}
+    outside = dict(model.named_parameters()).keys() - inside
+    assert all(torch.equal(model.get_parameter(n), whole.get_parameter(n)) for n in outside)
+    for _ in range(2):  # a block can be fetched again
+        for block in blocks:
+            assert all(model.get_parameter(n).is_meta for n in inside)
+            weights.fetch(block)
+            for other in (each for each in blocks if each is not block):
+                assert all(parameter.is_meta for parameter in other.module.parameters())
+            for n, parameter in block.module.named_parameters(block.name):
+                expected = whole.get_parameter(n)
+                assert torch.equal(parameter, expected) and parameter.dtype == expected.dtype
+                assert parameter.stride() == expected.stride(), n
+                assert parameter.untyped_storage().nbytes() == parameter.nbytes, n  # no file's
+            weights.drop(block)
+    for (n, buffer), (_, expected) in zip(
+        model.named_buffers(), whole.named_buffers(), strict=True
+    ):
+        assert torch.equal(buffer, expected), n
+    assert [repr(c) for c in getattr(model, "_weight_conversions", [])] == [
+        repr(c) for c in getattr(whole, "_weight_conversions", [])
+    ]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_run_has_one_block_in_memory_and_keeps_what_it_is_asked_to(tmp_path, monkeypatch, keep):
+    held, done = [], Quantization.done
+
+    def watched(work, block):
+        held.append([b.index for b in work.blocks if _any_values(b.module)])
+        done(work, block)
+
+    monkeypatch.setattr(Quantization, "done", watched)
+    source = saved("qwen3_moe", tmp_path / "model")
+    output = None if keep else tmp_path / "out"
+    tokens = zoo.token_ids(4, 32)
+    result = Runner(ModelConfig(str(source), "cpu"), RTN(4, 32), calib=tokens, output=output).run()
+    assert held == ([[0], [0, 1]] if keep else [[0], [1]])
+    assert not any(parameter.is_meta for parameter in result.model.parameters())
+
+
+def _any_values(module):
+    return any(not parameter.is_meta for parameter in module.parameters())
+
+
+def test_a_kept_model_has_blocks_that_nobody_fetched(tmp_path):
+    model, blocks, shards = open_model(
+        Checkpoint.open(str(saved("mixtral", tmp_path))), find_blocks
+    )
+    weights = Weights(model, blocks, CPU, shards=shards)
+    weights.fetch(blocks[0])
+    weights.complete()
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "another"])
+def test_a_shard_damaged_after_the_run_began_is_named(tmp_path, damage):
+    folder = saved("mixtral", tmp_path)
+    model, blocks, shards = open_model(Checkpoint.open(str(folder)), find_blocks)
+    weights = Weights(model, blocks, CPU, keep=False, shards=shards)
+    weights.fetch(blocks[0])
+    weights.drop(blocks[0])
+    for path in folder.glob("*.safetensors"):
+        if damage == "gone":
+            path.unlink()
+            continue
+        state = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        data = path.read_bytes()[:-8]
+        path.unlink()  # the embedding is still mapped
+        if damage == "cut":
+            path.write_bytes(data)
+        else:
+            save_file({name: tensor[..., :-1].contiguous() for name, tensor in state.items()}, path)
+    said = {"cut": "truncated or corrupt", "gone": "is missing", "another": "not what it was"}
+    with pytest.raises(ModelError, match=said[damage]) as caught:
+        weights.fetch(blocks[1])
+    assert caught.value.remedy and "\n" not in caught.value.cause
+
+
+def test_experts_are_tried_before_the_norm_inside_them_has_values():
+    from transformers.models.muse_spark import modeling_muse_spark as muse
+
+    config = muse.MuseSparkTextConfig(
+        num_local_experts=4, moe_hidden_size=64, moe_intermediate_size=32
+    )
+    with torch.device("meta"):
+        bank = Bank("experts", muse.MuseSparkExperts(config))
+    bank.check()
+    assert bank.summed and bank.module.post_expert_norm.weight.is_meta

@@ -29,14 +29,16 @@ def load_checkpoint(checkpoint: Checkpoint, device: torch.device = CPU) -> Any:
     names = quantized_layers(checkpoint)
     places: dict[str, str] = {}
 
-    def prepare(skeleton: Any) -> set[str]:
+    def prepare(skeleton: Any, tensors: dict[str, Any]) -> set[str]:
         """Room for packed layers, and what their tensors are called, on disk or renamed."""
+        for part in packed_tensors(checkpoint):
+            del tensors[part]
         places.update(make_room(skeleton, names, checkpoint.files))
         return {
             f"{name}.{s}" for pair in places.items() for name in pair for s in scheme.form.parts
         }
 
-    model = load_model(checkpoint, prepare, packed_tensors(checkpoint))
+    model = load_model(checkpoint, prepare)
     for name in names:
         fill(model, places[name], name, read_layer(checkpoint, name, scheme).to(device))
     return model.to(device)

@@ -71,15 +71,23 @@ class Checkpoint:
         return config if self.dtype is None else _in_dtype(config, self.dtype)
 
     def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors (default: all), file by file, each read when its turn comes."""
+        """The named tensors (default: all), file by file, each read when its turn comes.
+
+        Raises :class:`ModelError` for a file that was damaged or changed since it was opened.
+        """
         wanted = self.files if names is None else names
         by_file: dict[str, list[str]] = {}
         for name in wanted:
             by_file.setdefault(self.files[name], []).append(name)
         for file, members in sorted(by_file.items()):
-            with _open_weights(self.folder / file) as (_, get):
+            with _damage(self.folder / file), _open_weights(self.folder / file) as (_, get):
                 for name in members:
                     yield name, get(name)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether a tensor can be had without reading its whole file."""
+        return all(_is_mapped(self.folder / file) for file in {*self.files.values()})
 
     def companions(self) -> list[Path]:
         """All but weights and what speaks of them: tokenizer, chat template, licence, .."""
@@ -181,11 +189,17 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _layout(path: Path) -> dict[str, Tensor]:
+    with _damage(path), _open_weights(path) as (names, get):
+        return {name: get(name).to("meta") for name in names}
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What reading a file of weights raises, as a :class:`ModelError` that names the file."""
     from safetensors import SafetensorError
 
     try:
-        with _open_weights(path) as (names, get):
-            return {name: get(name).to("meta") for name in names}
+        yield
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing", "copy the model again, with all files") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
@@ -194,6 +208,8 @@ def _layout(path: Path) -> dict[str, Tensor]:
         ) from error
     except (AttributeError, TypeError) as error:  # a pickle can hold anything
         raise ModelError(f"{path} does not hold tensors by name", TOGETHER) from error
+    except KeyError as error:
+        raise ModelError(f"{path} no longer holds {error}", "copy the file again") from error
 
 
 @contextmanager
@@ -205,7 +221,10 @@ def _open_weights(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tenso
         with safe_open(path, "pt") as file:
             yield list(file.keys()), file.get_tensor
         return
-    # Files of torch before 1.6 are no zip archives, and cannot be mapped.
-    mapped = zipfile.is_zipfile(path)
-    state = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
+    state = torch.load(path, mmap=_is_mapped(path), weights_only=True, map_location="cpu")
     yield list(state), state.__getitem__
+
+
+def _is_mapped(path: Path) -> bool:
+    """Files of torch before 1.6 are no zip archives, and cannot be mapped."""
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)

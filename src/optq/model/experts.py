@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -176,6 +176,11 @@ class Bank:
             name: _random(generator, len(self.inner), *shape).bfloat16()
             for name, shape in shapes.items()
         }
+        if self.normed:  # its values may still be on disk
+            norm = deepcopy(self.module.post_expert_norm).to_empty(device="cpu").bfloat16()
+            for parameter in norm.parameters():
+                parameter.data.normal_(generator=generator)
+            small.__dict__["_modules"] = {**self.module._modules, "post_expert_norm": norm}
         return small
 
     def _trial(self, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
     projection of each has the name that :class:`optq.model.experts.Bank` gives it. Where the disk
     has them in one tensor too, it is the name that the projection is to have: :func:`_apart`.
     """
-    rename, converters = _renaming(model)
+    rename, converters = renaming(model)
     state = model.state_dict()
     banks = [bank_of(name, module) for name, module in model.named_modules() if is_bank(module)]
     experts = {x.name: f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
@@ -51,10 +51,10 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
 
 def merges(model: Any, name_on_disk: str) -> bool:
     """Whether transformers merges this tensor, one of an expert's, with others while it loads."""
-    return _renaming(model)[0](name_on_disk)[1] is not None
+    return renaming(model)[0](name_on_disk)[1] is not None
 
 
-def _renaming(model: Any) -> tuple[Callable[[str], tuple[str, str | None]], list[Any]]:
+def renaming(model: Any) -> tuple[Callable[[str], tuple[str, str | None]], list[Any]]:
     """What renames a tensor on disk as transformers does, and its converters.
 
     The second of what the first gives is the pattern of the converter that takes the tensor.

@@ -31,50 +31,49 @@ NO_CODE = "OPTQ runs no code that a model brings"
 def empty_model(checkpoint: Checkpoint) -> Any:
     """The model without weights: its modules and shapes only."""
     config, plain = _configuration(checkpoint)
-    with torch.device("meta"), library(*_unloadable(checkpoint)):
+    with torch.device("meta"), library(*unloadable(checkpoint)):
         return plain(config)
 
 
 def load_model(
     checkpoint: Checkpoint,
-    prepare: Callable[[Any], Collection[str]] | None = None,
-    packed: Collection[str] = (),
+    prepare: Callable[[Any, dict[str, Any]], Collection[str]] | None = None,
 ) -> Any:
     """The transformers model in evaluation mode, on the CPU, in the checkpoint's own dtype.
 
-    ``packed`` are tensors on disk that are not for transformers. ``prepare`` may change the
-    skeleton before weights arrive; it returns the names of those
-    tensors that are then not for transformers to load, and their modules may have no others left
-    over. Tensors of modules that the model does not have are ignored, as transformers does. Raises
-    :class:`ModelError` for a model that does not predict the next token, and where a tensor is
-    missing, left over, or of the wrong shape.
+    ``prepare`` may change the skeleton and the tensors, by name on disk, before they meet; it
+    returns the names of those tensors that are then not for transformers to load, and their
+    modules may have no others left over. Tensors of modules that the model does not have are
+    ignored, as transformers does. Raises :class:`ModelError` for a model that does not predict the
+    next token, and where a tensor is missing, left over, or of the wrong shape.
     """
     import transformers
 
     config, plain = _configuration(checkpoint)
-    skipped, failed, apart = set[str](), list[Exception](), {*packed}
+    skipped, failed = set[str](), list[Exception]()
 
     def build(model: Any, *arguments: Any, **options: Any) -> None:
         plain.__init__(model, *arguments, **options)
         try:
-            skipped.update(prepare(model) if prepare else ())
+            skipped.update(prepare(model, tensors) if prepare else ())
         except Exception as error:
             failed.append(error)
             raise
 
     # transformers makes the skeleton itself, so a class of its own is how to reach it.
     own: Any = type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
-    refusal, cause, remedy = _unloadable(checkpoint)
+    refusal, cause, remedy = unloadable(checkpoint)
 
     def copied(_: Exception) -> str:
         lacking = _lacking_expert(checkpoint)
         return f"copy the model again: it lacks {lacking}" if lacking else remedy
 
-    with _quiet(), library(refusal, cause, copied, failed):
+    tensors: dict[str, Any] = dict(checkpoint.tensors())
+    with quiet(), library(refusal, cause, copied, failed):
         model, report = own.from_pretrained(
             None,
             config=config,
-            state_dict=dict(checkpoint.tensors([n for n in checkpoint.files if n not in apart])),
+            state_dict=tensors,
             dtype=config.dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
@@ -96,7 +95,8 @@ def load_model(
     return model.eval()
 
 
-def _unloadable(checkpoint: Checkpoint) -> tuple[type[ModelError], str, str]:
+def unloadable(checkpoint: Checkpoint) -> tuple[type[ModelError], str, str]:
+    """What to raise for whatever transformers raises while it loads the checkpoint."""
     remedy = "check that config.json and the weights belong together, or copy the model again"
     return ModelError, f"{checkpoint.folder} cannot be loaded", remedy
 
@@ -127,7 +127,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return "copy the tokenizer's files of the model there, or update transformers"
 
     cause = f"{folder} has no tokenizer that transformers can read"
-    with _quiet(), library(ModelError, cause, remedy):
+    with quiet(), library(ModelError, cause, remedy):
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -220,14 +220,14 @@ def _configuration(checkpoint: Checkpoint) -> tuple[Any, Any]:
         return "update transformers, or check the file"
 
     cause = f"transformers cannot read {checkpoint.folder / 'config.json'}"
-    with _quiet(), library(ModelError, cause, remedy):
+    with quiet(), library(ModelError, cause, remedy):
         # Where transformers has a class, it takes that one; else it refuses, and asks nobody.
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = getattr(transformers, _architecture(raw, config))
     if getattr(config, "tie_word_embeddings", False):
-        with torch.device("meta"), library(*_unloadable(checkpoint)):
+        with torch.device("meta"), library(*unloadable(checkpoint)):
             skeleton = plain(config)
         config.tie_word_embeddings = not _has_own_head(skeleton, checkpoint)
     if config.dtype is None:
@@ -276,7 +276,7 @@ def _architecture(raw: dict[str, Any], config: Any) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar and no load report: what matters in them becomes an error."""
     from transformers import logging
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,22 +14,33 @@ from torch import Tensor, nn
 from optq.errors import ModelError
 from optq.model.blocks import Block
 from optq.model.layer import Layer
+from optq.model.shards import Place, Shards, places
 
 
 class Weights:
     """The weights of ``model``: a block's are on ``device`` from its fetch to its drop.
 
-    With ``keep`` they then stay in memory, on the CPU; without it they are let go.
+    They come from ``shards`` as far as the model lacks them. With ``keep`` they then stay in
+    memory, on the CPU; without it they are let go.
     """
 
     def __init__(
-        self, model: Any, blocks: list[Block], device: torch.device, keep: bool = True
+        self,
+        model: Any,
+        blocks: list[Block],
+        device: torch.device,
+        keep: bool = True,
+        shards: Shards | None = None,
     ) -> None:
         self.model, self.blocks, self.device, self.keep = model, blocks, device, keep
+        self.shards = shards
         layers = [layer for block in blocks for layer in block.layers]
         self._versions = {layer: layer.parameter._version for layer in layers}
-        # A module that blocks share is needed until the last of them is done.
-        self._last = {p: block for block in blocks for p in block.module.parameters()}
+        # What blocks share, a module or a parameter, is needed until the last of them is done.
+        last = {p: block for block in blocks for p in block.module.parameters()}
+        self._until: dict[Block, set[Place]] = {block: set() for block in blocks}
+        for place in {place for block in blocks for place in places(block.module)}:
+            self._until[last[getattr(*place)]].add(place)
         self._originals: dict[nn.Parameter, Tensor] = {}
 
     def fetch(self, block: Block) -> None:
@@ -41,24 +54,32 @@ class Weights:
                     f"the model changes {layer.name} while it runs",
                     "models that rescale their own weights cannot be quantized",
                 )
+        read = self.shards.read(block) if self.shards else set()
         # Memory of its own: what is written to a mapped file's pages stays until the whole file is
         # let go, and the quantized weights of a model larger than memory with it.
         if self.device.type == "cpu":
-            for parameter in {layer.parameter for layer in block.layers}:
+            for parameter in {layer.parameter for layer in block.layers} - read:
                 parameter.data = parameter.data.clone()
         block.module.to(self.device)
 
     def drop(self, block: Block) -> None:
         """The block is not needed any more."""
-        for parameter in [*self._originals]:
-            if self._last[parameter] is block:
-                del self._originals[parameter]
+        for module, name in self._until[block]:
+            parameter = getattr(module, name)
+            self._originals.pop(parameter, None)
+            if not self.keep:
+                empty = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+                setattr(module, name, empty)
         if self.keep:
             block.module.to("cpu")
-            return
-        for parameter in block.module.parameters():
-            if self._last[parameter] is block:
-                parameter.data = parameter.data.new_empty(0)
+        else:
+            _trim()
+
+    def complete(self) -> None:
+        """A model that is kept has the weights of blocks, too, that nobody fetched."""
+        if self.keep and self.shards:
+            for block in self.blocks:
+                self.shards.read(block)
 
     def hold_originals(self, layers: list[Layer]) -> None:
         """Keep what the layers hold now, for :meth:`originals`, until their block is dropped."""
@@ -94,6 +115,16 @@ class Weights:
     def _swap_originals(self) -> None:
         for parameter, data in self._originals.items():
             self._originals[parameter], parameter.data = parameter.data, data
+
+
+def _trim() -> None:
+    """Give freed memory back: what a run keeps of a block lies between what it has let go.
+
+    Only glibc has such a call, and needs it: it returns none but the top of its heap by itself.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _move_buffers(modules: Iterable[nn.Module], device: torch.device | str) -> None:
