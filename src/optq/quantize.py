@@ -32,7 +32,7 @@ from optq.model.weights import Weights
 from optq.record import LayerRecord
 
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
-MEMORY = 2**30  # bytes for experts that are solved together
+MEMORY = 2**29  # bytes for experts that are solved together: more of them are hardly faster
 
 
 @dataclass(frozen=True)

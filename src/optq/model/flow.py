@@ -89,6 +89,8 @@ class Flow:
         self._sites.begin(block)
         self._advance([batch for batch in waiting if batch.kind == "scout"])
         self._sites.arrange(block)
+        once = {layer for layer in block.layers if layer.calls == 1}
+        held: list[Site] = []  # whose original weights the full-precision stream still needs
         batches = [batch for batch in waiting if batch.kind != "scout"]
         self._advance(batches)
         while sites := [batch.site for batch in batches if batch.site]:
@@ -97,10 +99,14 @@ class Flow:
             if any(batch.kind == "quantized" for batch in here):  # else there is nothing to go by
                 if self.propagate:
                     self.weights.hold_originals(site.layers)
+                    held += [site] if once.issuperset(site.layers) else []
                 self.solve(self._gather(site, here))
                 for layer in site.layers:
                     layer.solved = True
             self._advance(here)
+            for passed in [each for each in held if all(b.passed(each) for b in batches)]:
+                self.weights.let_originals_go(passed.layers, block)
+                held.remove(passed)
         self._finished.add(block)
         self.done(block)
         self.weights.drop(block)

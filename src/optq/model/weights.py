@@ -82,9 +82,15 @@ class Weights:
                 self.shards.read(block)
 
     def hold_originals(self, layers: list[Layer]) -> None:
-        """Keep what the layers hold now, for :meth:`originals`, until their block is dropped."""
+        """Keep what the layers hold now, for :meth:`originals`, at most until a drop."""
         for parameter in {layer.parameter for layer in layers} - self._originals.keys():
             self._originals[parameter] = parameter.data.clone()  # of experts: all of them at once
+
+    def let_originals_go(self, layers: list[Layer], block: Block) -> None:
+        """No batch needs what these layers held any more, unless a later block shares them."""
+        for layer in layers:
+            if (layer.module, layer.attribute) in self._until[block]:
+                self._originals.pop(layer.parameter, None)
 
     @contextmanager
     def originals(self) -> Iterator[None]:
