@@ -122,7 +122,7 @@ def spread(router: Any, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def experts(module: Any, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
-    """Gated experts. transformers' own take the gradient of all for each one: 6 times as long."""
+    """Gated experts. The backward of transformers' own fills a gradient of all for each one."""
     half = x.to(torch.bfloat16)
     inner, down = (
         part.to(torch.bfloat16).unbind() for part in (module.gate_up_proj, module.down_proj)

@@ -1,6 +1,6 @@
 """Quality on a trained mixture of experts: ``python bench/moe.py MODEL``.
 
-    python bench/english.py qwen3_moe MODEL --steps 400 --threads 2
+    python bench/english.py qwen3_moe MODEL --steps 80 --threads 2
     python bench/moe.py MODEL --llmcompressor PYTHON --gptqmodel PYTHON
     python bench/moe.py MODEL --rare
 
@@ -48,6 +48,7 @@ from optq.model.linear import make_dense
 RESULTS = Path(__file__).parent / "results" / "moe.jsonl"
 EVERY = 2  # of the final windows
 CHOSEN_ON = 328  # the first windows: see ``final`` of bench/quality.py
+AS_IT_IS = "as it is"
 PEERS = VARIANTS | {"llm-compressor routed": ("llmcompressor", "mse-routed")}
 WAYS = {
     "rtn": lambda wbits: (RTN(wbits, GROUPSIZE), False),
@@ -144,15 +145,15 @@ def rare(trial: Trial, bits: list[int], seeds: int, choosing: bool) -> None:
     windows = trial.windows[:CHOSEN_ON] if choosing else trial.windows[CHOSEN_ON:]
     weights, hessians = weights_of(trial.dense), held_out(trial.dense, windows)
     enough = flow.ENOUGH
-    ways = {"rtn": ("rtn", enough), "own": ("no-qep", 0), "as it is": ("no-qep", enough)}
+    ways = {"rtn": ("rtn", enough), "own": ("no-qep", 0), AS_IT_IS: ("no-qep", enough)}
     if choosing:
-        ways |= {f"enough {n}": ("no-qep", n) for n in (1, 2, 4, 8)}
+        ways |= {f"enough {n}": ("no-qep", n) for n in (1, 4, 8)}
     for wbits in bits:
         for seed in range(seeds):
             errors, few = {}, {}
             for name, (way, flow.ENOUGH) in ways.items():
                 result = trial.quantize(way, wbits, seed)
-                if name == "as it is":
+                if name == AS_IT_IS:
                     few = {layer.name: layer.tokens for layer in result.layers}
                     few = {e: t for e, t in few.items() if e in weights and t < weights[e].shape[1]}
                 solved = weights_of(result.model)
@@ -167,14 +168,25 @@ def rare(trial: Trial, bits: list[int], seeds: int, choosing: bool) -> None:
             layers = [each for each in few if each in hessians and few[each]]
             row = {"model": trial.name, "wbits": wbits, "seed": seed, "choosing": choosing}
             row |= {"layers": len(layers), "of": len(weights), "tokens": sorted(few.values())}
-            total = {name: sum(found[x].item() for x in layers) for name, found in errors.items()}
             for name in ways:
-                row[name] = {"error": round(total[name], 4)}
-                for other in ("rtn", "own"):
-                    pairs = [(errors[name][x] / errors[other][x]).item() for x in layers]
-                    ratios = total[name] / total[other], statistics.median(pairs)
-                    row[name][f"of {other}'s, median"] = [round(ratio, 4) for ratio in ratios]
+                row[name] = {}
+                for part in ("all", "gate_up", "down"):
+                    some = [x for x in layers if part == "all" or (part == "down") == ("down" in x)]
+                    row[name][part] = versus(errors, name, some)
             keep("rare", row)
+
+
+def versus(errors: dict[str, dict[str, Tensor]], name: str, layers: list[str]) -> dict:
+    """A way's error beside rounding's and own tokens': the ratio of the sums and the median one."""
+    found: dict[str, object] = {"error": round(sum(errors[name][x].item() for x in layers), 2)}
+    for other in ("rtn", "own"):
+        ratios = [(errors[name][x] / errors[other][x]).item() for x in layers]
+        whole = sum(errors[name][x] for x in layers) / sum(errors[other][x] for x in layers)
+        found[other] = {
+            "sums": round(whole.item(), 4),
+            "median": round(statistics.median(ratios), 4),
+        }
+    return found
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:

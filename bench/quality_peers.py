@@ -48,6 +48,7 @@ def run(
         capture_output=True,
         text=True,
         cwd=scratch,  # GPTQModel leaves logs where it runs
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         check=False,
     )
 
