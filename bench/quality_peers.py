@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from quality import CHOOSING, RESULTS, SAMPLES, SEQLEN, divergence, final, label, texts
+from torch import Tensor
 
 import optq
 from optq import ModelConfig
@@ -31,6 +32,25 @@ VARIANTS = {
     "gptqmodel group": ("gptqmodel", "group"),
     "gptqmodel act": ("gptqmodel", "act"),
 }
+
+
+def run(
+    python: str, tool: str, best: str, model: Path, tokens: Tensor, wbits: int, scratch: Path
+) -> subprocess.CompletedProcess:
+    """Quantize a checkpoint with a tool, under its own Python, to ``out`` in ``scratch``."""
+    torch.save(tokens, scratch / "tokens.pt")
+    # Absolute, but with its links, by which a Python knows its environment.
+    command = [os.path.abspath(python), PEERS / f"{tool}_run.py", "--model", model.resolve()]
+    command += ["--tokens", scratch / "tokens.pt", "--out", scratch / "out"]
+    command += ["--wbits", wbits, "--best", best]
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        cwd=scratch,  # GPTQModel leaves logs where it runs
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        check=False,
+    )
 
 
 def main() -> None:
@@ -60,26 +80,13 @@ def main() -> None:
                         continue
                     start = time.perf_counter()
                     with TemporaryDirectory() as scratch:
-                        tokens, out = Path(scratch) / "tokens.pt", Path(scratch) / "out"
-                        torch.save(
-                            calibration_tokens(calib, tokenizer, SAMPLES, SEQLEN, seed), tokens
-                        )
-                        # Absolute, but with its links, by which a Python knows its environment.
-                        command = [os.path.abspath(python), PEERS / f"{tool}_run.py"]
-                        command += ["--model", checkpoint.folder.resolve()]
-                        command += ["--tokens", tokens, "--out", out]
-                        command += ["--wbits", wbits, "--best", best]
-                        ran = subprocess.run(
-                            list(map(str, command)),
-                            capture_output=True,
-                            text=True,
-                            cwd=scratch,  # GPTQModel leaves logs where it runs
-                            check=False,
-                        )
+                        drawn = calibration_tokens(calib, tokenizer, SAMPLES, SEQLEN, seed)
+                        folder = Path(scratch)
+                        ran = run(python, tool, best, checkpoint.folder, drawn, wbits, folder)
                         if ran.returncode:
                             print(key, "failed:", ran.stderr[-600:], flush=True)
                             continue
-                        quantized = optq.load(out, "cpu")
+                        quantized = optq.load(folder / "out", "cpu")
                     make_dense(quantized)
                     row = dict(zip(("model", "variant", "wbits", "seed"), key, strict=True))
                     row["perplexity"] = round(perplexity(quantized, windows).perplexity, 5)
