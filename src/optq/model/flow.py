@@ -34,7 +34,7 @@ from optq.model.others import Others
 from optq.model.sites import Sites
 from optq.model.weights import Weights
 
-ENOUGH = 2  # tokens to a column; an expert that saw fewer borrows from the rest of its block
+ENOUGH = 4  # tokens to a column; an expert that saw fewer borrows from the rest of its block
 
 
 @dataclass(eq=False)
