@@ -42,7 +42,8 @@ from optq.data.evaluation import evaluation_tokens
 from optq.evaluate.perplexity import perplexity
 from optq.model import flow
 from optq.model.blocks import find_blocks
-from optq.model.experts import Bank, called_through
+from optq.model.experts import Bank
+from optq.model.experts_call import called_through
 from optq.model.linear import make_dense
 
 RESULTS = Path(__file__).parent / "results" / "moe.jsonl"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from optq import GPTQ, ModelConfig, Runner, cli, load
 from optq.errors import ModelError
 from optq.model.blocks import find_blocks
-from optq.model.experts import called_through
+from optq.model.experts_call import called_through
 from optq.model.flow import Flow
 from optq.model.linear import QuantizedLinear
 from optq.model.weights import Weights

@@ -21,7 +21,8 @@ from optq import GPTQ, RTN, ModelConfig, Runner, load
 from optq.errors import ModelError
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
-from optq.model.experts import called_through, is_bank
+from optq.model.experts import is_bank
+from optq.model.experts_call import called_through
 from optq.model.linear import QuantizedLinear, make_dense
 from optq.model.names import disk_names, merges
 from optq.model.source import load_model

@@ -37,7 +37,7 @@ MEMORY = 2**29  # bytes for experts that are solved together: more of them are h
 
 @dataclass(frozen=True)
 class Progress:
-    """One site is solved."""
+    """One site is solved, or one expert's part of it."""
 
     block: int
     blocks: int

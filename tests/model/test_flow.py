@@ -845,16 +845,3 @@ def test_hooks_do_nothing_outside_the_flow():
     run = Run(model, IDS, solve)
     assert len(seen) == 4 and torch.equal(seen[0], seen[1])
     check_outcomes(run)
-
-
-def test_originals_are_held_for_one_site_at_a_time():
-    held = []
-
-    class Watched(Run):
-        def _solve(self, sites):
-            held.append(len(self.weights._originals))
-            super()._solve(sites)
-
-    row = next(row for row in zoo.ROWS if row.name == "llama")
-    Watched(row.build(), BATCHES, propagate=True)
-    assert held == 3 * [3, 1, 2, 1]  # q, k and v; o; gate and up; down

@@ -65,7 +65,7 @@ def loop(quantized, full):
 )
 def test_drift_is_of_the_tokens_that_both_streams_hold(mine, theirs):
     quantized, full = [mine(), whole()], [theirs(), whole()]
-    sums = gather("a", COLUMNS, CPU, stream(quantized), stream(full))
+    sums = gather("a", COLUMNS, CPU, torch.float64, stream(quantized), stream(full))
     H, drift, count = loop(quantized, full)
     assert sums.tokens == count
     torch.testing.assert_close(sums.H, H, rtol=1e-12, atol=1e-12)
@@ -77,7 +77,7 @@ def test_routed_batches_count_alike_however_many_are_multiplied_at_once(monkeypa
     monkeypatch.setattr("optq.model.inputs.TOKENS", at_once)
     quantized = [named([0, 3, 6]), named([1, 2]), whole(), named([5]), named([7, 4, 0])]
     full = [named([3, 0]), named([4]), whole(), named([5, 1]), named([0, 4, 7])]
-    sums = gather("a", COLUMNS, CPU, stream(quantized), stream(full))
+    sums = gather("a", COLUMNS, CPU, torch.float64, stream(quantized), stream(full))
     H, drift, count = loop(quantized, full)
     assert sums.tokens == count
     torch.testing.assert_close(sums.H, H, rtol=1e-12, atol=1e-12)
@@ -91,7 +91,7 @@ def test_the_correction_is_the_least_squares_fit_to_the_outputs_the_layer_should
 
     tokens = list(range(8))
     quantized, full = [named(tokens), named(tokens)], [named(tokens[:5]), named([6, 2])]
-    sums = gather("a", COLUMNS, CPU, stream(quantized), stream(full))
+    sums = gather("a", COLUMNS, CPU, torch.float64, stream(quantized), stream(full))
     weight = torch.randn(3, COLUMNS, dtype=torch.float64)
     corrected = QEP(alpha=1.0, percdamp=0.0).correct(Problem(sums.H), weight, sums.drift)
     X = torch.stack([x for _, rows in quantized for x in rows.values()])
@@ -109,9 +109,14 @@ def test_the_correction_is_the_least_squares_fit_to_the_outputs_the_layer_should
 def test_shapes_in_which_a_batch_comes_whole():
     x, y = torch.randn(2, 2, 4, COLUMNS, dtype=torch.float64)
     flat = gather(
-        "a", COLUMNS, CPU, [Handed(0, IDS, x.flatten(0, 1))], [Handed(0, IDS, y.flatten(0, 1))]
+        "a",
+        COLUMNS,
+        CPU,
+        torch.float64,
+        [Handed(0, IDS, x.flatten(0, 1))],
+        [Handed(0, IDS, y.flatten(0, 1))],
     )
-    both = gather("a", COLUMNS, CPU, [Handed(0, IDS, x)], [Handed(0, IDS, y)])
+    both = gather("a", COLUMNS, CPU, torch.float64, [Handed(0, IDS, x)], [Handed(0, IDS, y)])
     assert torch.equal(flat.drift, both.drift) and both.drift.any()
 
 
@@ -122,4 +127,4 @@ def test_nan_in_a_routed_token_is_named(tokens, sample):
     handed = Handed(2, IDS, x, None if tokens is None else torch.tensor(tokens))
     which = "samples 2 to 3" if sample is None else f"sample {sample}"
     with pytest.raises(NumericsError, match=f"the input of a holds NaN.* calibration {which}"):
-        gather("a", COLUMNS, CPU, [handed], None)
+        gather("a", COLUMNS, CPU, torch.float64, [handed], None)

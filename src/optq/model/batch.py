@@ -49,11 +49,6 @@ class Batch(greenlet):
         self.input = HandedExperts(Handed(self.first_sample, self.ids, x), of)
         self._pause()
 
-    def passed(self, site: Site) -> bool:
-        """Whether all layers of a site were called; one of a bank stands for the others."""
-        layers = site.layers[:1] if site.bank else site.layers
-        return all(self.calls[layer] for layer in layers)
-
     def unwind(self) -> None:
         """Leave the forward where it is paused, if it is."""
         if self and not self.dead:

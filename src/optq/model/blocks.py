@@ -43,13 +43,14 @@ class Site:
     place: int = 0  # in the order in which the block's sites are solved
     bank: Bank | None = None
     experts: list[list[Layer]] = field(default_factory=list)
+    let_go: bool = False  # nobody has the original weights any more
 
 
 def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
     """The blocks of a language model in order, with all layers whose name ``skip`` does not match.
 
-    Raises :class:`ModelError` where there are none, or where experts are fused into one
-    parameter; ``SettingError`` where ``skip`` is no regular expression.
+    Raises :class:`ModelError` where there are none, or where experts are in an unknown layout;
+    ``SettingError`` where ``skip`` is no regular expression, or leaves a part of some experts.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -84,6 +85,7 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
         )
     blocks: list[Block] = []
     taken: set[int] = set()
+    tried: list[Bank] = []
     for index, module in enumerate(best):
         prefix = name_of[id(best)] + f".{index}"
         block = Block(index, prefix, module)
@@ -97,7 +99,7 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
                 found = [Layer(name, child, isinstance(child, Conv1D))]
             elif is_bank(child):
                 bank = bank_of(name, child)
-                bank.check()
+                bank.check(tried)
                 found = bank.layers
                 block.banks.append(bank)
             else:
@@ -136,17 +138,29 @@ def linears_outside(model: Any, blocks: list[Block]) -> list[str]:
 def _is_gate(linear: Any, name: str, block: nn.Module, prefix: str) -> bool:
     """Whether a layer is small and decides for others: it stays dense.
 
-    That is one beside experts with a number for each or one in all, and one that makes a number
+    That is one beside experts with a number for each or one in all, or in a module beside them
+    that ends in such a layer; and one that makes a number
     or two for each head, as many as the module has in a vector of its own (``in_proj_b`` and
     ``in_proj_a`` of gated delta nets): too few rows for servers' kernels, and nothing to save.
     """
-    above = block.get_submodule(name[len(prefix) + 1 :].rpartition(".")[0])
+    path = name[len(prefix) + 1 :].split(".")
     rows, columns = linear.weight.shape
-    heads = {len(own) for own in above.parameters(recurse=False) if own.ndim == 1}
+    parent = block.get_submodule(".".join(path[:-1]))
+    heads = {len(own) for own in parent.parameters(recurse=False) if own.ndim == 1}
     if rows <= columns / 8 and {rows, rows / 2} & heads:
         return True
-    counts = {len(bank_of("", each).inner) for each in above.children() if is_bank(each)}
-    return bool(counts) and rows in {1, *counts}
+    for depth, child in enumerate(path):
+        above = block.get_submodule(".".join(path[:depth]))
+        counts = {len(bank_of("", each).inner) for each in above.children() if is_bank(each)}
+        if not counts:
+            continue
+        if depth == len(path) - 1:
+            return rows in {1, *counts}
+        # A router in a module of its own ends in a number for each expert, and one for none.
+        last = [m for m in above.get_submodule(child).modules() if isinstance(m, nn.Linear)][-1:]
+        if last and last[0].weight.shape[0] in counts | {count + 1 for count in counts}:
+            return True
+    return False
 
 
 def _refuse_unknown(name: str, module: nn.Module, block: nn.Module) -> None:
@@ -154,8 +168,10 @@ def _refuse_unknown(name: str, module: nn.Module, block: nn.Module) -> None:
     if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
         return
     weights = sum(parameter.numel() for parameter in block.parameters())
+    sparse = any(is_bank(each) for each in block.modules())
     for own, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim >= 2 and parameter.numel() > weights / 10:
+        stacked = sparse and sum(size > 1 for size in parameter.shape) > 2
+        if stacked or (parameter.ndim >= 2 and parameter.numel() > weights / 10):
             shape = list(parameter.shape)
             raise ModelError(
                 f"{name}.{own} holds weights {shape} of experts in an unknown layout",

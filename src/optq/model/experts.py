@@ -11,10 +11,8 @@ Classes that have no flags are reached where what they compute is that of :class
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -29,7 +27,6 @@ from optq.model.layer import Layer
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",)}
 SMALL = 8  # activations of an expert in the trial of a layout
-OURS = "optq"  # among transformers' experts implementations
 Routed = dict[int, tuple[Tensor, Tensor]]  # by expert: places among the top k, and tokens
 
 
@@ -91,6 +88,12 @@ class Bank:
         return (getattr(self.module, flag) for flag in FLAGS)
 
     @property
+    def kind(self) -> tuple[Any, ...]:
+        """What banks have in common that compute the same with other weights."""
+        shapes = [layer.shape for layer in (*self.inner[0], *self.down[0])]
+        return type(self.module), *self._flags(), len(self.inner), *shapes
+
+    @property
     def layers(self) -> list[Layer]:
         """All of them, expert by expert."""
         pairs = zip(self.inner, self.down, strict=True)
@@ -107,7 +110,7 @@ class Bank:
     def routing(self, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         """Which experts each token goes to, and with what weights, both ``[tokens, top k]``."""
         index, weights = given
-        return index, weights
+        return index.masked_fill(weights == 0, len(self.inner)), weights  # to no expert
 
     def every(self, x: Tensor) -> Tensor:
         """What the experts read, a row for each token: ``[tokens, hidden]``."""
@@ -142,11 +145,16 @@ class Bank:
             total.index_add_(0, tokens, out.to(total.dtype))
         return total.to(like.dtype)
 
-    def check(self) -> None:
+    def check(self, tried: list[Bank] | None = None) -> None:
         """Refuse experts whose own code computes something else; find the dtype of its sums.
 
-        Raises :class:`ModelError`.
+        ``tried`` are banks that were tried before: another one like them is not. Raises
+        :class:`ModelError`.
         """
+        for other in tried or []:
+            if self.kind == other.kind:
+                self.summed = other.summed
+                return
         cause = f"the experts {self.name} compute more than their layout says"
         remedy = "report this model: its experts cannot be quantized yet"
         generator = torch.Generator().manual_seed(0)
@@ -160,6 +168,8 @@ class Bank:
             for self.summed in ("x", "float32", "weights"):
                 probe.summed = self.summed
                 if torch.equal(probe.combine(x, routed, inside, weights), expected):
+                    if tried is not None:
+                        tried.append(self)
                     return
         raise ModelError(cause, remedy)
 
@@ -260,40 +270,3 @@ class Copies(Bank):
 
 def _random(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
-
-
-@contextmanager
-def called_through(
-    banks: Sequence[Bank], function: Callable[[Bank, Tensor, Tensor, Tensor], Tensor]
-) -> Iterator[None]:
-    """Inside, ``function`` is called for a bank in the place of its module's own forward."""
-    if not banks:
-        yield
-        return
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    bank_of_module = {id(bank.module): bank for bank in banks}
-
-    def ours(module: nn.Module, x: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
-        bank = bank_of_module.get(id(module))
-        if bank is None:  # left dense
-            return own_forward(module)(module, x, *routing, **named)
-        return function(bank, x, *bank.routing(x, *routing, *named.values()))
-
-    apart = [bank.module for bank in banks if isinstance(bank, Copies)]
-    others = [bank.module for bank in banks if not isinstance(bank, Copies)]
-    configs = {id(module.config): module.config for module in others}.values()
-    before = [(config, config._experts_implementation) for config in configs]
-    ALL_EXPERTS_FUNCTIONS[OURS] = ours
-    try:
-        for module in apart:
-            module.forward = partial(ours, module)
-        for config in configs:
-            config._experts_implementation = OURS
-        yield
-    finally:
-        for module in apart:
-            del module.forward
-        for config, implementation in before:
-            config._experts_implementation = implementation
-        del ALL_EXPERTS_FUNCTIONS[OURS]

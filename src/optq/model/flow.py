@@ -89,8 +89,6 @@ class Flow:
         self._sites.begin(block)
         self._advance([batch for batch in waiting if batch.kind == "scout"])
         self._sites.arrange(block)
-        once = {layer for layer in block.layers if layer.calls == 1}
-        held: list[Site] = []  # whose original weights the full-precision stream still needs
         batches = [batch for batch in waiting if batch.kind != "scout"]
         self._advance(batches)
         while sites := [batch.site for batch in batches if batch.site]:
@@ -99,14 +97,12 @@ class Flow:
             if any(batch.kind == "quantized" for batch in here):  # else there is nothing to go by
                 if self.propagate:
                     self.weights.hold_originals(site.layers)
-                    held += [site] if once.issuperset(site.layers) else []
                 self.solve(self._gather(site, here))
                 for layer in site.layers:
                     layer.solved = True
             self._advance(here)
-            for passed in [each for each in held if all(b.passed(each) for b in batches)]:
-                self.weights.let_originals_go(passed.layers, block)
-                held.remove(passed)
+            if site.bank and site.layers[0].calls == 1 and len(here) == len(batches):
+                site.let_go = self.weights.let_originals_go(site.layers, block)
         self._finished.add(block)
         self.done(block)
         self.weights.drop(block)
@@ -142,20 +138,24 @@ class Flow:
             sums = self._sums(part, own, [b.of[expert] for b in full if expert in b.of])
             enough = ENOUGH * layers[0].shape[1]
             if sums.tokens < enough:
-                stand_in = every
-                if stand_in is None:  # what it would make of tokens that went elsewhere
+                if every is not None:
+                    stand_in, free = every, every.tokens - sums.tokens
+                else:  # what it would make of tokens that went elsewhere
                     start = time.perf_counter()
                     sample = others.sample(expert, enough - sums.tokens)
                     inside = site.bank.activations(expert, sample)
+                    inside = inside[inside.isfinite().all(1)]  # of what the model never sends it
                     self.seconds["forward"] += elapsed(start, inside)
                     stand_in = self._sums(part, [Handed(0, quantized[0].every.ids, inside)], [])
-                sums = sums.with_others(stand_in, enough)
+                    free = stand_in.tokens
+                sums = sums.with_others(stand_in, enough, free)
             yield part, sums
 
     def _sums(self, site: Site, quantized: list[Any], full: list[Any]) -> SiteSums:
         start = time.perf_counter()
         where = f"{site.layers[0].name} (block {site.block.index})"
         columns, device = site.layers[0].shape[1], self.weights.device
-        sums = gather(where, columns, device, quantized, full if self.propagate else None)
+        dtype = torch.promote_types(site.layers[0].parameter.dtype, torch.float32)
+        sums = gather(where, columns, device, dtype, quantized, full if self.propagate else None)
         self.seconds["hessian"] += elapsed(start, sums.H)
         return sums

@@ -27,15 +27,18 @@ class SiteSums:
     drift: Float[Tensor, "cols cols"] | None = None
     borrowed: int = 0  # tokens of others that stand in for those that an expert lacks
 
-    def with_others(self, other: SiteSums, enough: int) -> SiteSums:
-        """The same, where tokens are few, with those of ``other`` for what lacks of ``enough``."""
+    def with_others(self, other: SiteSums, enough: int, free: int) -> SiteSums:
+        """The same, where tokens are few, with those of ``other`` for what lacks of ``enough``.
+
+        ``free`` of these are not among its own.
+        """
         lack = enough - self.tokens
-        if lack <= 0 or other.tokens == 0:
+        if lack <= 0 or free <= 0:
             return self
         share = self.tokens / enough
         drift = None if self.drift is None else self.drift * share
         H = share * self.H + (1 - share) * other.H.to(self.H.dtype)
-        return SiteSums(H, self.tokens, drift, min(lack, other.tokens))
+        return SiteSums(H, self.tokens, drift, min(lack, free))
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def gather(
     where: str,
     columns: int,
     device: torch.device,
+    dtype: torch.dtype,
     quantized: list[Handed],
     full: list[Handed] | None,
 ) -> SiteSums:
@@ -84,7 +88,6 @@ def gather(
 
     Raises :class:`NumericsError`, which names the sample, where an input is not finite.
     """
-    dtype = torch.promote_types(quantized[0].x.dtype if quantized else torch.float32, torch.float32)
     hessian = Hessian(columns, device, dtype)
     drift = None if full is None else torch.zeros(columns, columns, device=device, dtype=dtype)
     partners = {each.first_sample: each for each in full or []}

@@ -19,29 +19,29 @@ class Others:
     def __init__(self, site: Site, handed: list[HandedExperts]) -> None:
         self.site, self.handed = site, handed
 
-    @cached_property
-    def tokens(self) -> Float[Tensor, "tokens hidden"]:
-        return torch.cat([batch.every.inputs for batch in self.handed])
-
     def sample(self, expert: int, count: int) -> Float[Tensor, "some hidden"]:
         """So many that went elsewhere, or all: those to which the router likes ``expert`` best.
 
         Where no router is found they are taken evenly.
         """
-        elsewhere = torch.ones(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
-        first = 0
+        elsewhere = []
         for batch in self.handed:
             own = batch.of[expert].tokens if expert in batch.of else None
+            free = torch.ones(
+                len(batch.every.inputs), dtype=torch.bool, device=batch.every.x.device
+            )
             if own is not None:
-                elsewhere[first + own] = False
-            first += len(batch.every.inputs)
-        free = elsewhere.nonzero().flatten()
+                free[own] = False
+            elsewhere.append(free)
+        free = torch.cat(elsewhere).nonzero().flatten()
         if self._scores is None:
             chosen = free[:: max(1, len(free) // count)][:count]
         else:
-            best = self._scores[free, expert].topk(min(count, len(free))).indices
-            chosen = free[best.sort().values]
-        return self.tokens[chosen]
+            chosen = free[self._scores[free, expert].topk(min(count, len(free))).indices]
+        picked = torch.zeros(sum(map(len, elsewhere)), dtype=torch.bool, device=free.device)
+        picked[chosen] = True
+        parts = picked.split([len(each) for each in elsewhere])
+        return torch.cat([b.every.inputs[p] for b, p in zip(self.handed, parts, strict=True)])
 
     @cached_property
     def _scores(self) -> Float[Tensor, "tokens experts"] | None:
@@ -58,7 +58,7 @@ class Others:
         bank, block = self.site.bank, self.site.block
         assert bank is not None
         beside = bank.name.rpartition(".")[0].removeprefix(block.name).strip(".")
-        shape = (len(bank.inner), self.tokens.shape[1])
+        shape = (len(bank.inner), self.handed[0].every.inputs.shape[1])
         for module in block.module.get_submodule(beside).modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.shape == shape:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from optq.errors import ModelError
 from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
-from optq.model.experts import Bank, called_through
+from optq.model.experts import Bank
+from optq.model.experts_call import called_through
 from optq.model.inputs import Handed
 from optq.model.layer import Layer
 
@@ -50,9 +51,7 @@ class Sites:
         """
         order = [site for _, _, site in self._seen]
         self._seen.clear()
-        for bank in block.banks:
-            if bank.layers[0] not in self._of:
-                order += self._bank_sites(block, bank)
+        bank_of = {layer: bank for bank in block.banks for layer in bank.layers}
         before: Layer | None = None
         for index, layer in enumerate(block.layers):
             if layer not in self._of:
@@ -61,8 +60,10 @@ class Sites:
                 ahead = len(order) if behind is None else order.index(self._of[behind])
                 close, closer = _kinship(layer, before), _kinship(layer, behind)
                 first = closer > close or (closer == close and ahead < after - 1)
-                self._of[layer] = site = Site(block, [layer])
-                order.insert(ahead if first else after, site)
+                place, bank = ahead if first else after, bank_of.get(layer)
+                sites = self._bank_sites(block, bank) if bank else [Site(block, [layer])]
+                self._of |= dict.fromkeys(sites[0].layers, sites[0])
+                order[place:place] = sites
             before = layer
         for place, site in enumerate(order):
             site.place = place
@@ -157,6 +158,11 @@ class Sites:
             layer.calls = max(layer.calls, batch.calls[first])
         if site is None or self.block is None or batch.kind == "scout" or batch.calls[first] > 1:
             return
+        if site.let_go and batch.kind == "full":
+            raise ModelError(
+                f"the experts of {first.name} are called again for some samples only",
+                "leave them dense with --skip, and report this model",
+            )
         if not first.solved:
             who = batch.first_sample, batch.ids
             of = {e: Handed(*who, own, tokens, copy) for e, (tokens, own, copy) in inputs.items()}

@@ -86,11 +86,13 @@ class Weights:
         for parameter in {layer.parameter for layer in layers} - self._originals.keys():
             self._originals[parameter] = parameter.data.clone()  # of experts: all of them at once
 
-    def let_originals_go(self, layers: list[Layer], block: Block) -> None:
-        """No batch needs what these layers held any more, unless a later block shares them."""
+    def let_originals_go(self, layers: list[Layer], block: Block) -> bool:
+        """Forget what these layers held; not, and False, where a later block shares them."""
+        if not all((layer.module, layer.attribute) in self._until[block] for layer in layers):
+            return False
         for layer in layers:
-            if (layer.module, layer.attribute) in self._until[block]:
-                self._originals.pop(layer.parameter, None)
+            self._originals.pop(layer.parameter, None)
+        return True
 
     @contextmanager
     def originals(self) -> Iterator[None]:
