@@ -156,13 +156,13 @@ class Sites:
         batch.calls[first] += 1
         for layer in layers:
             layer.calls = max(layer.calls, batch.calls[first])
-        if site is None or self.block is None or batch.kind == "scout" or batch.calls[first] > 1:
-            return
-        if site.let_go and batch.kind == "full":
+        if site is not None and site.let_go and batch.kind == "full":
             raise ModelError(
                 f"the experts of {first.name} are called again for some samples only",
                 "leave them dense with --skip, and report this model",
             )
+        if site is None or self.block is None or batch.kind == "scout" or batch.calls[first] > 1:
+            return
         if not first.solved:
             who = batch.first_sample, batch.ids
             of = {e: Handed(*who, own, tokens, copy) for e, (tokens, own, copy) in inputs.items()}
