@@ -9,7 +9,7 @@ its own, since their requirements exclude each other's:
     python bench/pipeline.py --llmcompressor LLMC/bin/python --gptqmodel GPTQ/bin/python --runs 3
 
 ``--model experts`` takes one block of 128 experts instead, with Qwen3-30B-A3B's shapes. A tool that
-fails is recorded with its error.
+fails is recorded with its error, and one that takes longer than ``--limit`` with that.
 
 ``--before CHECKOUT`` sets another commit beside this one, for a change that should cost no time:
 
@@ -53,6 +53,7 @@ def run_once(
     tokens: Path,
     best: str | None = None,
     source: Path | None = None,
+    limit: float | None = None,
 ) -> dict[str, object]:
     """One run in a process of its own; its record is the last line it prints.
 
@@ -60,17 +61,21 @@ def run_once(
     """
     inputs = ("--model", checkpoint, "--tokens", tokens)
     with tempfile.TemporaryDirectory() as scratch:
-        process = subprocess.run(
-            [
-                *(python, script, *inputs, "--out", Path(scratch) / "out"),
-                *(("--best", best) if best else ()),
-            ],
-            capture_output=True,
-            text=True,
-            cwd=scratch,  # GPTQModel leaves logs where it runs
-            env=os.environ | ({"PYTHONPATH": str(source)} if source else {}),
-            check=False,
-        )
+        try:
+            process = subprocess.run(
+                [
+                    *(python, script, *inputs, "--out", Path(scratch) / "out"),
+                    *(("--best", best) if best else ()),
+                ],
+                capture_output=True,
+                text=True,
+                cwd=scratch,  # GPTQModel leaves logs where it runs
+                env=os.environ | ({"PYTHONPATH": str(source)} if source else {}),
+                check=False,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ToolError(f"{script.name}:\nnot done after {limit:.0f} s") from error
     if process.returncode:
         raise ToolError(f"{script.name}:\n{process.stderr[-4000:]}")
     record = json.loads(process.stdout.splitlines()[-1])
@@ -84,6 +89,7 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="OPTQ's own settings as well")
     parser.add_argument("--before", metavar="CHECKOUT", type=Path, help="of an earlier commit")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="for one run of a tool")
     parser.add_argument("--model", choices=CONFIGS, default="llama")
     parser.add_argument("--cache", type=Path, default=Path(".bench"), help="keeps the model")
     args = parser.parse_args()
@@ -113,7 +119,7 @@ def main() -> None:
             if name in failed:
                 continue
             try:
-                record = run_once(python, script, checkpoint, tokens, best, source)
+                record = run_once(python, script, checkpoint, tokens, best, source, args.limit)
             except ToolError as error:
                 print(f"{name} failed: {error}", file=sys.stderr)
                 failed[name] = str(error).strip().splitlines()[-1]
