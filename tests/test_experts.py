@@ -297,6 +297,35 @@ def test_layers_for_multi_token_prediction_travel_and_are_declared(
         assert torch.isfinite(logits(load(out, "cpu"))).all()
 
 
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granite_moe", "nemotron_h", "llama4"])
+def test_dense_experts_are_declared_by_the_names_that_vllm_asks_for(
+    folder_of, tmp_path, name, form
+):
+    """In gptq the experts' of a block, in compressed-tensors three of the first expert."""
+    out = tmp_path / "out"
+    told(folder_of(name), skip=r"layers\.1\..*\bexperts", format=form, output=out)
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    model = load_model(Checkpoint.open(str(folder_of(name))))
+    bank = next(n for n, m in model.named_modules() if is_bank(m) and ".1." in n)
+    names = disk_names(model, Checkpoint.open(str(folder_of(name))).files)
+    single = {n.removesuffix(".weight") for at, n in names.items() if at.startswith(f"{bank}.")}
+    single = {n for n in single if ".experts." in n and re.search(r"\.\d\.\w+$", n)}
+    (place,) = {n.rsplit(".", 2)[0] for n in single}
+    if form == "gptq":
+        rules = [rule for rule in settings["dynamic"] if "experts" in rule and "shared" not in rule]
+        assert rules == [rf"-:^{re.escape(place)}(\.|$)"]
+        assert all(re.match(rules[0][2:], each) for each in (place, *single))
+    else:
+        asked = {f"{place}.0.{part}_proj" for part in ("gate", "up", "down")}
+        assert {n for n in settings["ignore"] if n.startswith(f"{place}.")} == single | asked
+    reloaded = load(out, "cpu")
+    packed = [n for n, m in reloaded.named_modules() if isinstance(m, QuantizedLinear)]
+    assert packed and not any(n.startswith(f"{bank}.") for n in packed)
+    kept = dict(model.named_parameters())[f"{bank}.down_proj"]
+    assert torch.equal(dict(reloaded.named_parameters())[f"{bank}.down_proj"], kept)
+
+
 FUSED_NAMES = {  # one of a fused source, beside it on disk
     "granite_moe": "model.layers.0.block_sparse_moe.experts.3.w3",
     "gpt_oss": "model.layers.0.mlp.experts.3.up_proj",
