@@ -48,7 +48,7 @@ FAMILIES = {
     "llama4": ({"router"}, 38),
 }
 # Fused on disk, these have no names of single experts that transformers would read.
-FUSED = {"gpt_oss", "granite_moe", "granite_hybrid_moe", "llama4"}
+FUSED = {"gpt_oss", "granite_moe", "granite_hybrid_moe"}
 
 
 def build(name, dtype=torch.float32):
@@ -170,31 +170,69 @@ def test_who_cannot_read_the_experts_is_told(folder_of, tmp_path):
         "transformers does not read experts from these files: compressed-tensors it does",
         slow,
     ]
+    llama = folder_of("llama4")  # transformers has a module for each expert of packed ones
+    assert told(llama, **packed) == [slow]
+    assert f"{singly}: these files are for vLLM and OPTQ" in told(llama, format="gptq")
+    asymmetric = told(llama, RTN(4, 32, sym=False), **packed)
+    assert asymmetric[0] == "transformers reads experts from these files only if symmetric (--sym)"
     assert told(folder_of("granite_moe"), output=tmp_path / "out", **packed) == [
         f"{singly}: these files are for vLLM and OPTQ",
         slow,
     ]
     assert told(folder_of("gpt_oss"), **packed) == [f"{singly}: these files are for OPTQ alone"]
-    assert told(mixtral, skip="experts", **packed) == []  # none is packed
+
+
+DENSE = "transformers does not load these files: it wants no expert left dense (--skip)"
+
+
+@pytest.mark.parametrize("skip", [r"\bexperts", r"layers\.1\..*\bexperts"])
+@pytest.mark.parametrize("name", ["mixtral", "nemotron_h", "llama4", "gpt_oss", "granite_moe"])
+def test_experts_left_dense_that_transformers_does_not_load(folder_of, tmp_path, name, skip):
+    """It does not where it merges, or takes apart, what is on disk."""
+    loads, out = name in ("gpt_oss", "granite_moe"), tmp_path / "out"
+    lines = told(folder_of(name), skip=skip, format="compressed-tensors", output=out)
+    assert (DENSE in lines) is not loads
+    if loads and skip.startswith("layers"):  # others are packed, which it does not read either
+        assert any("reads none singly" in line for line in lines)
+        return
+    assert [line for line in lines if "transformers" in line] == [DENSE] * (not loads)
+    try:
+        _, report = AutoModelForCausalLM.from_pretrained(
+            out,
+            dtype=torch.float32,
+            quantization_config=CompressedTensorsConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        assert bool(report["missing_keys"]) is not loads
+    except RuntimeError as error:
+        assert not loads and "conversion" in str(error)
+    assert DENSE not in told(folder_of(name), skip=skip, format="gptq")
+    reloaded = load(out, "cpu")
+    assert torch.isfinite(logits(reloaded)).all()
 
 
 def test_an_export_tells_as_well(folder_of, tmp_path):
     from optq.formats import FORMATS
     from optq.formats.export import export
 
-    for skip, expected in ((None, "transformers does not read experts"), ("experts", "")):
+    singly = "transformers does not read experts from these files: compressed-tensors it does"
+    for skip, to_gptq, back in ((None, singly, "vLLM runs"), ("experts", None, DENSE)):
         out, lines = tmp_path / str(skip), []
         told(folder_of("mixtral"), format="compressed-tensors", output=out, skip=skip)
-        again = tmp_path / f"{skip}.gptq"
-        export(Checkpoint.open(str(out)), again, FORMATS["gptq"], notice=lines.append)
-        assert bool(lines) is bool(expected) and all(expected in line for line in lines[:1])
+        for form, expected in (("gptq", to_gptq), ("compressed-tensors", back)):
+            source, out, lines = out, tmp_path / f"{skip}.{form}", []
+            export(Checkpoint.open(str(source)), out, FORMATS[form], notice=lines.append)
+            assert bool(lines) is bool(expected) and all(
+                line.startswith(expected) for line in lines[:1]
+            )
 
 
+@pytest.mark.parametrize("skip", [None, r"\bexperts", r"layers\.1\..*\bexperts"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
-def test_routers_are_declared_dense(folder_of, tmp_path, name):
+def test_routers_are_declared_dense(folder_of, tmp_path, name, skip):
     for form in ("compressed-tensors", "gptq"):
         out = tmp_path / form
-        quantize(folder_of(name), RTN(4, 32), qep=False, format=form, output=out)
+        quantize(folder_of(name), RTN(4, 32), qep=False, skip=skip, format=form, output=out)
         settings = json.loads((out / "config.json").read_text())["quantization_config"]
         routers = [n.removesuffix(".weight") for n in load_file(out / "model.safetensors")]
         routers = [n for n in routers if n.endswith((".gate", "shared_expert_gate"))]
@@ -260,6 +298,35 @@ def test_layers_for_multi_token_prediction_travel_and_are_declared(
         assert torch.isfinite(logits(load(out, "cpu"))).all()
 
 
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granite_moe", "nemotron_h", "llama4"])
+def test_dense_experts_are_declared_by_the_names_that_vllm_asks_for(
+    folder_of, tmp_path, name, form
+):
+    """In gptq the experts' of a block, in compressed-tensors three of the first expert."""
+    out = tmp_path / "out"
+    told(folder_of(name), skip=r"layers\.1\..*\bexperts", format=form, output=out)
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    model = load_model(Checkpoint.open(str(folder_of(name))))
+    bank = next(n for n, m in model.named_modules() if is_bank(m) and ".1." in n)
+    names = disk_names(model, Checkpoint.open(str(folder_of(name))).files)
+    single = {n.removesuffix(".weight") for at, n in names.items() if at.startswith(f"{bank}.")}
+    single = {n for n in single if ".experts." in n and re.search(r"\.\d\.\w+$", n)}
+    (place,) = {n.rsplit(".", 2)[0] for n in single}
+    if form == "gptq":
+        rules = [rule for rule in settings["dynamic"] if "experts" in rule and "shared" not in rule]
+        assert rules == [rf"-:^{re.escape(place)}(\.|$)"]
+        assert all(re.match(rules[0][2:], each) for each in (place, *single))
+    else:
+        asked = {f"{place}.0.{part}_proj" for part in ("gate", "up", "down")}
+        assert {n for n in settings["ignore"] if n.startswith(f"{place}.")} == single | asked
+    reloaded = load(out, "cpu")
+    packed = [n for n, m in reloaded.named_modules() if isinstance(m, QuantizedLinear)]
+    assert packed and not any(n.startswith(f"{bank}.") for n in packed)
+    kept = dict(model.named_parameters())[f"{bank}.down_proj"]
+    assert torch.equal(dict(reloaded.named_parameters())[f"{bank}.down_proj"], kept)
+
+
 FUSED_NAMES = {  # one of a fused source, beside it on disk
     "granite_moe": "model.layers.0.block_sparse_moe.experts.3.w3",
     "gpt_oss": "model.layers.0.mlp.experts.3.up_proj",
@@ -303,6 +370,7 @@ def test_fused_experts_that_transformers_reads_singly(folder_of, tmp_path):
     (source / "model.safetensors").unlink()
     model = build("qwen3_moe")
     save_file(model.state_dict(), source / "model.safetensors", metadata={"format": "pt"})
+    assert told(source, skip="experts", format="compressed-tensors") == []  # as it finds them
     lines = told(source, format="compressed-tensors", output=tmp_path / "out")
     assert not any("transformers" in line for line in lines)
     loaded = AutoModelForCausalLM.from_pretrained(

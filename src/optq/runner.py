@@ -199,7 +199,8 @@ class Runner:
         model, blocks, shards = open_model(checkpoint, lambda m: find_blocks(m, self.skip))
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
         banks = [bank for block in blocks for bank in block.banks]
-        for line in notices(form, quantizer.scheme(), model, banks, names):
+        skipped = [bank for block in blocks for bank in block.dense]
+        for line in notices(form, quantizer.scheme(), model, banks, skipped, names):
             self.notice(line)
         qep = QEP() if self.qep is True else self.qep or None
         tokens = self._tokens(calib, checkpoint, model)

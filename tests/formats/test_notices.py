@@ -21,7 +21,7 @@ def told(width, scheme, hidden=256, form="compressed-tensors"):
         config = transformers.Qwen3MoeConfig(**configs._COMMON | sizes, num_experts=4)
         model = transformers.Qwen3MoeForCausalLM(config)
     banks = [Bank(name, module) for name, module in model.named_modules() if is_bank(module)]
-    lines = notices(FORMATS[form], scheme, model, banks, disk_names(model, ON_DISK))
+    lines = notices(FORMATS[form], scheme, model, banks, [], disk_names(model, ON_DISK))
     assert all("\n" not in line for line in lines)
     return lines
 

@@ -34,6 +34,7 @@ from optq.formats.scheme import (
     Detected,
     Format,
     Schemes,
+    dense_experts,
     has_drafts,
     require_fit,
     require_groups,
@@ -129,9 +130,13 @@ class CompressedTensorsFormat(Format):
         """The ``quantization_config``; the format has no field for ``percdamp``.
 
         Readers give every ``Linear`` of the model packed tensors unless ``ignore`` names it;
-        ``lm_head`` is named in any case. SGLang wants a pattern for multi-token layers.
+        ``lm_head`` is named in any case. Of experts vLLM asks for three names of the first, also
+        where the disk has others. SGLang wants a pattern for multi-token layers.
         """
-        ignore = [n for n in dict.fromkeys([*dense, *outside, "lm_head"]) if n not in layers]
+        places = dict.fromkeys(dense_experts(layers, [*dense, *outside]).values())
+        asked = [f"{place}.0.{part}_proj" for place in places for part in ("gate", "up", "down")]
+        every = dict.fromkeys([*dense, *outside, *asked, "lm_head"])
+        ignore = [name for name in every if name not in layers]
         if has_drafts(layers, outside) and not any("mtp" in name for name in layers):
             ignore.append("re:.*mtp.*")
         groups: dict[LayerScheme, list[str]] = {}

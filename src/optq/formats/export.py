@@ -44,8 +44,9 @@ def export(
     every = [bank for block in blocks for bank in block.banks]
     first = {on_disk.get(f"{bank.layers[0].name}.weight"): bank for bank in every}
     banks = {n: first[f"{n}.weight"] for n in names if f"{n}.weight" in first}
-    if layer := next(map(scheme.layer, banks), None):
-        for line in notices(form, layer, skeleton, [*banks.values()], on_disk):
+    skipped = [bank for bank in every if bank not in banks.values()]
+    if layer := next(map(scheme.layer, [*banks, *names]), None):
+        for line in notices(form, layer, skeleton, [*banks.values()], skipped, on_disk):
             notice(line)
     with place_of(target, checkpoint, force, notice) as place:
         writer = Writer(place, checkpoint, form, skeleton.config.dtype)

@@ -33,6 +33,7 @@ from optq.formats.scheme import (
     Detected,
     Format,
     Schemes,
+    dense_experts,
     has_drafts,
     require_fit,
     require_groups,
@@ -116,6 +117,7 @@ class GPTQFormat(Format):
     ) -> dict[str, Any]:
         """The ``quantization_config``: the commonest scheme, and a rule for each exception.
 
+        All dense experts of a block have one: vLLM asks for the name that they have together.
         Outside, a rule covers all that lies below the first name with nothing packed in it
         (``mtp``, ``model.layers.61``): readers fuse layers, and then look for other names. vLLM
         leaves layers for multi-token prediction dense only where a rule says ``mtp``.
@@ -131,7 +133,11 @@ class GPTQFormat(Format):
             "true_sequential": True,
             "meta": {"quantizer": [f"optq:{__version__}"]},
         }
-        rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in dense}
+        experts = dense_experts(layers, dense)
+        rules: dict[str, Any] = {}
+        for name in dense:
+            place = experts.get(name)
+            rules[rf"-:^{re.escape(place)}(\.|$)" if place else f"-:^{re.escape(name)}$"] = {}
         packed = {above for name in layers for above in accumulate(name.split("."), DOTTED)}
         for name in outside:
             if not name.endswith("lm_head"):  # which has a key of its own

@@ -13,7 +13,7 @@ from typing import Any
 from optq.core.weight import LayerScheme
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS
 from optq.formats.scheme import Format
-from optq.model.experts import Bank
+from optq.model.experts import Bank, Copies
 from optq.model.names import merges
 
 GPUS = (1, 2, 4, 8)
@@ -21,33 +21,52 @@ GROUPS = (128, 64, 32)
 
 
 def notices(
-    form: Format, scheme: LayerScheme, model: Any, banks: list[Bank], names: dict[str, str]
+    form: Format,
+    scheme: LayerScheme,
+    model: Any,
+    banks: list[Bank],
+    dense: list[Bank],
+    names: dict[str, str],
 ) -> list[str]:
-    """A line for each program that will not read, or not serve, packed experts.
+    """A line for each program that will not read, or not serve, these experts.
 
-    ``names`` are those on disk of the tensors of ``model``.
+    ``banks`` are packed, ``dense`` are not; ``names`` are those on disk of the tensors of
+    ``model``.
     """
-    if not banks:
-        return []
     lines = []
-    if not merges(model, names[f"{banks[0].layers[0].name}.weight"]):
+    # It expects what it merges, or takes apart, to be packed.
+    if form is COMPRESSED_TENSORS and any(_becomes_another(bank, model, names) for bank in dense):
+        lines = ["transformers does not load these files: it wants no expert left dense (--skip)"]
+    if not banks:
+        return lines
+    apart = form is COMPRESSED_TENSORS and isinstance(banks[0], Copies)
+    if not apart and not merges(model, names[f"{banks[0].layers[0].name}.weight"]):
         cause = "transformers has the experts of this model in one tensor and reads none singly"
         parameters = banks[0].module.named_parameters(recurse=False)
         if any("bias" in name for name, _ in parameters):  # GPT-OSS, and vLLM's loader of it
             return [f"{cause}: these files are for OPTQ alone"]
-        lines.append(f"{cause}: these files are for vLLM and OPTQ")
+        lines = [f"{cause}: these files are for vLLM and OPTQ"]
     elif form is not COMPRESSED_TENSORS:
-        lines.append(
-            "transformers does not read experts from these files: compressed-tensors it does"
-        )
-    elif not scheme.sym:
-        lines.append("transformers reads experts from these files only if symmetric (--sym)")
+        lines = ["transformers does not read experts from these files: compressed-tensors it does"]
+    elif not scheme.sym and not lines:
+        lines = ["transformers reads experts from these files only if symmetric (--sym)"]
     if scheme.wbits not in (4, 8) or not scheme.sym or scheme.actorder:
         ways = "--wbits 4 or 8", "--sym", "--static-groups"
         lacking = scheme.wbits not in (4, 8), not scheme.sym, scheme.actorder
         wanted = " ".join(way for way, lacks in zip(ways, lacking, strict=True) if lacks)
         return [*lines, f"vLLM does not run such experts: it wants {wanted}"]
     return [*lines, *_kernel(scheme.groupsize, banks)]
+
+
+def _becomes_another(bank: Bank, model: Any, names: dict[str, str]) -> bool:
+    """Whether transformers makes other modules, or tensors, of an expert than are on disk."""
+    first = bank.layers[0]
+    if isinstance(bank, Copies):
+        return True
+    if f"{bank.name}.{first.attribute}" in names:
+        return False
+    on_disk = names.get(f"{first.name}.weight")
+    return on_disk is None or merges(model, on_disk)
 
 
 def _kernel(groupsize: int, banks: list[Bank]) -> list[str]:

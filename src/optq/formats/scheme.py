@@ -19,6 +19,7 @@ from optq.model.checkpoint import TOGETHER
 Solved = Mapping[str, tuple[QuantizedWeight, LayerScheme]]  # layers of a block, by name on disk
 Schemes = Mapping[str, LayerScheme]  # of quantized layers, by name on disk
 BLOCK = re.compile(r"(.*?\.)\d+\.")  # the start of names inside a block, and of its list
+EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+")  # a projection, and where all experts are
 SCALES = (torch.float16, torch.bfloat16, torch.float32)  # dtypes that are read
 
 
@@ -95,6 +96,16 @@ class Format(ABC):
 
         Raises ``ModelError`` where it is this one's and cannot be read.
         """
+
+
+def dense_experts(layers: Iterable[str], dense: Iterable[str]) -> dict[str, str]:
+    """For each projection of an expert that is ``dense``, where the experts of its block are.
+
+    vLLM has them in one module, and looks for a name of that alone.
+    """
+    packed = {found[1] for name in layers if (found := EXPERT.fullmatch(name))}
+    places = {name: found[1] for name in dense if (found := EXPERT.fullmatch(name))}
+    return {name: place for name, place in places.items() if place not in packed}
 
 
 def has_drafts(layers: Iterable[str], outside: Collection[str]) -> bool:

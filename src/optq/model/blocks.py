@@ -28,6 +28,7 @@ class Block:
     layers: list[Layer] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)  # names of all, also of those skipped
     banks: list[Bank] = field(default_factory=list)  # of experts; their layers are among the others
+    dense: list[Bank] = field(default_factory=list)  # those that are skipped
 
 
 @dataclass(eq=False)
@@ -115,7 +116,8 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
                 f"--skip {skip} leaves some experts of {name} dense and others not",
                 "skip all of them or none: no server loads such a block",
             )
-        block.banks = [bank for bank in block.banks if bank.layers[0] in block.layers]
+        block.dense = [bank for bank in block.banks if bank.layers[0] not in block.layers]
+        block.banks = [bank for bank in block.banks if bank not in block.dense]
         blocks.append(block)
     if skipped is not None and not any(
         skipped.search(name) for block in blocks for name in block.linears

@@ -163,7 +163,7 @@ def dense_layers(
         f"{block.name}.{name}"
         for block in blocks
         for name, module in block.module.named_modules()
-        if block.banks and not isinstance(module, nn.Linear | nn.Embedding)
+        if (block.banks or block.dense) and not isinstance(module, nn.Linear | nn.Embedding)
         if on_disk.get(f"{block.name}.{name}.weight") in matrices
     )
 
