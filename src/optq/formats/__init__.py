@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optq.errors import ModelError
-from optq.formats.compressed_tensors import COMPRESSED_TENSORS
+from optq.formats.compressed_tensors import COMPRESSED_TENSORS, OTHER_KIND
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.formats.scheme import Detected, Format
 from optq.model.checkpoint import Checkpoint, read_settings
@@ -69,7 +69,7 @@ def require_plain(checkpoint: Checkpoint) -> None:
     try:
         found = detect(checkpoint)
     except ModelError as error:
-        if error.remedy.startswith(REMEDY):
+        if error.remedy.startswith((REMEDY, OTHER_KIND)):
             raise ModelError(error.cause, PLAIN) from error
         raise
     if found:
