@@ -683,3 +683,26 @@ def test_a_real_process_says_nothing_on_stderr(words, folder, tmp_path):
     )
     assert done.returncode == 0 and done.stdout.endswith("\n")
     assert re.fullmatch(r"optq: .* tokens/s\n", done.stderr)
+
+
+def test_experts_have_a_line_a_projection_and_those_short_of_tokens_one(capfd):
+    from optq.report import tables
+
+    def record(name, error, tokens, borrowed):
+        facts = {"rows": 8, "cols": 8, "error": error, "relative_error": error, "rtn_error": 1.0}
+        return {"name": name, "tokens": tokens, "borrowed": borrowed, **facts}
+
+    attention = [record(f"model.layers.{i}.fc1", 0.5, 99, 0) for i in range(2)]
+    few = [
+        record(f"model.layers.{i}.mlp.experts.{e}.{part}", (e + 1) / 10, e, e % 3)
+        for i in range(2)
+        for e in range(4)
+        for part in ("up_proj", "down_proj")
+    ]
+    assert tables.short_of_tokens(attention) == {}
+    said = "2 of 8 saw no token, 4 borrowed some of their block's"
+    assert tables.short_of_tokens(attention + few) == {"experts": said}
+    tables.layers(attention + few)
+    rows = capfd.readouterr().out.splitlines()[1:]
+    assert len(rows) == 2 + 4
+    assert "1.mlp.experts.*.down_proj, worst of 4" in rows[-1] and "40.00%" in rows[-1]

@@ -55,8 +55,11 @@ def change_config(folder, **changes):
 
 
 def says(checkpoint, target):
-    """What every way in says of a checkpoint that must be refused: the same."""
-    said = set()
+    """What every way in says of a checkpoint that must be refused: the same.
+
+    But for what to give instead: other quantized models are nothing to quantize.
+    """
+    said, quantizes = set(), set()
     for way in (
         detect,
         require_plain,
@@ -69,10 +72,11 @@ def says(checkpoint, target):
     ):
         with pytest.raises(ModelError) as caught:
             way(checkpoint)
-        said.add((caught.value.cause, caught.value.remedy))
-    assert len(said) == 1, said
-    cause, remedy = said.pop()
-    assert "plain model" in remedy
+        only_plain = "dequantize=True" in caught.value.remedy
+        (quantizes if only_plain else said).add((caught.value.cause, caught.value.remedy))
+    ((cause, remedy),), ((same, plain),) = said, quantizes
+    assert cause == same and "plain model, or one in gptq" in remedy
+    assert "plain model" in plain and "gptq" not in plain and "bfloat16" in plain
     return cause
 
 

@@ -145,6 +145,7 @@ def quantize(
             "layers": f"{len(result.layers)} quantized, {tables.size(result.bytes)} for"
             f" {weights / 1e6:.1f} million weights; {len(result.dense)} linear layers left dense",
             "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
+            **tables.short_of_tokens([layer.model_dump() for layer in result.layers]),
             "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
             "next": f"optq eval {out}{' --text demo' if calib == 'demo' else ''}"
             f"    optq inspect {out}    optq generate {out} PROMPT",

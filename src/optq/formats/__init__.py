@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from optq.errors import ModelError
-from optq.formats.compressed_tensors import COMPRESSED_TENSORS
+from optq.formats.compressed_tensors import COMPRESSED_TENSORS, OTHER_KIND
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.formats.scheme import Detected, Format
 from optq.model.checkpoint import Checkpoint, read_settings
 
 FORMATS: dict[str, Format] = {row.name: row for row in (GPTQ_V1, GPTQ_V2, COMPRESSED_TENSORS)}
 REMEDY = f"give a plain model, or one in {', '.join(FORMATS)}"
+PLAIN = (
+    "give the plain model; or load it in transformers with its quantization config's"
+    " dequantize=True (fp8, mxfp4), and save it in bfloat16"
+)
 # Where other programs keep what they did, if not in config.json.
 OF_THEIR_OWN = {"quant_config.json": "AutoAWQ", "hf_quant_config.json": "ModelOpt"}
 
@@ -62,7 +66,13 @@ def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def require_plain(checkpoint: Checkpoint) -> None:
     """Raises :class:`ModelError` for a model that is quantized already."""
-    if detect(checkpoint):
+    try:
+        found = detect(checkpoint)
+    except ModelError as error:
+        if error.remedy.startswith((REMEDY, OTHER_KIND)):
+            raise ModelError(error.cause, PLAIN) from error
+        raise
+    if found:
         raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
 
 

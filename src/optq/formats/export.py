@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from optq.core.weight import LayerScheme, QuantizedWeight
+from optq.errors import ModelError
 from optq.formats import detect, quantization
 from optq.formats.notices import notices
 from optq.formats.reader import packed_tensors, quantized_layers, read_layer
 from optq.formats.scheme import Format
 from optq.formats.writer import Writer, place_of
 from optq.model.blocks import find_blocks
-from optq.model.checkpoint import Checkpoint
+from optq.model.checkpoint import TOGETHER, Checkpoint
+from optq.model.fit import lacking
 from optq.model.names import disk_names
 from optq.model.source import dense_layers, empty_model
 
@@ -30,14 +32,17 @@ def export(
     ``notice`` is told of what a run that was cut off has left beside ``target``.
 
     Raises ``SettingError`` where ``form`` cannot hold a layer exactly, before anything is named
-    ``target``; :class:`ModelError` where ``checkpoint`` is not quantized.
+    ``target``; :class:`ModelError` where ``checkpoint`` is not quantized, or not whole.
     """
     names = quantized_layers(checkpoint)
     scheme, settings = detect(checkpoint), quantization(checkpoint) or {}
     assert scheme is not None  # quantized_layers has refused a plain model
     skeleton = empty_model(checkpoint)
     blocks = find_blocks(skeleton)
-    on_disk = disk_names(skeleton, [*checkpoint.files, *(f"{name}.weight" for name in names)])
+    there = dict.fromkeys([*checkpoint.files, *(f"{name}.weight" for name in names)])
+    on_disk = disk_names(skeleton, there)
+    if lacks := lacking(skeleton, there):
+        raise ModelError(f"{checkpoint.folder} lacks {lacks[0]}", TOGETHER)
     conv1d = [layer.name for block in blocks for layer in block.layers if layer.conv1d]
     turned = {on_disk.get(f"{name}.weight", "").removesuffix(".weight") for name in conv1d}
     dense, outside = dense_layers(checkpoint, on_disk, skeleton, blocks, set(names))
@@ -45,10 +50,10 @@ def export(
     first = {on_disk.get(f"{bank.layers[0].name}.weight"): bank for bank in every}
     banks = {n: first[f"{n}.weight"] for n in names if f"{n}.weight" in first}
     skipped = [bank for bank in every if bank not in banks.values()]
-    if layer := next(map(scheme.layer, [*banks, *names]), None):
-        for line in notices(form, layer, skeleton, [*banks.values()], skipped, on_disk):
-            notice(line)
     with place_of(target, checkpoint, force, notice) as place:
+        if layer := next(map(scheme.layer, [*banks, *names]), None):
+            for line in notices(form, layer, skeleton, [*banks.values()], skipped, on_disk):
+                notice(line)
         writer = Writer(place, checkpoint, form, skeleton.config.dtype)
         for name in names:  # one at a time: memory holds one layer
             weight = read_layer(checkpoint, name, scheme)

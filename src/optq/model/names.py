@@ -31,21 +31,24 @@ def disk_names(model: Any, names_on_disk: Iterable[str]) -> dict[str, str]:
     state = model.state_dict()
     banks = [bank_of(name, module) for name, module in model.named_modules() if is_bank(module)]
     experts = {x.name: f"{bank.name}.{x.attribute}" for bank in banks for x in bank.layers}
-    apart = {_alike(name): name for name in experts}
+    apart, fused = {_alike(name): name for name in experts}, {*experts.values()}
     names: dict[str, str] = {}
     for on_disk in names_on_disk:
         in_model, converted = rename(on_disk)
         if converted is None and in_model in state:
             names[in_model] = on_disk
         elif converted is not None:
-            in_model = _expert_name(in_model, converted, converters, on_disk) or ""
+            of_one = expert_name(in_model, converted, converters, on_disk)
+            if not of_one and in_model in fused and _sources(converted, converters) == [converted]:
+                names.setdefault(in_model, on_disk)  # all experts: transposed, say
+            in_model = of_one or ""
         name = in_model.removesuffix(".weight")
         if name in experts or (name := apart.get(_alike(name), "")):
             names[f"{name}.weight"] = on_disk
     recurrent = any(isinstance(module, nn.Conv1d) for module in model.modules())
-    for name, fused in experts.items():
-        if fused in names:
-            names.setdefault(f"{name}.weight", _apart(name, names[fused], recurrent))
+    for name, whole in experts.items():
+        if whole in names:
+            names.setdefault(f"{name}.weight", _apart(name, names[whole], recurrent))
     return names
 
 
@@ -69,15 +72,20 @@ def renaming(model: Any) -> tuple[Callable[[str], tuple[str, str | None]], list[
     return (lambda name: rename_source_key(name, *around)), converters
 
 
-def _expert_name(merged: str, pattern: str, converters: list[Any], on_disk: str) -> str | None:
+def expert_name(merged: str, pattern: str, converters: list[Any], on_disk: str) -> str | None:
     """The name of one projection of one expert, that is merged with others into ``merged``."""
     bank, _, attribute = merged.rpartition(".")
-    sources = next(each.source_patterns for each in converters if pattern in each.source_patterns)
+    sources = _sources(pattern, converters)
     number = re.search(r"\.(\d+)\.\w+\.weight$", on_disk)
     parts = PARTS.get(attribute, (attribute,))
     if number is None or len(parts) != len(sources):
         return None
     return f"{bank}.{number[1]}.{parts[sources.index(pattern)]}.weight"
+
+
+def _sources(pattern: str, converters: list[Any]) -> list[str]:
+    """What the converter that ``pattern`` belongs to takes."""
+    return next(each.source_patterns for each in converters if pattern in each.source_patterns)
 
 
 def _apart(name: str, fused: str, recurrent: bool) -> str:

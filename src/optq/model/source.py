@@ -22,7 +22,7 @@ from optq.boundary import library
 from optq.errors import DataError, ModelError, SettingError
 from optq.model.blocks import Block, linears_outside
 from optq.model.checkpoint import TOGETHER, Checkpoint
-from optq.model.experts import bank_of, is_bank
+from optq.model.fit import misshapen, wrong_expert
 from optq.model.names import disk_names
 
 NO_CODE = "OPTQ runs no code that a model brings"
@@ -63,13 +63,17 @@ def load_model(
     # transformers makes the skeleton itself, so a class of its own is how to reach it.
     own: Any = type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
     refusal, cause, remedy = unloadable(checkpoint)
+    unfit = f"the weights in {checkpoint.folder} do not fit {plain.__name__}"
 
-    def copied(_: Exception) -> str:
-        lacking = _lacking_expert(checkpoint)
-        return f"copy the model again: it lacks {lacking}" if lacking else remedy
+    def explained(error: Exception) -> str:
+        if expert := wrong_expert(empty_model(checkpoint), checkpoint.layout):
+            raise ModelError(f"{unfit}: {expert}", remedy) from error
+        if "above report" in str(error):  # which nobody sees
+            raise ModelError(f"{unfit}: some that it merges are at odds", remedy) from error
+        return remedy
 
     tensors: dict[str, Any] = dict(checkpoint.tensors())
-    with quiet(), library(refusal, cause, copied, failed):
+    with quiet(), library(refusal, cause, explained, failed):
         model, report = own.from_pretrained(
             None,
             config=config,
@@ -82,16 +86,19 @@ def load_model(
             kind = transformers.GenerationConfig
             model.generation_config = kind.from_pretrained(checkpoint.folder)
     model.__class__ = plain
-    problems = {kind: {*map(str, report[f"{kind}_keys"])} for kind in ("missing", "mismatched")}
+    problems = {"missing ": {*map(str, report["missing_keys"])}}
+    problems[""] = {misshapen(*each) for each in report["mismatched_keys"]}
+    misfits = any(problems.values())
+    if misfits and (expert := wrong_expert(empty_model(checkpoint), checkpoint.layout)):
+        raise ModelError(f"{unfit}: {expert}", remedy)
     modules = {name.rpartition(".")[0] for name in skipped}
     left = {*map(str, report["unexpected_keys"])} - skipped
     # A checkpoint may hold more than the model, but not if the class is a guess.
     guessed = config.architectures and plain.__name__ not in config.architectures
-    problems["unexpected"] = {n for n in left if guessed or n.rpartition(".")[0] in modules}
+    problems["unexpected "] = {n for n in left if guessed or n.rpartition(".")[0] in modules}
     for kind, names in problems.items():
         if names:
-            what = f"the weights in {checkpoint.folder} do not fit {plain.__name__}"
-            raise ModelError(f"{what}: {kind} {min(names)}", TOGETHER)
+            raise ModelError(f"{unfit}: {kind}{min(names)}", TOGETHER)
     return model.eval()
 
 
@@ -99,18 +106,6 @@ def unloadable(checkpoint: Checkpoint) -> tuple[type[ModelError], str, str]:
     """What to raise for whatever transformers raises while it loads the checkpoint."""
     remedy = "check that config.json and the weights belong together, or copy the model again"
     return ModelError, f"{checkpoint.folder} cannot be loaded", remedy
-
-
-def _lacking_expert(checkpoint: Checkpoint) -> str | None:
-    """A projection of an expert that is not on disk, though others of its block are."""
-    model = empty_model(checkpoint)
-    found = disk_names(model, checkpoint.files)
-    for name, module in model.named_modules():
-        layers = bank_of(name, module).layers if is_bank(module) else []
-        lacking = [layer.name for layer in layers if f"{layer.name}.weight" not in found]
-        if 0 < len(lacking) < len(layers):
-            return lacking[0]
-    return None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,8 +115,37 @@ def stages(seconds: Mapping[str, float]) -> None:
     stdout.print(table)
 
 
+def _expert(name: str) -> re.Match[str] | None:
+    """The parts of an expert's projection's name: it has a number of its own after its block's."""
+    return re.fullmatch(r"(.+\.\d+\..+)\.(\d+)\.(\w+)", name)
+
+
+def short_of_tokens(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """How many experts calibration brought no token, or too few; nothing where all had enough."""
+    experts: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if found := _expert(record["name"]):
+            experts.setdefault(f"{found[1]}.{found[2]}", []).append(record)
+    none = sum(all(each["tokens"] == 0 for each in parts) for parts in experts.values())
+    few = sum(any(each["borrowed"] for each in parts) for parts in experts.values())
+    said = f"{none} of {len(experts)} saw no token, {few} borrowed some of their block's"
+    return {"experts": said} if none or few else {}
+
+
 def layers(records: Sequence[Mapping[str, Any]]) -> None:
-    """Errors by layer; the bar is the relative error, on the scale of the largest."""
+    """Errors by layer; the bar is the relative error, on the scale of the largest.
+
+    Of the experts of a block each projection has one row: the worst one's.
+    """
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        found = _expert(record["name"])
+        rows.setdefault(f"{found[1]}.*.{found[3]}" if found else record["name"], []).append(record)
+    records = [
+        dict(max(same, key=lambda each: each["relative_error"]))
+        | {"name": f"{name}, worst of {len(same)}" if len(same) > 1 else name}
+        for name, same in rows.items()
+    ]
     most = max((record["relative_error"] for record in records), default=1.0) or 1.0
     first, last = (each(record["name"] for record in records).split(".") for each in (min, max))
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
