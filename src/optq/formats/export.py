@@ -15,7 +15,7 @@ from optq.formats.scheme import Format
 from optq.formats.writer import Writer, place_of
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import TOGETHER, Checkpoint
-from optq.model.fit import lacking
+from optq.model.lacking import lacking
 from optq.model.names import disk_names
 from optq.model.source import dense_layers, empty_model
 

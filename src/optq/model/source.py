@@ -22,7 +22,7 @@ from optq.boundary import library
 from optq.errors import DataError, ModelError, SettingError
 from optq.model.blocks import Block, linears_outside
 from optq.model.checkpoint import TOGETHER, Checkpoint
-from optq.model.fit import misshapen, wrong_expert
+from optq.model.lacking import misshapen, wrong_expert
 from optq.model.names import disk_names
 
 NO_CODE = "OPTQ runs no code that a model brings"
