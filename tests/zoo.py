@@ -312,3 +312,15 @@ REFUSED: tuple[Refused, ...] = (
     Refused("rwkv", configs.rwkv, "recurrent"),
     Refused("llama_no_blocks", configs.llama_no_blocks, "no blocks"),
 )
+
+
+def without_tokens(model):
+    """A Mixtral of four experts of which the last one gets no token."""
+    with torch.no_grad():  # one feature is 5 for every token, and speaks against expert 3
+        model.model.embed_tokens.weight[:, 0] = 5
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight[0] = 0
+            block.mlp.experts.down_proj[:, 0] = 0
+            block.post_attention_layernorm.weight[0] = 1
+            block.mlp.gate.weight[:, 0] = torch.tensor([0.0, 0, 0, -100])
+    return model

@@ -23,6 +23,10 @@ class ModelError(OptqError):
     """A model that is missing, broken, or not one OPTQ can quantize."""
 
 
+class OtherMethodError(ModelError):
+    """A model that is quantized in a way that is not read."""
+
+
 class DataError(OptqError):
     """Calibration or evaluation text that is missing, too short, or unknown."""
 

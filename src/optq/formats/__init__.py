@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.errors import ModelError
-from optq.formats.compressed_tensors import COMPRESSED_TENSORS, OTHER_KIND
+from optq.errors import ModelError, OtherMethodError
+from optq.formats.compressed_tensors import COMPRESSED_TENSORS
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.formats.scheme import Detected, Format
 from optq.model.checkpoint import Checkpoint, read_settings
@@ -36,16 +36,20 @@ def detect(checkpoint: Checkpoint) -> Detected | None:
         if scheme is None:
             unnamed = "bitsandbytes" if "load_in_4bit" in settings else "an unnamed method"
             method = settings.get("quant_method", unnamed)
-            raise ModelError(f"the model is quantized with {method}", REMEDY)
+            raise OtherMethodError(f"the model is quantized with {method}", REMEDY)
     explained = () if scheme is None else scheme.form.parts
     name = next(_codes(checkpoint.layout, explained), None)
     if name is None:
         return scheme
     for file, program in OF_THEIR_OWN.items():
         if (checkpoint.folder / file).is_file():
-            raise ModelError(f"the model is quantized with {program}, says its {file}", REMEDY)
+            raise OtherMethodError(
+                f"the model is quantized with {program}, says its {file}", REMEDY
+            )
     what = f"{name} ({checkpoint.layout[name].dtype})".replace("torch.", "")
-    raise ModelError(f"{what} is of a quantized model, and config.json does not say how", REMEDY)
+    raise OtherMethodError(
+        f"{what} is of a quantized model, and config.json does not say how", REMEDY
+    )
 
 
 def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -55,7 +59,7 @@ def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if settings is None:
         for place in _places(config):
             where = f"{REMEDY}, with the settings in quantization_config"
-            raise ModelError(f"the model is quantized, says config.json in {place}", where)
+            raise OtherMethodError(f"the model is quantized, says config.json in {place}", where)
         path = checkpoint.folder / "quantize_config.json"  # AutoGPTQ's first layout
         if path.is_file() and next(_codes(checkpoint.layout, ()), None):
             settings = {"quant_method": "gptq"} | read_settings(path)
@@ -68,10 +72,8 @@ def require_plain(checkpoint: Checkpoint) -> None:
     """Raises :class:`ModelError` for a model that is quantized already."""
     try:
         found = detect(checkpoint)
-    except ModelError as error:
-        if error.remedy.startswith((REMEDY, OTHER_KIND)):
-            raise ModelError(error.cause, PLAIN) from error
-        raise
+    except OtherMethodError as error:
+        raise ModelError(error.cause, PLAIN) from error
     if found:
         raise ModelError(f"{checkpoint.folder} is quantized already", "give the plain model")
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from optq.core.grid import BITS
 from optq.core.packing import pack, unpack
 from optq.core.weight import LayerScheme, QuantizedWeight, group_index
-from optq.errors import ModelError, SettingError
+from optq.errors import ModelError, OtherMethodError, SettingError
 from optq.formats.scheme import (
     SCALES,
     Detected,
@@ -230,24 +230,24 @@ def _group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:
 
 def _refuse_other_kinds(settings: dict[str, Any]) -> None:
     if settings.get("format") != PACKED:
-        raise ModelError(f"the weights are kept as {settings.get('format')}", OTHER_KIND)
+        raise OtherMethodError(f"the weights are kept as {settings.get('format')}", OTHER_KIND)
     status = settings.get("quantization_status")
     if status not in STATUSES:
-        raise ModelError(f"the quantization_status is {status}, not compressed", OTHER_KIND)
+        raise OtherMethodError(f"the quantization_status is {status}, not compressed", OTHER_KIND)
     for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config", "sparsity_config"):
         value = settings.get(key)
         if value and not (isinstance(value, dict) and value.get("format") == "dense"):
-            raise ModelError(f"the checkpoint has a {key}", OTHER_KIND)
+            raise OtherMethodError(f"the checkpoint has a {key}", OTHER_KIND)
 
 
 def _layer_scheme(title: str, group: Any) -> LayerScheme:
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-        raise ModelError(f"{title} does not say how weights are quantized", OTHER_KIND)
+        raise OtherMethodError(f"{title} does not say how weights are quantized", OTHER_KIND)
     for key in ("input_activations", "output_activations"):
         if group.get(key) is not None:
-            raise ModelError(f"{title} quantizes {key.replace('_', ' ')}", OTHER_KIND)
+            raise OtherMethodError(f"{title} quantizes {key.replace('_', ' ')}", OTHER_KIND)
     if group.get("format") not in (None, PACKED):
-        raise ModelError(f"{title} keeps weights as {group['format']}", OTHER_KIND)
+        raise OtherMethodError(f"{title} keeps weights as {group['format']}", OTHER_KIND)
     weights = {"type": "int", "symmetric": True} | group["weights"]
     for key, wanted in (
         ("type", ("int",)),
@@ -258,7 +258,7 @@ def _layer_scheme(title: str, group: Any) -> LayerScheme:
         ("actorder", (None, False, "static", "weight", "group", "dynamic")),
     ):
         if weights.get(key) not in wanted or isinstance(weights.get(key), float):
-            raise ModelError(f"{title} has weights of {key} {weights.get(key)}", OTHER_KIND)
+            raise OtherMethodError(f"{title} has weights of {key} {weights.get(key)}", OTHER_KIND)
     groupsize, grouped = weights.get("group_size"), weights["strategy"] == "group"
     if not grouped and groupsize is None:
         groupsize = -1
@@ -276,7 +276,7 @@ def _patterns(what: str, patterns: Any) -> list[str]:
     for pattern in patterns:
         if what != "ignore" and pattern != "Linear" and re.fullmatch(r"[A-Z]\w*", pattern):
             # Names on disk do not tell which modules are of a class.
-            raise ModelError(f"{what} name the class {pattern}", OTHER_KIND)
+            raise OtherMethodError(f"{what} name the class {pattern}", OTHER_KIND)
         try:
             _matches(pattern, "")
         except re.error as error:

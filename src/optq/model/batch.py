@@ -44,7 +44,6 @@ class Batch(greenlet):
 
     def hand_experts(self, site: Site, x: Tensor, of: dict[int, Handed]) -> None:
         """The same for all experts of a bank: ``of`` has the input of each, ``x`` all tokens."""
-        self.handed[site] = weakref.ref(x)
         self.site = site
         self.input = HandedExperts(Handed(self.first_sample, self.ids, x), of)
         self._pause()
