@@ -773,8 +773,9 @@ def test_a_finished_block_leaves_the_memory(tmp_path, monkeypatch):
     loaded = reader.load_checkpoint(Checkpoint.open(str(tmp_path / "out")))
     packed = sum(buffer.nbytes for buffer in loaded.buffers())
     assert packed < 12 * block / 6 and len(memory) == 12 * 7
-    # On the way as well as at the end: the packed weights, and one layer unpacked.
-    assert max(*memory, anonymous_memory()) - before < packed + 2 * block
+    # On the way as well as at the end: the packed weights, one layer unpacked, and what the
+    # allocator keeps: ``before`` holds nothing spare, since a run gives back what it has freed.
+    assert max(*memory, anonymous_memory()) - before < packed + 3 * block
 
 
 @pytest.mark.parametrize("options", [{}, {"actorder": True}, {"sym": False, "groupsize": 32}])
