@@ -14,9 +14,9 @@ _HOME = {
     "OBQ": "optq.core.obq",
     "QEP": "optq.core.qep",
     "RTN": "optq.core.rtn",
-    "ModelConfig": "optq.runner",
+    "ModelConfig": "optq.config",
     "Runner": "optq.runner",
-    "load": "optq.runner",
+    "load": "optq.config",
     "OptqError": "optq.errors",
 }
 __all__ = ["GPTQ", "OBQ", "QEP", "RTN", "ModelConfig", "OptqError", "Runner", "load"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from optq import __version__
+from optq.config import ModelConfig
 from optq.core.gptq import BEST, GPTQ
 from optq.core.qep import QEP
 from optq.core.rtn import RTN
@@ -25,7 +26,7 @@ from optq.formats import FORMATS
 from optq.formats.fit import check_layers
 from optq.model.blocks import find_blocks
 from optq.model.source import sequence_length
-from optq.runner import ModelConfig, Runner
+from optq.runner import Runner
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
 DEMO_SAMPLES = 64

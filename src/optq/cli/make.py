@@ -14,7 +14,7 @@ from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, S
 from optq.errors import SettingError
 
 if TYPE_CHECKING:
-    from optq.runner import ModelConfig
+    from optq.config import ModelConfig
 
 DEFAULT_GROUPSIZE = 128
 
@@ -84,10 +84,11 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write the checkpoint OUT."""
+    from optq.config import ModelConfig
     from optq.core.gptq import BEST
     from optq.quantize import Progress
     from optq.report import progress, tables
-    from optq.runner import ModelConfig, Runner
+    from optq.runner import Runner
 
     config = ModelConfig(model, device, dtype)
     options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
@@ -177,9 +178,9 @@ def compare(
 ) -> None:
     """Many settings on MODEL with one calibration: size, perplexity, rise, seconds."""
     from optq.compare import Comparison
+    from optq.config import ModelConfig
     from optq.report import chart as svg
     from optq.report import progress, tables
-    from optq.runner import ModelConfig
 
     if chart is not None:
         svg.check(chart)

@@ -33,12 +33,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity of MODEL, quantized or not, by the paper's protocol; or its scores in tasks."""
+    from optq.config import ModelConfig
     from optq.data.evaluation import evaluation_tokens
     from optq.evaluate.perplexity import perplexity
     from optq.evaluate.tasks import ZeroShot
     from optq.model.source import sequence_length
     from optq.report import progress, tables
-    from optq.runner import ModelConfig
 
     config = ModelConfig(model, device, dtype)
     if tasks is None:
@@ -81,9 +81,9 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Continue PROMPT with MODEL, quantized or not, taking the likeliest token each time."""
+    from optq.config import ModelConfig
     from optq.evaluate.generate import Completion, Speed
     from optq.report import tables
-    from optq.runner import ModelConfig
 
     def complete(name: str, show: Callable[[str], object]) -> tuple[str, Speed]:
         """The whole text and its speed; only one model is in memory at a time."""
@@ -102,9 +102,9 @@ def generate(
 @app.command()
 def bench(model: Model, device: Device = "auto", as_json: Json = False) -> None:
     """Speed and memory of the quantized MODEL, beside the same model with dense weights."""
+    from optq.config import load
     from optq.evaluate.speed import measure_speed
     from optq.report import progress, tables
-    from optq.runner import load
 
     with progress.bar("optq bench") as bar:
         report = measure_speed(load(model, device), bar)
@@ -119,10 +119,10 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write the quantized checkpoint MODEL in another format, with the same codes and grids."""
+    from optq.config import ModelConfig
     from optq.formats import FORMATS
     from optq.formats.export import export as convert
     from optq.report import tables
-    from optq.runner import ModelConfig
 
     if file_format not in (*FORMATS, "gguf"):
         raise SettingError(
@@ -143,9 +143,9 @@ def export(
 @app.command()
 def inspect(model: Model, as_json: Json = False) -> None:
     """What is in a checkpoint: bits, groups, sizes, errors by layer."""
+    from optq.config import ModelConfig
     from optq.formats.describe import describe
     from optq.report import tables
-    from optq.runner import ModelConfig
 
     what = describe(ModelConfig(model).checkpoint())
     print_json(what) if as_json else tables.checkpoint(what)
