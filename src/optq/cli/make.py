@@ -81,6 +81,9 @@ def quantize(
     dtype: Dtype = None,
     file_format: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Do not go on from a run that was cut off.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write the checkpoint OUT."""
@@ -121,6 +124,7 @@ def quantize(
             skip=skip,
             chat=chat,
             force=force,
+            restart=restart,
             progress=solved,
             notice=say,
             reading=lambda done, of: bar(0, 1, f"reading text: {done} of {of}"),
