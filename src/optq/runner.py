@@ -29,7 +29,7 @@ from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.given import given
 from optq.data.text import Text
-from optq.errors import SettingError
+from optq.errors import NumericsError, SettingError
 from optq.formats import FORMATS, reader
 from optq.formats.journal import Journal, settings
 from optq.formats.notices import notices
@@ -120,7 +120,11 @@ class Runner:
         if self.output is None:
             return self._run(checkpoint, form, None, started)
         with place_of(Path(self.output), checkpoint, self.force, self.notice, True) as place:
-            return self._run(checkpoint, form, place, started)
+            try:
+                return self._run(checkpoint, form, place, started)
+            except NumericsError:
+                place.keep = False  # the same command would find it again
+                raise
 
     def _check_types(self) -> None:
         """Refuse what is not of the type that a field is annotated with."""

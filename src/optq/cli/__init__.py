@@ -61,7 +61,7 @@ def _options(
 
 
 def _interrupted() -> None:
-    _say("interrupted", "no half-written checkpoint was left: run the command again")
+    _say("interrupted", "nothing half-written was left behind: run the command again")
 
 
 def _say(cause: str, remedy: str) -> None:

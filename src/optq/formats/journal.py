@@ -169,7 +169,7 @@ def settings(
     found = {
         "journal": VERSION,
         "optq": __version__,
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "transformers": version("transformers"),
         "device": device.type,
         **options,
