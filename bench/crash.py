@@ -23,8 +23,8 @@ from pathlib import Path
 from machine import append, machine
 
 RESULTS = Path(__file__).parent / "results" / "crash.jsonl"
-BLOCKS, HIDDEN, INNER, VOCABULARY = 8, 256, 512, 512
-SAMPLES, SEQLEN = 16, 64
+BLOCKS, HIDDEN, INNER, VOCABULARY = 12, 256, 768, 512
+SAMPLES, SEQLEN = 64, 128
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir", "os.chmod"}
 
 
@@ -38,7 +38,7 @@ def make(folder: Path) -> None:
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY},
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="6MB")
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="2MB")
 
 
 def quantize(model: Path, out: Path, shards: bool, trace: Path, last: int | None) -> None:
@@ -91,7 +91,7 @@ def child(*arguments: object) -> int:
             quantize(*arguments)
             status = 0
         except OutputError as error:
-            os.write(2, f"{error.cause}\n".encode())
+            print(error.cause, file=sys.stderr, flush=True)
             status = 2
     finally:
         os._exit(status)
@@ -143,7 +143,7 @@ def crash(
         # Killed after the last rename, it is done: the second run says that OUT exists.
         "status": status,
         "identical": left == ["out"] and sums(out) == expected,
-        "said": solved(second)[1][:1],
+        "said": [line.replace(f"{place}/", "") for line in solved(second)[1][:1]],
     }
 
 
@@ -154,6 +154,7 @@ def main() -> None:
     given = parser.parse_args()
     import torch  # noqa: F401  imported once, for all runs to come
     import transformers
+    from transformers import LlamaForCausalLM  # noqa: F401
 
     import optq.runner  # noqa: F401
 
