@@ -145,6 +145,7 @@ class Journal:
             for moved in self.place.part.glob(f"model-{number:05}-of-*.safetensors"):
                 if not (self.place.blocks / name).exists():
                     moved.rename(self.place.blocks / name)
+        sync(self.place.blocks)
 
     def _damage(self, index: int, sums: dict[str, Any]) -> str | None:
         """What is wrong with a block whose files have these checksums; None: nothing."""
