@@ -84,6 +84,10 @@ class Checkpoint:
                 for name in members:
                     yield name, get(name)
 
+    def own(self, name: str) -> bool:
+        """Whether a tensor is memory of its own when it comes, not a file's that is mapped."""
+        return False
+
     @property
     def mapped(self) -> bool:
         """Whether a tensor can be had without reading its whole file."""

@@ -47,6 +47,7 @@ class Shards:
     def __init__(self, checkpoint: Checkpoint, model: Any, blocks: list[Block]) -> None:
         self.checkpoint, self.model = checkpoint, model
         self.names: dict[Place, list[str]] = {}
+        self.strangers: list[str] = []  # what the model has no place for: layers for drafts, say
         if not checkpoint.mapped:
             return
         every = {place for block in blocks for place in places(block.module)}
@@ -55,6 +56,8 @@ class Shards:
         state = model.state_dict()
         for on_disk in checkpoint.files:
             in_model, _ = rename(on_disk)
+            if in_model not in state and on_disk not in state:
+                self.strangers.append(on_disk)
             if in_model in state and in_model not in tied:
                 module, _, attribute = in_model.rpartition(".")
                 place = (model.get_submodule(module), attribute)
@@ -72,7 +75,11 @@ class Shards:
         tensors = dict(self.checkpoint.tensors(wanted))
         if tensors:
             self._load(tensors)
-        mapped = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+        mapped = {
+            tensor.untyped_storage().data_ptr()
+            for name, tensor in tensors.items()
+            if not self.checkpoint.own(name)
+        }
         read = set()
         for place in lacking:
             parameter = getattr(*place)
@@ -120,7 +127,7 @@ def open_model(
     def prepare(skeleton: Any, tensors: dict[str, Any]) -> tuple[()]:
         blocks = find(skeleton)
         shards = Shards(checkpoint, skeleton, blocks)
-        for names in shards.names.values():
+        for names in (shards.strangers, *shards.names.values()):
             tensors.update({name: Absent(checkpoint.layout[name]) for name in names})
         found.append((blocks, shards))
         return ()
