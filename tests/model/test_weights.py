@@ -14,6 +14,7 @@ from optq.errors import ModelError
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.experts import Bank
+from optq.model.flow import Flow
 from optq.model.shards import open_model
 from optq.model.source import load_model
 from optq.model.weights import Weights
@@ -97,8 +98,13 @@ def test_what_is_outside_of_blocks_comes_back_also_where_two_modules_share_it():
     before = {name: p.data for name, p in model.named_parameters()}
     # A dtype stands for the device: tensors move to it just so, and every machine has two.
     weights = Weights(model, find_blocks(model), torch.float64)
-    with weights.outside_on_device():
+    with weights.outside.on_device():
         on_device = {name for name, p in model.named_parameters() if p.dtype == torch.float64}
+        model.embed(torch.tensor([0]))
+        weights.outside.let_go()
+        assert model.embed.weight.dtype == torch.float32
+        model.tied(torch.tensor([0]))
+        assert model.embed.weight.dtype == torch.float64
     assert on_device == {"embed.weight"}
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == before[name].data_ptr(), name
@@ -161,6 +167,57 @@ def test_a_run_has_one_block_in_memory_and_keeps_what_it_is_asked_to(tmp_path, m
     result = Runner(ModelConfig(str(source), "cpu"), RTN(4, 32), calib=tokens, output=output).run()
     assert held == ([[0], [0, 1]] if keep else [[0], [1]])
     assert not any(parameter.is_meta for parameter in result.model.parameters())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "qwen3"])
+def test_embeddings_are_let_go_before_the_first_block_and_the_head_is_not_there(
+    tmp_path, monkeypatch, name, keep
+):
+    row = next(row for row in zoo.ROWS if row.name == name)
+    source, seen, done = zoo.save(row, tmp_path / "model"), [], Quantization.done
+
+    def watched(work, block):
+        shapes = {n: p.numel() for n, p in work.model.named_parameters()}
+        seen.append({n for n, size in shapes.items() if not size})
+        assert work.model.get_output_embeddings().weight.numel() == 0
+        done(work, block)
+
+    monkeypatch.setattr(Quantization, "done", watched)
+    output = None if keep else tmp_path / "out"
+    for dtype in (None, "bfloat16"):  # mapped, and cast
+        how = {"calib": zoo.token_ids(4, 32), "output": output, "force": True}
+        result = Runner(ModelConfig(str(source), "cpu", dtype), RTN(4, 32), **how).run()
+        ours = load_model(Checkpoint.open(str(source), getattr(torch, dtype or "", None)))
+        outside = {n: p for n, p in ours.named_parameters() if n in seen[0]}
+        assert any("embed" in n or "wte" in n for n in outside)
+        for n, parameter in outside.items():
+            assert torch.equal(result.model.get_parameter(n), parameter)
+    assert len({*map(frozenset, seen)}) == 1
+
+
+def test_what_is_called_again_after_the_first_block_comes_back(tmp_path, monkeypatch):
+    """As per-layer embeddings are; that a module is, is seen and not declared."""
+    row = next(row for row in zoo.ROWS if row.name == "llama")
+    source, read = zoo.save(row, tmp_path / "model"), []
+
+    def call_again(model):
+        blocks = find_blocks(model)
+        for block in blocks:
+            module = block.module.self_attn
+            module.register_forward_pre_hook(
+                lambda *_: read.append(model.model.embed_tokens(torch.tensor([1])).clone())
+            )
+        return blocks
+
+    model, blocks, shards = open_model(Checkpoint.open(str(source)), call_again)
+    first = model.model.embed_tokens.weight[1:2].clone()
+    weights, gone = Weights(model, blocks, CPU, keep=False, shards=shards), []
+    done = [lambda block: gone.append(model.model.embed_tokens.weight.numel() == 0)]
+    Flow(model, blocks, [zoo.token_ids(2, 16)], weights, list, *done).run()
+    assert read and all(torch.equal(each, first) for each in read)
+    assert gone == [False] * len(blocks)
+    assert torch.equal(model.model.embed_tokens.weight[1:2], first)
 
 
 def _any_values(module):

@@ -47,6 +47,7 @@ class Shards:
     def __init__(self, checkpoint: Checkpoint, model: Any, blocks: list[Block]) -> None:
         self.checkpoint, self.model = checkpoint, model
         self.names: dict[Place, list[str]] = {}
+        self.outside: dict[Place, str] = {}  # what stands on disk as it is in the model
         self.strangers: list[str] = []  # what the model has no place for: layers for drafts, say
         if not checkpoint.mapped:
             return
@@ -55,14 +56,18 @@ class Shards:
         rename, _ = renaming(model)
         state = model.state_dict()
         for on_disk in checkpoint.files:
-            in_model, _ = rename(on_disk)
+            in_model, converted = rename(on_disk)
             if in_model not in state and on_disk not in state:
                 self.strangers.append(on_disk)
-            if in_model in state and in_model not in tied:
-                module, _, attribute = in_model.rpartition(".")
-                place = (model.get_submodule(module), attribute)
-                if place in every:
+            if in_model not in state:
+                continue
+            module, _, attribute = in_model.rpartition(".")
+            place = (model.get_submodule(module), attribute)
+            if place in every:
+                if in_model not in tied:
                     self.names.setdefault(place, []).append(on_disk)
+            elif converted is None and state[in_model].shape == checkpoint.layout[on_disk].shape:
+                self.outside[place] = on_disk
 
     def read(self, block: Block) -> set[nn.Parameter]:
         """Give each parameter of the block that has no values its own; those that got them.
@@ -84,15 +89,24 @@ class Shards:
         for place in lacking:
             parameter = getattr(*place)
             if parameter.is_meta:
-                raise ModelError(
-                    f"{self.checkpoint.folder} is not what it was when the run began: {block.name}"
-                    f" lacks its {place[1]}",
-                    "copy the model again, and leave it alone while it is quantized",
-                )
+                raise self._changed(f"{block.name} lacks its {place[1]}")
             if parameter.data.untyped_storage().data_ptr() in mapped:
                 parameter.data = parameter.data.clone()
             read.add(parameter)
         return read
+
+    def read_outside(self, name: str) -> Tensor:
+        """A parameter outside the blocks by its name on disk, as it stands there."""
+        (tensor,) = (tensor for _, tensor in self.checkpoint.tensors([name]))
+        if tensor.shape != self.checkpoint.layout[name].shape:
+            raise self._changed(f"{name} has another shape")
+        return tensor
+
+    def _changed(self, what: str) -> ModelError:
+        return ModelError(
+            f"{self.checkpoint.folder} is not what it was when the run began: {what}",
+            "copy the model again, and leave it alone while it is quantized",
+        )
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         """Put these tensors into the model, as ``from_pretrained`` does with all of them."""
@@ -129,6 +143,8 @@ def open_model(
         shards = Shards(checkpoint, skeleton, blocks)
         for names in (shards.strangers, *shards.names.values()):
             tensors.update({name: Absent(checkpoint.layout[name]) for name in names})
+        for name in shards.outside.values():  # each mapped for itself, so that each can go
+            tensors.update(checkpoint.tensors([name]))
         found.append((blocks, shards))
         return ()
 
