@@ -1,6 +1,8 @@
 """Who holds a block's tensors, from its fetch to its drop."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -196,6 +198,26 @@ def test_embeddings_are_let_go_before_the_first_block_and_the_head_is_not_there(
     assert len({*map(frozenset, seen)}) == 1
 
 
+def test_no_tensor_outlives_the_load_but_in_the_model(tmp_path):
+    """A file stays mapped, and resident where it was touched, as long as one of them does."""
+    checkpoint = Checkpoint.open(str(zoo.save(zoo.ROWS[0], tmp_path)))
+    given, tensors = [], Checkpoint.tensors
+
+    def watched(self, names=None):
+        for name, tensor in tensors(self, names):
+            given.append(weakref.ref(tensor))
+            yield name, tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "tensors", watched)
+        gc.disable()
+        model, _, _ = open_model(checkpoint, find_blocks)
+        alive = [tensor for ref in given if (tensor := ref()) is not None]
+        gc.enable()
+    mine = {id(p) for p in (*model.parameters(), *model.buffers())}
+    assert given and all(id(tensor) in mine for tensor in alive)
+
+
 def test_what_is_called_again_after_the_first_block_comes_back(tmp_path, monkeypatch):
     """As per-layer embeddings are; that a module is, is seen and not declared."""
     row = next(row for row in zoo.ROWS if row.name == "llama")
@@ -212,7 +234,7 @@ def test_what_is_called_again_after_the_first_block_comes_back(tmp_path, monkeyp
 
     model, blocks, shards = open_model(Checkpoint.open(str(source)), call_again)
     first = model.model.embed_tokens.weight[1:2].clone()
-    weights, gone = Weights(model, blocks, CPU, keep=False, shards=shards), []
+    weights, gone = Weights(model, blocks, CPU, shards=shards), []
     done = [lambda block: gone.append(model.model.embed_tokens.weight.numel() == 0)]
     Flow(model, blocks, [zoo.token_ids(2, 16)], weights, list, *done).run()
     assert read and all(torch.equal(each, first) for each in read)

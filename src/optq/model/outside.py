@@ -19,12 +19,21 @@ from optq.model.shards import Shards
 
 
 class Outside:
-    """The parameters outside ``blocks``; what ``shards`` can read again is not kept elsewhere."""
+    """The parameters outside ``blocks``; what ``shards`` can read again is not kept elsewhere.
+
+    With ``keep`` they are all there in the end, on the CPU.
+    """
 
     def __init__(
-        self, model: Any, blocks: list[Block], device: torch.device, shards: Shards | None
+        self,
+        model: Any,
+        blocks: list[Block],
+        device: torch.device,
+        keep: bool,
+        shards: Shards | None,
     ) -> None:
-        self.model, self.blocks, self.device, self.shards = model, blocks, device, shards
+        self.model, self.blocks, self.device = model, blocks, device
+        self.keep, self.shards = keep, shards
         self._called: set[nn.Module] = set()
         self._gone: set[nn.Parameter] = set()
         self._names: dict[nn.Parameter, str] = {}  # on disk
@@ -65,7 +74,9 @@ class Outside:
                 parameter.data = data
             _move_buffers(self.model.modules(), "cpu")
         for parameter in self._names:
-            if parameter in self._gone or parameter.device.type != "cpu":
+            if not self.keep:
+                self._let_go(parameter)
+            elif parameter in self._gone or parameter.device.type != "cpu":
                 self._bring_back(parameter, torch.device("cpu"))
 
     def let_go(self) -> None:

@@ -88,6 +88,7 @@ def load_model(
             kind = transformers.GenerationConfig
             model.generation_config = kind.from_pretrained(checkpoint.folder)
     model.__class__ = plain
+    tensors.clear()  # which that class holds, and itself, until the collector comes by
     problems = {"missing ": {*map(str, report["missing_keys"])}}
     problems[""] = {misshapen(*each) for each in report["mismatched_keys"]}
     misfits = any(problems.values())

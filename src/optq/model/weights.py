@@ -34,7 +34,7 @@ class Weights:
         shards: Shards | None = None,
     ) -> None:
         self.model, self.blocks, self.device, self.keep = model, blocks, device, keep
-        self.shards, self.outside = shards, Outside(model, blocks, device, shards)
+        self.shards, self.outside = shards, Outside(model, blocks, device, keep, shards)
         layers = [layer for block in blocks for layer in block.layers]
         self._versions = {layer: layer.parameter._version for layer in layers}
         # What blocks share, a module or a parameter, is needed until the last of them is done.
