@@ -97,7 +97,13 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         files[name] = checkpoint.files[next(iter(own.values()))]
         layout[name] = alike[kind]
     say = checkpoint.dtype or (dtype if named is not dtype else None)
-    around = {"source": checkpoint, "into": dtype, "parts": parts, "make": make}
+    around = {
+        "hub": checkpoint.hub,
+        "source": checkpoint,
+        "into": dtype,
+        "parts": parts,
+        "make": make,
+    }
     return Dequantized(checkpoint.folder, files, layout, say, **around)  # type: ignore[arg-type]
 
 
