@@ -13,6 +13,7 @@ from torch import nn
 
 from optq import RTN, ModelConfig, Runner
 from optq.errors import ModelError
+from optq.model import shards
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.experts import Bank
@@ -123,13 +124,15 @@ def saved(name, folder):
     return folder
 
 
+@pytest.mark.parametrize("portion", [1, shards.PORTION])
 @pytest.mark.parametrize("name", STREAMED)
-def test_a_block_read_alone_is_what_transformers_loads(tmp_path, name):
+def test_a_block_read_alone_is_what_transformers_loads(tmp_path, monkeypatch, name, portion):
     """In every parameter, its dtype and strides; and one block is in memory at a time."""
+    monkeypatch.setattr(shards, "PORTION", portion)
     checkpoint = Checkpoint.open(str(saved(name, tmp_path)))
     whole = load_model(checkpoint)
-    model, blocks, shards = open_model(checkpoint, find_blocks)
-    weights = Weights(model, blocks, CPU, keep=False, shards=shards)
+    model, blocks, on_disk = open_model(checkpoint, find_blocks)
+    weights = Weights(model, blocks, CPU, keep=False, shards=on_disk)
     inside = {n for block in blocks for n, _ in block.module.named_parameters(block.name)}
     outside = dict(model.named_parameters()).keys() - inside
     assert all(torch.equal(model.get_parameter(n), whole.get_parameter(n)) for n in outside)
@@ -232,9 +235,9 @@ def test_what_is_called_again_after_the_first_block_comes_back(tmp_path, monkeyp
             )
         return blocks
 
-    model, blocks, shards = open_model(Checkpoint.open(str(source)), call_again)
+    model, blocks, on_disk = open_model(Checkpoint.open(str(source)), call_again)
     first = model.model.embed_tokens.weight[1:2].clone()
-    weights, gone = Weights(model, blocks, CPU, shards=shards), []
+    weights, gone = Weights(model, blocks, CPU, shards=on_disk), []
     done = [lambda block: gone.append(model.model.embed_tokens.weight.numel() == 0)]
     Flow(model, blocks, [zoo.token_ids(2, 16)], weights, list, *done).run()
     assert read and all(torch.equal(each, first) for each in read)
@@ -247,10 +250,10 @@ def _any_values(module):
 
 
 def test_a_kept_model_has_blocks_that_nobody_fetched(tmp_path):
-    model, blocks, shards = open_model(
+    model, blocks, on_disk = open_model(
         Checkpoint.open(str(saved("mixtral", tmp_path))), find_blocks
     )
-    weights = Weights(model, blocks, CPU, shards=shards)
+    weights = Weights(model, blocks, CPU, shards=on_disk)
     weights.fetch(blocks[0])
     weights.complete()
     assert not any(parameter.is_meta for parameter in model.parameters())
@@ -259,8 +262,8 @@ def test_a_kept_model_has_blocks_that_nobody_fetched(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "gone", "another"])
 def test_a_shard_damaged_after_the_run_began_is_named(tmp_path, damage):
     folder = saved("mixtral", tmp_path)
-    model, blocks, shards = open_model(Checkpoint.open(str(folder)), find_blocks)
-    weights = Weights(model, blocks, CPU, keep=False, shards=shards)
+    model, blocks, on_disk = open_model(Checkpoint.open(str(folder)), find_blocks)
+    weights = Weights(model, blocks, CPU, keep=False, shards=on_disk)
     weights.fetch(blocks[0])
     weights.drop(blocks[0])
     for path in folder.glob("*.safetensors"):

@@ -20,6 +20,7 @@ from optq.model.checkpoint import Checkpoint
 from optq.model.names import renaming
 from optq.model.source import load_model, quiet, unloadable
 
+PORTION = 2**28  # bytes of what is read or dequantized before transformers has merged it
 Place = tuple[nn.Module, str]  # where a parameter stands: modules outlive their parameters
 
 
@@ -76,15 +77,14 @@ class Shards:
         :class:`ModelError` for a file that was damaged or changed since it was opened.
         """
         lacking = [place for place in places(block.module) if getattr(*place).is_meta]
-        wanted = [name for place in lacking for name in self.names.get(place, ())]
-        tensors = dict(self.checkpoint.tensors(wanted))
-        if tensors:
+        mapped = set()
+        for wanted in self._portions(lacking):
+            tensors = dict(self.checkpoint.tensors(wanted))
             self._load(tensors)
-        mapped = {
-            tensor.untyped_storage().data_ptr()
-            for name, tensor in tensors.items()
-            if not self.checkpoint.own(name)
-        }
+            for name, tensor in tensors.items():
+                if not self.checkpoint.own(name):
+                    mapped.add(tensor.untyped_storage().data_ptr())
+            del tensors  # before others come
         read = set()
         for place in lacking:
             parameter = getattr(*place)
@@ -94,6 +94,18 @@ class Shards:
                 parameter.data = parameter.data.clone()
             read.add(parameter)
         return read
+
+    def _portions(self, lacking: list[Place]) -> Iterator[list[str]]:
+        """The names on disk of what some parameters are made of, never of a part of one."""
+        some: list[str] = []
+        for names in filter(None, (self.names.get(place) for place in lacking)):
+            size = sum(self.checkpoint.layout[name].nbytes for name in (*some, *names))
+            if some and size > PORTION:
+                yield some
+                some = []
+            some = [*some, *names]
+        if some:
+            yield some
 
     def read_outside(self, name: str) -> Tensor:
         """A parameter outside the blocks by its name on disk, as it stands there."""
