@@ -56,6 +56,8 @@ class Weights:
                     "models that rescale their own weights cannot be quantized",
                 )
         read = self.shards.read(block) if self.shards else set()
+        if read:
+            _trim()  # what they were made of
         # Memory of its own: what is written to a mapped file's pages stays until the whole file is
         # let go, and the quantized weights of a model larger than memory with it.
         if self.device.type == "cpu":
