@@ -763,7 +763,7 @@ def test_bench_of_a_plain_model(optq_says, folder_of):
     [
         ("awq", {"bits": 4, "group_size": 128}),
         ("bitsandbytes", {"load_in_4bit": True}),
-        ("fp8", {}),
+        ("quanto", {"weights": "int8"}),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "export", "bench", "inspect"])

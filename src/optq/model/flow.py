@@ -73,9 +73,10 @@ class Flow:
             for ids in self.batches:
                 everyone.append(Batch(self._forward, ids, first, kind))
                 first += len(ids)
-        with torch.no_grad(), self.weights.outside_on_device(), self._sites.hooks():
+        with torch.no_grad(), self.weights.outside.on_device(), self._sites.hooks():
             try:
                 self._advance(everyone)
+                self.weights.outside.let_go()
                 while waiting := [batch.before for batch in everyone if batch.before]:
                     block = min(waiting, key=lambda block: block.index)
                     self._through(block, [batch for batch in everyone if batch.before is block])
