@@ -34,7 +34,7 @@ from optq.formats import FORMATS, reader
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
-from optq.formats.writer import Kept, Writer, place_of
+from optq.formats.writer import Dropped, Kept, Writer, place_of
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.shards import open_model
@@ -45,6 +45,8 @@ from optq.model.source import (
     sequence_length,
 )
 from optq.quantize import Progress, Quantization, names_on_disk
+from optq.ranks import Ranks
+from optq.ranks import ranks as ranks_of
 from optq.record import LayerRecord, RunRecord
 
 MANY = 0.1  # of a layer's columns without evidence: worth a warning
@@ -113,10 +115,11 @@ class Runner:
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
             )
         form, checkpoint = FORMATS[self.format], self.model_config.plain_checkpoint()
-        if self.output is None:
-            return self._run(checkpoint, form, None, started)
-        with place_of(Path(self.output), checkpoint, self.force, self.notice) as place:
-            return self._run(checkpoint, form, place, started)
+        with ranks_of(self.model_config.torch_device()) as ranks:
+            if self.output is None or not ranks.first:
+                return self._run(checkpoint, form, None, started, ranks)
+            with place_of(Path(self.output), checkpoint, self.force, self.notice) as place:
+                return self._run(checkpoint, form, place, started, ranks)
 
     def _check_types(self) -> None:
         """Refuse what is not of the type that a field is annotated with."""
@@ -129,7 +132,12 @@ class Runner:
                 raise SettingError(f"{name} is {short(repr(value))}", f"pass {wanted}")
 
     def _run(
-        self, checkpoint: Checkpoint, form: Format, place: Whole | None, started: float
+        self,
+        checkpoint: Checkpoint,
+        form: Format,
+        place: Whole | None,
+        started: float,
+        ranks: Ranks,
     ) -> Result:
         device, quantizer, calib = self.model_config.torch_device(), self.quantizer, self._calib()
         model, blocks, shards = open_model(checkpoint, lambda m: find_blocks(m, self.skip))
@@ -137,13 +145,15 @@ class Runner:
         banks = [bank for block in blocks for bank in block.banks]
         skipped = [bank for block in blocks for bank in block.dense]
         for line in notices(form, quantizer.scheme(), model, banks, skipped, names):
-            self.notice(line)
+            if ranks.first:
+                self.notice(line)
         qep = QEP() if self.qep is True else self.qep or None
-        tokens = self._tokens(calib, checkpoint, model)
+        tokens = ranks.share(lambda: self._tokens(calib, checkpoint, model))
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink = Kept(form, dtype) if place is None else Writer(place, checkpoint, form, dtype)
-        around = (storage, sink, place is None, self.progress, shards)
-        work = Quantization(model, blocks, names, quantizer, qep, *around)
+        progress: Callable[[Progress], None] = self.progress if ranks.first else lambda _: None
+        around = (storage, sink if ranks.first else Dropped(), self.output is None, progress)
+        work = Quantization(model, blocks, names, quantizer, qep, *around, shards, ranks)
         loaded = time.perf_counter() - started
         try:
             work.calibrate(tokens, device)
@@ -153,7 +163,9 @@ class Runner:
                 "choose fewer --nsamples, a shorter --seqlen, or --device cpu",
             ) from error
         # A module that later blocks share is called again after its record was made.
-        calls = {layer.name: {"calls": layer.calls} for block in blocks for layer in block.layers}
+        found = [layer for block in blocks for layer in block.layers]
+        told = zip(*ranks.gather([layer.calls for layer in found], "records"), strict=True)
+        calls = {layer.name: {"calls": max(n)} for layer, n in zip(found, told, strict=True)}
         layers = [record.model_copy(update=calls[record.name]) for record in sink.records]
         self._tell_of_columns_without_tokens(layers)
         solved = {layer.name for layer in layers}
@@ -176,9 +188,12 @@ class Runner:
         rest = dense, percdamp, record, outside, replaced
         if isinstance(sink, Writer):
             sink.finish(*rest)
+        record = ranks.share(lambda: record)
         work.seconds["write"] += time.perf_counter() - finishing
 
         def save(path: Path, force: bool) -> None:
+            if not ranks.first:
+                return  # the first process writes
             if place is not None:
                 raise SettingError(f"the run wrote {self.output} already", "copy that folder")
             with place_of(path, checkpoint, force, self.notice) as other:
@@ -195,7 +210,7 @@ class Runner:
             bytes=record.bytes,
             record=record,
             output=None if self.output is None else Path(self.output),
-            _model=model if place is None else None,
+            _model=model if self.output is None else None,
             _write=save,
         )
 

@@ -27,6 +27,12 @@ SHARD_BYTES = 2**29  # packed weights wait for a full shard in memory
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class Dropped:
+    """What a process has that neither writes nor keeps: another one does."""
+
+    def commit(self, layers: Solved, records: Sequence[LayerRecord]) -> None: ...
+
+
 class Kept:
     """Encoded layers, kept in memory for a :class:`Writer` to come; ``dtype`` is the model's."""
 
