@@ -3,19 +3,13 @@
 import hashlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 import zoo
 import zoo_configs as configs
-
-from optq.ranks import Ranks
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "ranks_run.py"
@@ -53,8 +47,10 @@ def models(tmp_path_factory):
     folder, rows = tmp_path_factory.mktemp("ranks"), {row.name: row for row in zoo.ROWS}
     rows["mixtral"] = zoo.Row("mixtral", configs.mixtral, "", ())
     rows["llama4"] = zoo.Row("llama4", configs.llama4, "", ())
-    return {name: str(zoo.save(rows[name], folder / name)) for name in
-            ("llama_bfloat16", "gpt2", "mixtral", "llama4")}
+    return {
+        name: str(zoo.save(rows[name], folder / name))
+        for name in ("llama_bfloat16", "gpt2", "mixtral", "llama4")
+    }
 
 
 def settings(models, path, out):
@@ -64,8 +60,8 @@ def settings(models, path, out):
     runs = {
         "dense qep": gptq | {"model": models["llama_bfloat16"], "quantizer": [3, 32], "qep": True},
         "dense": gptq | {"model": models["gpt2"], "quantizer": [4, -1, False]},
-        "rounded": gptq | {"model": models["gpt2"], "quantizer": [4, 32], "method": "rtn",
-                           "qep": True},
+        "rounded": gptq
+        | {"model": models["gpt2"], "quantizer": [4, 32], "method": "rtn", "qep": True},
         "experts": gptq | {"model": models["mixtral"], "quantizer": [4, 32], "qep": True},
         "copies": gptq | {"model": models["llama4"], "quantizer": [3, 32], "qep": True},
         "few batches": gptq | {"model": models["mixtral"], "quantizer": [4, 32], "calib": two},

@@ -72,10 +72,9 @@ class ModelConfig:
 
 def _own(name: str) -> torch.device:
     """The device; of several processes on a machine each has its own GPU."""
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None and launched():
-        return torch.device("cuda", local_rank())
-    return device
+    return (
+        torch.device("cuda", local_rank()) if name == "cuda" and launched() else torch.device(name)
+    )
 
 
 def load(path: str | Path, device: str = "auto") -> Any:

@@ -200,9 +200,9 @@ class Quantization:
     def _put(self, site: Site, outcome: Outcome) -> None:
         """Solved: into the model, and among what goes to disk with the block."""
         rows = [layer.shape[0] for layer in site.layers]
-        parts = zip(site.layers, outcome.solution.split(rows), outcome.energy.split(rows))
+        parts, energies = outcome.solution.split(rows), outcome.energy.split(rows)
         records = []
-        for layer, part, energy in parts:
+        for layer, part, energy in zip(site.layers, parts, energies, strict=True):
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
             self.solved[name] = part, self.scheme

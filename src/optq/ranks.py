@@ -1,4 +1,4 @@
-"""The processes of one run, which ``torchrun`` starts: their numbers, and what they tell each other.
+"""The processes of one run, which ``torchrun`` starts: which is which, and what they exchange.
 
 Each is a *rank*. All do the same work on shares of it, in lockstep, so that each call here is made
 by all of them, in the same order. With one process nothing is sent, and nothing costs time.
@@ -29,7 +29,7 @@ UNIT = 64  # rows of a weight that stay together: what vector units sum side by 
 
 @dataclass(eq=False)
 class Ranks:
-    """Process ``rank`` of ``size``. ``sent`` counts its bytes, by the site and by what they were."""
+    """Process ``rank`` of ``size``. ``sent`` counts its bytes by the site and what they were."""
 
     rank: int = 0
     size: int = 1
@@ -93,7 +93,7 @@ class Ranks:
                 move.wait()
         self._count(what, *(outgoing[rank] for rank in others))
         for rank in others:
-            received[rank] = pickle.loads(incoming[rank].numpy())
+            received[rank] = pickle.loads(bytes(incoming[rank].numpy()))
         return received
 
     def receive(self, tensor: Tensor) -> None:
@@ -171,15 +171,18 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    own = Ranks(int(os.environ["RANK"]), _world())
+    store, rank, size = next(dist.rendezvous("env://"))
+    # The store is as old as the processes: each of their runs has keys of its own in it.
+    store = dist.PrefixStore(f"optq {store.add(f'runs of {rank}', 1)}", store)
+    own = Ranks(rank, size)
     with own._together():
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield own
     except PeerError:
         raise
     except OptqError as error:
-        if not _first_to_fail():
+        if not _first_to_fail(store):
             raise own.ended() from error
         raise
     except KeyboardInterrupt as error:
@@ -194,10 +197,9 @@ def _world() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def _first_to_fail() -> bool:
+def _first_to_fail(store: Any) -> bool:
     """Whether no other rank has told of an error: all of them find what is wrong with an option."""
-    store = dist.distributed_c10d._get_default_store()
     try:
-        return int(store.add("optq failed", 1)) == 1
+        return int(store.add("failed", 1)) == 1
     except RuntimeError:  # who kept it is gone
         return True

@@ -59,7 +59,7 @@ class Flow:
     solve: Callable[[Iterator[tuple[Site, SiteSums | None]]], None]
     done: Callable[[Block], None] = lambda block: None
     propagate: bool = False
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
     together: Callable[[Site], int] = lambda site: 1
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0})
 

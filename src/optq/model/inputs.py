@@ -89,7 +89,8 @@ def gather(
 ) -> SiteSums:
     """The sums of a site called ``where`` in errors; ``full``: the other stream's, if it runs.
 
-    With several ``ranks`` of what all of them hand over, in the order of the ranks. Raises :class:`NumericsError`, which names the sample, where an input is not finite.
+    With several ``ranks`` they are of what all of them hand over, in their order. Raises
+    :class:`NumericsError`, which names the sample, where an input is not finite.
     """
     pieces = _pieces(quantized, {each.first_sample: each for each in full or []})
     if ranks.size > 1:

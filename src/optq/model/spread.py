@@ -15,8 +15,8 @@ Read = tuple[list[Handed], list[Handed]]  # in the quantized model, and in the o
 class Spread:
     """``count`` experts, ``together`` of them at a time to each rank in turn.
 
-    ``tokens`` says how many each got, on all ranks. What was ``quantized`` and ``full`` is what this
-    rank's batches handed over.
+    ``tokens`` says how many each got, on all ranks; ``quantized`` and ``full`` are what batches of
+    this one handed over.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class Spread:
     ) -> None:
         self.ranks, self.count, self.together = ranks, count, together
         self.quantized, self.full = quantized, full
-        own = [
-            sum(len(batch.of[e].tokens) for batch in quantized if e in batch.of)  # type: ignore[arg-type]
-            for e in range(count)
-        ]
+        own = [0] * count
+        for batch in quantized:
+            for expert, handed in batch.of.items():
+                own[expert] += 0 if handed.tokens is None else len(handed.tokens)
         self.tokens = [sum(each) for each in zip(*ranks.gather(own, "experts"), strict=True)]
 
     def steps(self) -> Iterator[range]:
