@@ -33,6 +33,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    here: int = 1  # processes of the run on this machine
     site: str = ""  # under way
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -174,7 +175,7 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
     store, rank, size = next(dist.rendezvous("env://"))
     # The store is as old as the processes: each of their runs has keys of its own in it.
     store = dist.PrefixStore(f"optq {store.add(f'runs of {rank}', 1)}", store)
-    own = Ranks(rank, size)
+    own = Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]))
     with own._together():
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:

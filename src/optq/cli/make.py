@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optq.cli.app import app, print_json, refuse_given, say, words
+from optq.cli.app import app, print_json, refuse_given, say, size, words
 from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.errors import SettingError
 
@@ -80,6 +80,13 @@ def quantize(
     device: Device = "auto",
     dtype: Dtype = None,
     file_format: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
+    activation_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What batches may hold on the device, 8GB say; the rest goes to host memory, then"
+            " to files. Default: half of what is free."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -99,6 +106,7 @@ def quantize(
         quantizer = replace(quantizer, groupsize=_groupsize(config, skip))
     if qep is None:
         qep = method == "gptq" and not plain and BEST[wbits].qep
+    memory = size("--activation-memory", activation_memory)
     calib = ("demo" if config.is_demo else "c4") if calib is None else calib
     with progress.bar("quantizing") as bar:
         bar(0, 1, "reading model and text")
@@ -121,6 +129,7 @@ def quantize(
             skip=skip,
             chat=chat,
             force=force,
+            activation_memory=memory,
             progress=solved,
             notice=say,
             reading=lambda done, of: bar(0, 1, f"reading text: {done} of {of}"),
@@ -147,6 +156,7 @@ def quantize(
             f" {weights / 1e6:.1f} million weights; {len(result.dense)} linear layers left dense",
             "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
             **tables.short_of_tokens([layer.model_dump() for layer in result.layers]),
+            **tables.held(result.activations),
             "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
             "next": f"optq eval {out}{' --text demo' if calib == 'demo' else ''}"
             f"    optq inspect {out}    optq generate {out} PROMPT",

@@ -9,7 +9,7 @@ diagonal are computed. The product with the difference of two streams is held to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -86,21 +86,27 @@ class Chunks:
     To each part the same products are added in the same order as by :meth:`Hessian.add`.
     """
 
-    def __init__(self, inputs: Sequence[Float[Tensor, "tokens columns"]], dtype: torch.dtype):
-        self.tokens = sum(map(len, inputs))
-        self._chunks = [chunk for x in inputs for chunk in x.split(TOKENS)]
-        self._dtype = dtype
-        bfloat16 = any(chunk.dtype == torch.bfloat16 for chunk in self._chunks)
-        self._units = "bf16" if bfloat16 and dtype == torch.float32 else "ieee"
-        if self.tokens and self.tokens * inputs[0].shape[1] <= COPIED:
-            self._chunks = [self._convert(chunk) for chunk in self._chunks]
+    def __init__(
+        self, inputs: Callable[[], Iterable[Float[Tensor, "tokens columns"]]], dtype: torch.dtype
+    ) -> None:
+        self._inputs, self._dtype = inputs, dtype
+        sizes = [(len(x), x.numel(), x.dtype == torch.bfloat16) for x in inputs()]
+        self.tokens = sum(tokens for tokens, _, _ in sizes)
+        bfloat16 = any(each for _, _, each in sizes) and dtype == torch.float32
+        self._units = "bf16" if bfloat16 else "ieee"
+        self._kept: list[Tensor] | None = None
+        if sum(numbers for _, numbers, _ in sizes) <= COPIED:
+            self._kept = [self._convert(chunk) for chunk in self._chunks()]
 
     def add_to(self, part: Float[Tensor, "rows some"], first: int) -> None:
         """Add all of them to the part of the sum whose first row is ``first``."""
         with exact_products(self._units):
-            for chunk in self._chunks:
+            for chunk in self._kept or self._chunks():
                 x = self._convert(chunk[:, first:])
                 _add_product(part, x[:, :TILE], x)
+
+    def _chunks(self) -> Iterator[Tensor]:
+        return (chunk for x in self._inputs() for chunk in x.split(TOKENS))
 
     def _convert(self, x: Tensor) -> Tensor:
         return x.to(self._dtype) if x.device.type == "cpu" else x

@@ -8,7 +8,7 @@ adds to a part the one before it adds to the next. The last one hands each finis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -24,12 +24,15 @@ def chained(
     columns: int,
     device: torch.device,
     dtype: torch.dtype,
-    pieces: Sequence[Piece],
+    pieces: Callable[[], Iterable[Piece]],
     drifts: bool,
 ) -> tuple[Hessian, Tensor | None]:
-    """The Hessian of all ranks' ``pieces``; with ``drifts`` the sum of :func:`add_drift` too."""
+    """The Hessian of all ranks' ``pieces``; with ``drifts`` the sum of :func:`add_drift` too.
+
+    They are read anew for each part, unless they are few: they may lie on another device.
+    """
     hessian = Hessian(columns, device, dtype)
-    chunks = Chunks([inputs for inputs, _, _ in pieces], dtype)
+    chunks = Chunks(lambda: (inputs for inputs, _, _ in pieces()), dtype)
     hessian.tokens = ranks.total(chunks.tokens)
     parts = [(hessian.part(first), first) for first in hessian.rows()]
     # The smallest first: the other ranks wait for it.
@@ -39,7 +42,7 @@ def chained(
     drift = torch.zeros(columns, columns, device=device, dtype=dtype)
 
     def add(part: Tensor, first: int) -> None:
-        for _, x, y in pieces:
+        for _, x, y in pieces():
             if len(x):
                 add_drift(part, x, y, slice(first, first + TILE))
 

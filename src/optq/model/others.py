@@ -19,6 +19,7 @@ class Others:
 
     def __init__(self, site: Site, handed: list[HandedExperts], ranks: Ranks = Ranks()) -> None:
         self.site, self.handed, self.ranks = site, handed, ranks
+        self.device = site.layers[0].parameter.device
 
     def sample(self, expert: int, count: int, owner: int = 0) -> Float[Tensor, "some hidden"]:
         """So many that went elsewhere, or all: those to which the router likes ``expert`` best.
@@ -29,11 +30,9 @@ class Others:
         elsewhere = []
         for batch in self.handed:
             own = batch.of[expert].tokens if expert in batch.of else None
-            free = torch.ones(
-                len(batch.every.inputs), dtype=torch.bool, device=batch.every.x.device
-            )
+            free = torch.ones(len(batch.every.inputs), dtype=torch.bool, device=self.device)
             if own is not None:
-                free[own] = False
+                free[own.to(free.device)] = False
             elsewhere.append(free)
         own = torch.cat(elsewhere) if elsewhere else torch.empty(0, dtype=torch.bool)
         all_free, scores, before = self._of_all(own, expert)
@@ -45,14 +44,14 @@ class Others:
         picked = torch.zeros(len(all_free), dtype=torch.bool, device=free.device)
         picked[chosen] = True
         parts = picked[before : before + len(own)].split([len(each) for each in elsewhere])
-        rows = [b.every.inputs[p] for b, p in zip(self.handed, parts, strict=True)]
+        rows = [b.every.inputs.to(self.device)[p] for b, p in zip(self.handed, parts, strict=True)]
         if self.ranks.size == 1:
             return torch.cat(rows)
         sent = [each.cpu() for each in rows]
         received = self.ranks.exchange(
             [sent if rank == owner else [] for rank in range(self.ranks.size)], "experts"
         )
-        return torch.cat([row for rows in received for row in rows] or [own[:0]]).to(own.device)
+        return torch.cat([row for rows in received for row in rows] or [own[:0]]).to(self.device)
 
     def _of_all(self, free: Tensor, expert: int) -> tuple[Tensor, Tensor | None, int]:
         """Of all ranks' tokens, in order, whether they are free, and the router's scores.
@@ -78,7 +77,8 @@ class Others:
         weight = router.weight.T.float()
         if not self.handed:
             return weight[:0]
-        logits = torch.cat([b.every.inputs.float() @ weight for b in self.handed])
+        every = (batch.every.inputs.to(self.device).float() for batch in self.handed)
+        logits = torch.cat([inputs @ weight for inputs in every])
         bias = getattr(router, "bias", None)
         return (logits if bias is None else logits + bias.float()).softmax(-1)
 
