@@ -13,6 +13,7 @@ from optq.formats import reader, require_plain
 from optq.model.checkpoint import Checkpoint
 from optq.model.dequantize import dequantized
 from optq.model.source import load_tokenizer
+from optq.ranks import launched, local_rank
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -57,9 +58,9 @@ class ModelConfig:
     def torch_device(self) -> torch.device:
         """The device, checked to be there."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return _own("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            device = torch.device(self.device)
+            device = _own(self.device)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError) as error:
             raise SettingError(
@@ -68,6 +69,13 @@ class ModelConfig:
         if device.type not in ("cpu", "cuda"):
             raise SettingError(f"the device {self.device} is not supported", "choose cpu or cuda")
         return device
+
+
+def _own(name: str) -> torch.device:
+    """The device; of several processes on a machine each has its own GPU."""
+    return (
+        torch.device("cuda", local_rank()) if name == "cuda" and launched() else torch.device(name)
+    )
 
 
 def load(path: str | Path, device: str = "auto") -> Any:

@@ -53,3 +53,7 @@ class OutputError(OptqError):
     def of(cls, path: object, error: OSError, option: str) -> OutputError:
         """A file that the system would not write, and the option that names it."""
         return cls(f"{path} cannot be written: {error.strerror}", f"name another with {option}")
+
+
+class PeerError(OptqError):
+    """Another process of the same run has ended, and with it this one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +30,42 @@ from optq.model.layer import Layer
 from optq.model.names import disk_names
 from optq.model.shards import Shards
 from optq.model.weights import Weights
+from optq.ranks import UNIT, Ranks
 from optq.record import LayerRecord
 
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
 MEMORY = 2**29  # bytes for experts that are solved together: more of them are hardly faster
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a site, or of some of its rows: all that is told of it on."""
+
+    solution: Solution
+    energy: Tensor  # of the output, by row
+    tokens: int
+    borrowed: int
+    damp: float
+    damp_tries: int
+    dead_columns: int
+    seconds: dict[str, float]
+
+    @classmethod
+    def cat(cls, parts: Sequence[Outcome]) -> Outcome:
+        """Rows that several ranks have solved, in order; it took as long as the slowest."""
+        stages = {stage for part in parts for stage in part.seconds}
+        return replace(
+            parts[0],
+            solution=Solution.cat([part.solution for part in parts]),
+            energy=torch.cat([part.energy for part in parts]),
+            seconds={s: max(part.seconds.get(s, 0.0) for part in parts) for s in stages},
+        )
+
+    def cpu(self) -> Outcome:
+        """With its tensors there, to be sent."""
+        names = ("codes", "scales", "zeros", "g_idx", "error", "rtn_error", "fell_back")
+        moved = {name: getattr(self.solution, name).cpu() for name in names}
+        return replace(self, solution=replace(self.solution, **moved), energy=self.energy.cpu())
 
 
 @dataclass(frozen=True)
@@ -78,10 +110,11 @@ class Quantization:
         keep: bool,
         progress: Callable[[Progress], None],
         shards: Shards | None = None,
+        ranks: Ranks = Ranks(),
     ) -> None:
         self.model, self.blocks, self.names, self.keep = model, blocks, names, keep
         self.quantizer, self.qep, self.storage = quantizer, qep, storage
-        self.sink, self.progress, self.shards = sink, progress, shards
+        self.sink, self.progress, self.shards, self.ranks = sink, progress, shards, ranks
         self.scheme = quantizer.scheme()
         self.solved: dict[str, tuple[QuantizedWeight, LayerScheme]] = {}  # of the current block
         self.records: list[LayerRecord] = []
@@ -101,26 +134,44 @@ class Quantization:
         # What is on its way to disk leaves the memory, block by block.
         weights = Weights(self.model, self.blocks, activations.device, self.keep, self.shards)
         then = self.solve, self.done, self.qep is not None, activations, self.restore
-        flow = Flow(self.model, self.blocks, batches, weights, *then)
+        flow = Flow(self.model, self.blocks, batches, weights, *then, self.ranks, together)
         flow.run()
         weights.complete()
         self.seconds |= flow.seconds
 
-    def solve(self, sites: Iterator[tuple[Site, SiteSums]]) -> None:
-        """Quantize the stacked rows of each site and put the weights back, some sites at a time."""
-        some: list[tuple[Site, SiteSums]] = []
+    def solve(self, sites: Iterator[tuple[Site, SiteSums | None]]) -> None:
+        """Quantize the stacked rows of each site and put the weights back, some sites at a time.
+
+        A site without sums is another rank's, an expert; else the ranks share the rows.
+        """
+        some: list[tuple[Site, SiteSums | None]] = []
         for site, sums in sites:
             some.append((site, sums))
-            rows, columns = sum(layer.shape[0] for layer in site.layers), len(sums.H)
-            # H, its factor and what makes them; weights, aims, codes and what the sweep holds.
-            bytes_each = 4 * columns * (4 * columns + 10 * rows)
-            if (len(some) + 1) * bytes_each > MEMORY:
-                self._solve_together(some)
+            if len(some) == together(site) * (self.ranks.size if _is_expert(site) else 1):
+                self._solve_some(some)
                 some.clear()
         if some:
-            self._solve_together(some)
+            self._solve_some(some)
 
-    def _solve_together(self, some: list[tuple[Site, SiteSums]]) -> None:
+    def _solve_some(self, some: list[tuple[Site, SiteSums | None]]) -> None:
+        """Those that :func:`together` allows, on each rank; all put what each has solved."""
+        own = [(site, sums) for site, sums in some if sums is not None]
+        ranks, experts = self.ranks, _is_expert(some[0][0])
+        outcomes = self._solve_together(own, slice(None)) if ranks.size == 1 or experts else []
+        if ranks.size > 1 and not experts:
+            rows = ranks.own(sum(layer.shape[0] for layer in some[0][0].layers), UNIT)
+            outcomes = self._solve_together(own, rows) if rows.start < rows.stop else []
+        if ranks.size > 1:
+            told = ranks.gather([outcome.cpu() for outcome in outcomes], "solutions")
+            outcomes = [outcome for each in told for outcome in each]  # in order
+            outcomes = outcomes if experts else [Outcome.cat(outcomes)]
+        for (site, _), outcome in zip(some, outcomes, strict=True):
+            self._put(site, outcome)
+
+    def _solve_together(self, some: list[tuple[Site, SiteSums]], rows: slice) -> list[Outcome]:
+        """These ``rows`` of some sites of one shape."""
+        if not some:
+            return []
         weights, problems, aims = [], [], []
         for site, sums in some:
             for layer in site.layers:
@@ -130,33 +181,40 @@ class Quantization:
                         " infinity",
                         "copy the model again, or train it again",
                     )
-            weights.append(weight := torch.cat([layer.weight for layer in site.layers]))
+            weights.append(weight := torch.cat([layer.weight for layer in site.layers])[rows])
             problems.append(problem := self.quantizer.problem(sums.H))
-            start = time.perf_counter()
-            aims.append(None if self.qep is None else _aim(self.qep, problem, site, sums, weight))
+            start, qep = time.perf_counter(), self.qep
+            aims.append(None if qep is None else _aim(qep, problem, site, sums, weight, rows))
             problem.seconds["solve"] += elapsed(start, weight) - problem.seconds["factor"]
         solutions = self.quantizer.solve_together(problems, weights, aims, self.storage)
-        for (site, sums), weight, problem, solution in zip(
-            some, weights, problems, solutions, strict=True
-        ):
-            self._put(site, sums, weight, problem, solution)
+        return [
+            Outcome(
+                solution,
+                output_energy(weight, sums.H),
+                sums.tokens,
+                sums.borrowed,
+                problem.damp,
+                problem.damp_tries,
+                int(problem.dead.sum()),
+                problem.seconds,
+            )
+            for (_, sums), weight, problem, solution in zip(
+                some, weights, problems, solutions, strict=True
+            )
+        ]
 
-    def _put(
-        self, site: Site, sums: SiteSums, weight: Tensor, problem: Problem, solution: Solution
-    ) -> None:
+    def _put(self, site: Site, outcome: Outcome) -> None:
         """Solved: into the model, and among what goes to disk with the block."""
         rows = [layer.shape[0] for layer in site.layers]
-        energies = output_energy(weight, sums.H).split(rows)
+        parts, energies = outcome.solution.split(rows), outcome.energy.split(rows)
         records = []
-        for layer, part, energy in zip(site.layers, solution.split(rows), energies, strict=True):
+        for layer, part, energy in zip(site.layers, parts, energies, strict=True):
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
             self.solved[name] = part, self.scheme
-            record = _record(layer, part, energy.sum().item(), problem, len(weight))
-            seen = {"tokens": sums.tokens, "borrowed": sums.borrowed}
-            records.append(record.model_copy(update=seen))
+            records.append(_record(layer, part, energy, outcome, sum(rows)))
         self.records += records
-        for stage, seconds in problem.seconds.items():
+        for stage, seconds in outcome.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self.progress(Progress(site.block.index, len(self.blocks), site.layers[0].name, records))
 
@@ -166,19 +224,24 @@ class Quantization:
         But for how often a layer is called, where a module is part of several blocks.
         """
         modules = [module for block in self.blocks for module in block.module.modules()]
-        if self.sink.finished() < len(self.blocks) or len({*modules}) < len(modules):
+        finished, names = self.ranks.share(lambda: (self.sink.finished(), [*self.sink.layers]))
+        if finished < len(self.blocks) or len({*modules}) < len(modules):
             return False
-        for name in self.sink.layers:
+        for name in names:
             self.layers[name].solved = True
         return True
 
     def restore(self, block: Block) -> Iterator[tuple[Layer, Tensor]] | None:
         """The weights that an earlier run has put into a block, read back from its file."""
-        found = self.sink.restored()
+        found = self.ranks.share(self._read_back)
         self.restoring = found is not None
         if found is None:
             return None
         return ((self.layers[name], weight.weight) for name, weight in found)
+
+    def _read_back(self) -> Any:
+        found = self.sink.restored()
+        return found if found is None or self.ranks.size == 1 else list(found)
 
     def done(self, block: Block) -> None:
         """A block that no batch needs any more is handed on."""
@@ -209,37 +272,58 @@ def names_on_disk(
     return names
 
 
-def _aim(qep: QEP, problem: Problem, site: Site, sums: SiteSums, weight: Tensor) -> Tensor | None:
-    """What the stacked rows of a site aim at; None: at themselves, as where nothing drifted."""
+def together(site: Site) -> int:
+    """How many sites of this shape are solved at a time."""
+    rows, columns = sum(layer.shape[0] for layer in site.layers), site.layers[0].shape[1]
+    # H, its factor and what makes them; weights, aims, codes and what the sweep holds.
+    return max(1, MEMORY // (4 * columns * (4 * columns + 10 * rows)))
+
+
+def _is_expert(site: Site) -> bool:
+    return site.layers[0].expert is not None
+
+
+def _aim(
+    qep: QEP, problem: Problem, site: Site, sums: SiteSums, weight: Tensor, some: slice
+) -> Tensor | None:
+    """What ``some`` of the stacked rows of a site, its ``weight``, aim at.
+
+    None: at themselves, as where nothing drifted.
+    """
     drift = sums.drift
     assert drift is not None  # the full-precision stream runs
     if not any(qep.applies(layer.name) for layer in site.layers) or not drift.any():
         return None
     weight = weight.to(drift.dtype)
-    target = qep.correct(problem, weight, drift)
-    rows = [layer.shape[0] for layer in site.layers]
-    for layer, kept, moved in zip(site.layers, weight.split(rows), target.split(rows), strict=True):
-        if not qep.applies(layer.name):
-            moved.copy_(kept)
-    return target
+    applies = [[qep.applies(layer.name)] * layer.shape[0] for layer in site.layers]
+    moved = torch.tensor([each for rows in applies for each in rows], device=weight.device)
+    target = qep.correct(problem, weight, drift, len(moved))
+    return torch.where(moved[some, None], target, weight)
 
 
 def _record(
-    layer: Layer, part: Solution, energy: float, problem: Problem, site_rows: int
+    layer: Layer, part: Solution, energies: Tensor, outcome: Outcome, site_rows: int
 ) -> LayerRecord:
     rows, cols = layer.shape
-    error = part.error.sum().item()
+    error, energy = _sum(part.error), _sum(energies)
     return LayerRecord(
         name=layer.name,
         rows=rows,
         cols=cols,
         error=error,
         relative_error=error / energy if energy else 0.0,
-        rtn_error=part.rtn_error.sum().item(),
-        damp=problem.damp,
-        seconds=sum(problem.seconds.values()) * rows / site_rows,
-        damp_tries=problem.damp_tries,
-        dead_columns=int(problem.dead.sum()),
+        rtn_error=_sum(part.rtn_error),
+        damp=outcome.damp,
+        seconds=sum(outcome.seconds.values()) * rows / site_rows,
+        damp_tries=outcome.damp_tries,
+        dead_columns=outcome.dead_columns,
         fallback_rows=int(part.fell_back.sum()),
+        tokens=outcome.tokens,
+        borrowed=outcome.borrowed,
         calls=layer.calls,
     )
+
+
+def _sum(rows: Tensor) -> float:
+    """The sum over rows, the same for any number of threads: they share larger sums."""
+    return sum(part.sum().item() for part in rows.split(2**14))

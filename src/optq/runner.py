@@ -35,7 +35,7 @@ from optq.formats.journal import Journal, settings
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
-from optq.formats.writer import Kept, Writer, place_of
+from optq.formats.writer import Dropped, Kept, Writer, place_of
 from optq.model.activations import Activations
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
@@ -47,6 +47,8 @@ from optq.model.source import (
     sequence_length,
 )
 from optq.quantize import Progress, Quantization, names_on_disk
+from optq.ranks import Ranks
+from optq.ranks import ranks as ranks_of
 from optq.record import LayerRecord, RunRecord
 
 MANY = 0.1  # of a layer's columns without evidence: worth a warning
@@ -121,14 +123,16 @@ class Runner:
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
             )
         form, checkpoint = FORMATS[self.format], self.model_config.plain_checkpoint()
-        if self.output is None:
-            return self._run(checkpoint, form, None, started)
-        with place_of(Path(self.output), checkpoint, self.force, self.notice, True) as place:
-            try:
-                return self._run(checkpoint, form, place, started)
-            except NumericsError:
-                place.keep = False  # the same command would find it again
-                raise
+        with ranks_of(self.model_config.torch_device()) as ranks:
+            if self.output is None or not ranks.first:
+                return self._run(checkpoint, form, None, started, ranks)
+            target = Path(self.output)
+            with place_of(target, checkpoint, self.force, self.notice, True) as place:
+                try:
+                    return self._run(checkpoint, form, place, started, ranks)
+                except NumericsError:
+                    place.keep = False  # the same command would find it again
+                    raise
 
     def _check_types(self) -> None:
         """Refuse what is not of the type that a field is annotated with."""
@@ -141,7 +145,12 @@ class Runner:
                 raise SettingError(f"{name} is {short(repr(value))}", f"pass {wanted}")
 
     def _run(
-        self, checkpoint: Checkpoint, form: Format, place: Whole | None, started: float
+        self,
+        checkpoint: Checkpoint,
+        form: Format,
+        place: Whole | None,
+        started: float,
+        ranks: Ranks,
     ) -> Result:
         device, quantizer, calib = self.model_config.torch_device(), self.quantizer, self._calib()
         model, blocks, shards = open_model(checkpoint, lambda m: find_blocks(m, self.skip))
@@ -149,22 +158,24 @@ class Runner:
         banks = [bank for block in blocks for bank in block.banks]
         skipped = [bank for block in blocks for bank in block.dense]
         for line in notices(form, quantizer.scheme(), model, banks, skipped, names):
-            self.notice(line)
+            if ranks.first:
+                self.notice(line)
         qep = QEP() if self.qep is True else self.qep or None
-        tokens = self._tokens(calib, checkpoint, model)
+        tokens = ranks.share(lambda: self._tokens(calib, checkpoint, model))
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink: Kept
         if place is None:
-            sink = Kept(form, dtype)
+            sink = Kept(form, dtype) if ranks.first else Dropped(form, dtype)
         else:
             what = self._settings(checkpoint, device, qep, tokens, calib)
             journal = Journal(place, what, len(blocks), self.restart)
             sink = Writer(place, checkpoint, form, dtype, journal)
-        around = (storage, sink, place is None, self.progress, shards)
+        progress: Callable[[Progress], None] = self.progress if ranks.first else lambda _: None
+        around = (storage, sink, self.output is None, progress, shards, ranks)
         work = Quantization(model, blocks, names, quantizer, qep, *around)
         loaded = time.perf_counter() - started
         beside = None if place is None else place.part.parent
-        held = Activations(device, self.activation_memory, beside)
+        held = Activations(device, self.activation_memory, beside, ranks.here)
         try:
             work.calibrate(tokens, held)
         except torch.OutOfMemoryError as error:
@@ -174,8 +185,12 @@ class Runner:
             ) from error
         # A module that later blocks share is called again after its record was made.
         every = [layer for block in blocks for layer in block.layers]
-        calls = {layer.name: {"calls": layer.calls} for layer in every if layer.calls}
-        layers = [record.model_copy(update=calls.get(record.name)) for record in sink.records]
+        told = zip(*ranks.gather([layer.calls for layer in every], "records"), strict=True)
+        most = {layer.name: max(calls) for layer, calls in zip(every, told, strict=True)}
+        layers = [
+            record.model_copy(update={"calls": most[record.name] or record.calls})
+            for record in sink.records
+        ]
         self._tell_of_columns_without_tokens(layers)
         solved = {layer.name for layer in layers}
         record = RunRecord(
@@ -197,9 +212,12 @@ class Runner:
         rest = dense, percdamp, record, outside, replaced
         if isinstance(sink, Writer):
             sink.finish(*rest)
+        record = ranks.share(lambda: record)
         work.seconds["write"] += time.perf_counter() - finishing
 
         def save(path: Path, force: bool) -> None:
+            if not ranks.first:
+                return  # the first process writes
             if place is not None:
                 raise SettingError(f"the run wrote {self.output} already", "copy that folder")
             with place_of(path, checkpoint, force, self.notice) as other:
@@ -217,7 +235,7 @@ class Runner:
             record=record,
             output=None if self.output is None else Path(self.output),
             activations=held.most,
-            _model=model if place is None else None,
+            _model=model if self.output is None else None,
             _write=save,
         )
 

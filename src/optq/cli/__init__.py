@@ -13,7 +13,7 @@ import typer
 from optq import __version__
 from optq.cli import make, use  # noqa: F401  their commands register themselves
 from optq.cli.app import app
-from optq.errors import OptqError
+from optq.errors import OptqError, PeerError
 
 
 def main() -> NoReturn:
@@ -26,6 +26,9 @@ def main() -> NoReturn:
         code = app(standalone_mode=False) or 0
         if code == 130:  # newer versions of typer turn Ctrl-C into this code themselves
             _interrupted()
+    except PeerError as error:
+        print(f"optq: {error.cause}: {error.remedy}", file=sys.stderr)
+        code = 1
     except OptqError as error:
         _say(error.cause, error.remedy)
         code = 2

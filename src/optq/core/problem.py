@@ -20,7 +20,7 @@ from optq.core.order import ActOrder, sweep_order
 from optq.core.precision import exact_products
 from optq.errors import NumericsError, SettingError
 
-CHOLESKY_BLOCK = 256  # columns that LAPACK factors at a time
+CHOLESKY_BLOCK = 128  # columns that LAPACK factors at a time: of more, by as many threads as it has
 UNSEEN = 0.01  # what a column without evidence weighs in a range search, of the mean diagonal
 
 
@@ -169,10 +169,12 @@ def factor_upper(A: Float[Tensor, "cols cols"]) -> bool:
 
     From the lower right corner, a block at a time: ``U22`` from ``A22``, ``U12 = A12 U22^-T``,
     and on with ``A11 - U12 U12^T``. On a CPU this beats LAPACK on the reversed matrix, because
-    nearly all of it is matrix products, and it needs no reversed copies.
+    nearly all of it is matrix products, and it needs no reversed copies; and its bits are the same
+    on any number of threads, where LAPACK's differ.
     """
-    for stop in range(len(A), 0, -CHOLESKY_BLOCK):
-        start = max(0, stop - CHOLESKY_BLOCK)
+    block = CHOLESKY_BLOCK if A.device.type == "cpu" else 2 * CHOLESKY_BLOCK
+    for stop in range(len(A), 0, -block):
+        start = max(0, stop - block)
         corner, panel = A[start:stop, start:stop], A[:start, start:stop]
         L, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
         corner.copy_(L.flip(0, 1))
@@ -180,8 +182,8 @@ def factor_upper(A: Float[Tensor, "cols cols"]) -> bool:
             return False
         one = torch.eye(stop - start, dtype=A.dtype, device=A.device)
         panel.copy_(panel @ torch.linalg.solve_triangular(corner, one, upper=True).T)
-        for top in range(0, start, 2 * CHOLESKY_BLOCK):  # on and above the diagonal
-            rows = slice(top, min(top + 2 * CHOLESKY_BLOCK, start))
+        for top in range(0, start, 4 * CHOLESKY_BLOCK):  # on and above the diagonal
+            rows = slice(top, min(top + 4 * CHOLESKY_BLOCK, start))
             A[rows, top:start].addmm_(panel[rows], panel[top:].T, alpha=-1)
         A[stop:, start:stop] = 0
     return True

@@ -62,15 +62,17 @@ class QEP:
         problem: Problem,
         weight: Float[Tensor, "rows cols"],
         drift: Float[Tensor, "cols cols"],
+        of: int = 0,
     ) -> Float[Tensor, "rows cols"]:
         """``W'`` from ``W``, the problem of ``H = X^ X^^T / tokens``, and ``drift = D X^^T /
         tokens``.
 
-        The problem's factor serves where it has the same ``percdamp``. Raises ``NumericsError`` if
-        ``H`` is not finite.
+        ``of``: the rows of the site, where ``weight`` has but some; each becomes what it would
+        among all. The problem's factor serves where it has the same ``percdamp``. Raises
+        ``NumericsError`` if ``H`` is not finite.
         """
         factored, order = problem.factor_at(self.percdamp)
-        if len(weight) < len(drift):
+        if max(of, len(weight)) < len(drift):
             shift = factored.solve(weight @ drift, order)
         else:  # fewer right-hand sides; and what follows the solve may be bfloat16, where fast
             quick = quick_dtype(weight)

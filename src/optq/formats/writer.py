@@ -75,6 +75,13 @@ class Kept:
         self.blocks.append(tensors)
 
 
+class Dropped(Kept):
+    """What a process has that neither writes nor keeps: another one does."""
+
+    def commit(self, layers: Solved, records: Sequence[LayerRecord]) -> None:
+        pass
+
+
 class Writer(Kept):
     """A checkpoint under way in ``place``, of the plain or quantized model ``source``.
 

@@ -38,18 +38,25 @@ Alike = list[Tensor]  # tensors that share one storage
 class Activations:
     """Keeps what paused batches hold within ``limit`` bytes on ``device``.
 
-    The default is a share of what is free. What a GPU has no room for goes to host memory, as far
-    as that is free, and then to unnamed files in ``folder``, which end with the process. ``most``
-    has the largest number of bytes so far in each place.
+    The default is a share of what is free, of the host's memory for each of so many ``processes``.
+    What a GPU has no room for goes to host memory, as far as that is free, and then to unnamed
+    files in ``folder``, which end with the process. ``most`` has the largest number of bytes so far
+    in each place.
     """
 
     def __init__(
-        self, device: torch.device, limit: int | None = None, folder: Path | None = None
+        self,
+        device: torch.device,
+        limit: int | None = None,
+        folder: Path | None = None,
+        processes: int = 1,
     ) -> None:
         self.device, self.folder = device, folder
-        self.limit = int(SHARE * free(device)) if limit is None else limit
-        on_host = device.type != "cpu"
-        self._host_limit = int(SHARE * free(torch.device("cpu"))) if on_host else 0
+        on_host, host = device.type != "cpu", int(SHARE * free(torch.device("cpu")) / processes)
+        self._host_limit = host if on_host else 0
+        self.limit = limit or 0
+        if limit is None:
+            self.limit = int(SHARE * free(device)) if on_host else host
         self._held: dict[Batch, int] = {}
         self._away: dict[Batch, list[weakref.ref[Tensor]]] = {}  # to bring back to a GPU
         self._host: dict[Batch, int] = {}

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ from optq.model.inputs import Handed, SiteSums, gather
 from optq.model.layer import Layer
 from optq.model.others import Others
 from optq.model.sites import Sites
+from optq.model.spread import Spread
 from optq.model.weights import Weights
+from optq.ranks import Ranks
 
 ENOUGH = 4  # tokens to a column; an expert that saw fewer borrows from the rest of its block
 
@@ -43,8 +46,11 @@ ENOUGH = 4  # tokens to a column; an expert that saw fewer borrows from the rest
 class Flow:
     """One calibration run over ``batches`` (token ids ``[samples, tokens]`` each).
 
+    With several ``ranks`` each takes its share of them through the model.
+
     ``solve(sites)`` quantizes the layers of each site, which comes with its sums, and puts their
-    weights in place; the sites are of one shape, and sums are made as they are asked for.
+    weights in place; the sites are of one shape, and sums are made as they are asked for. Experts
+    that another rank solves come without sums: ``together(site)`` of them, in turn, are each one's.
     ``done(block)`` is called when no batch needs the block any more, before its weights go.
     ``restore(block)`` gives the quantized weights of its layers where they are known: then nothing
     is solved in it.
@@ -55,11 +61,13 @@ class Flow:
     blocks: list[Block]
     batches: list[Tensor]
     weights: Weights
-    solve: Callable[[Iterator[tuple[Site, SiteSums]]], None]
+    solve: Callable[[Iterator[tuple[Site, SiteSums | None]]], None]
     done: Callable[[Block], None] = lambda block: None
     propagate: bool = False
     activations: Activations | None = None
     restore: Callable[[Block], Iterator[tuple[Layer, Tensor]] | None] = lambda block: None
+    ranks: Ranks = field(default_factory=Ranks)
+    together: Callable[[Site], int] = lambda site: 1
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0})
 
     def run(self) -> None:
@@ -69,10 +77,10 @@ class Flow:
         self._finished: set[Block] = set()
         everyone = [Batch(self._forward, self.batches[0][:1], 0, "scout")]
         for kind in ["full", "quantized"] if self.propagate else ["quantized"]:
-            first = 0
-            for ids in self.batches:
+            firsts = [0, *accumulate(map(len, self.batches))]
+            own = self.ranks.own(len(self.batches))
+            for ids, first in [*zip(self.batches, firsts, strict=False)][own]:
                 everyone.append(Batch(self._forward, ids, first, kind))
-                first += len(ids)
         with torch.no_grad(), self.weights.outside.on_device(), self._sites.hooks():
             try:
                 self._advance(everyone)
@@ -107,10 +115,11 @@ class Flow:
             self._sites.begin(block)  # there are no sites: batches run straight through
         batches = [batch for batch in waiting if batch.kind != "scout"]
         self._advance(batches)
-        while sites := [batch.site for batch in batches if batch.site]:
-            site = min(sites, key=lambda site: site.place)
+        while site := self._next(batches):
             here = [batch for batch in batches if batch.site is site]
-            if any(batch.kind == "quantized" for batch in here):  # else there is nothing to go by
+            self.ranks.site = site.layers[0].name
+            if self.ranks.total(sum(batch.kind == "quantized" for batch in here)):
+                # Else there is nothing to go by.
                 if self.propagate:
                     self.weights.hold_originals(site.layers)
                 self._solve(site, here)
@@ -122,6 +131,13 @@ class Flow:
         self._finished.add(block)
         self.done(block)
         self.weights.drop(block)
+
+    def _next(self, batches: list[Batch]) -> Site | None:
+        """The earliest site that any batch waits for, on this rank or another."""
+        nowhere = len(self._sites.order)
+        places = [batch.site.place for batch in batches if batch.site]
+        place = self.ranks.least(min(places, default=nowhere))
+        return None if place == nowhere else self._sites.order[place]
 
     def _advance(self, batches: list[Batch]) -> None:
         """Let each batch run to its next pause, the full-precision stream on original weights."""
@@ -143,8 +159,9 @@ class Flow:
             try:
                 return self.solve(self._gather(site, here))
             except torch.OutOfMemoryError:
-                # Of experts some have their new weights; else nothing has happened yet.
-                if site.bank or not self._held.halve():
+                # Of experts some have their new weights, and of several ranks the others would not
+                # know; else nothing has happened yet.
+                if site.bank or self.ranks.size > 1 or not self._held.halve():
                     raise
 
     def _step(self, batch: Batch) -> None:
@@ -157,41 +174,51 @@ class Flow:
             batch.switch()
         self._held.take(batch)
 
-    def _gather(self, site: Site, here: list[Batch]) -> Iterator[tuple[Site, SiteSums]]:
+    def _gather(self, site: Site, here: list[Batch]) -> Iterator[tuple[Site, SiteSums | None]]:
         """What the site has seen; of experts, each one's in its turn."""
         quantized: list[Any] = [batch.input for batch in here if batch.kind == "quantized"]
         full: list[Any] = [batch.input for batch in here if batch.kind == "full"]
         if site.bank is None:
-            yield site, self._sums(site, quantized, full)
+            yield site, self._sums(site, quantized, full, self.ranks)
             return
-        others, every = Others(site, quantized), None
+        others, every = Others(site, quantized, self.ranks), None
         if site.experts is site.bank.inner:
-            every = self._sums(site, [batch.every for batch in quantized], [])
-        for expert, layers in enumerate(site.experts):
-            part = Site(site.block, layers)
-            own = [batch.of[expert] for batch in quantized if expert in batch.of]
-            sums = self._sums(part, own, [b.of[expert] for b in full if expert in b.of])
-            enough = ENOUGH * layers[0].shape[1]
-            if sums.tokens < enough:
+            every = self._sums(site, [batch.every for batch in quantized], [], self.ranks)
+        one = Site(site.block, site.experts[0])
+        spread = Spread(self.ranks, len(site.experts), self.together(one), quantized, full)
+        enough = ENOUGH * site.layers[0].shape[1]
+        for step in spread.steps():
+            read, samples = spread.read(step), {}
+            if every is None:  # all ranks have some of the tokens that stand in
+                for expert in step:
+                    if (lack := enough - spread.tokens[expert]) > 0:
+                        samples[expert] = others.sample(expert, lack, spread.owner(expert))
+            for expert in step:
+                part = Site(site.block, site.experts[expert])
+                if expert not in read:
+                    yield part, None
+                    continue
+                sums = self._sums(part, *read[expert])
                 if every is not None:
-                    stand_in, free = every, every.tokens - sums.tokens
-                else:  # what it would make of tokens that went elsewhere
+                    sums = sums.with_others(every, enough, every.tokens - sums.tokens)
+                elif expert in samples:  # what it would make of tokens that went elsewhere
                     start = time.perf_counter()
-                    sample = others.sample(expert, enough - sums.tokens)
-                    inside = site.bank.activations(expert, sample)
+                    inside = site.bank.activations(expert, samples[expert])
                     inside = inside[inside.isfinite().all(1)]  # of what the model never sends it
                     self.seconds["forward"] += elapsed(start, inside)
-                    stand_in = self._sums(part, [Handed(0, quantized[0].every.ids, inside)], [])
-                    free = stand_in.tokens
-                sums = sums.with_others(stand_in, enough, free)
-            yield part, sums
+                    stand_in = self._sums(part, [Handed(0, self.batches[0], inside)], [])
+                    sums = sums.with_others(stand_in, enough, stand_in.tokens)
+                yield part, sums
 
-    def _sums(self, site: Site, quantized: list[Any], full: list[Any]) -> SiteSums:
+    def _sums(
+        self, site: Site, quantized: list[Any], full: list[Any], ranks: Ranks = Ranks()
+    ) -> SiteSums:
         start = time.perf_counter()
         where = f"{site.layers[0].name} (block {site.block.index})"
         columns, device = site.layers[0].shape[1], self.weights.device
         dtype = torch.promote_types(site.layers[0].parameter.dtype, torch.float32)
-        sums = gather(where, columns, device, dtype, quantized, full if self.propagate else None)
+        partners = full if self.propagate else None
+        sums = gather(where, columns, device, dtype, quantized, partners, ranks)
         self.seconds["hessian"] += elapsed(start, sums.H)
         self._held.read()
         return sums

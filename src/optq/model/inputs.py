@@ -11,6 +11,8 @@ from torch import Tensor
 
 from optq.core.hessian import TOKENS, Hessian, add_drift
 from optq.errors import NumericsError, not_finite_remedy
+from optq.model.chain import Piece, chained
+from optq.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -83,24 +85,35 @@ def gather(
     dtype: torch.dtype,
     quantized: list[Handed],
     full: list[Handed] | None,
+    ranks: Ranks = Ranks(),
 ) -> SiteSums:
     """The sums of a site called ``where`` in errors; ``full``: the other stream's, if it runs.
 
-    Raises :class:`NumericsError`, which names the sample, where an input is not finite.
+    With several ``ranks`` they are of what all of them hand over, in their order. Raises
+    :class:`NumericsError`, which names the sample, where an input is not finite.
     """
-    hessian = Hessian(columns, device, dtype)
-    drift = None if full is None else torch.zeros(columns, columns, device=device, dtype=dtype)
     partners = {each.first_sample: each for each in full or []}
-    for inputs, x, y in _pieces(quantized, partners, device):
-        hessian.add(inputs)
-        if drift is not None and len(x):
-            add_drift(drift, x, y)
+
+    def pieces() -> Iterator[Piece]:
+        return _pieces(quantized, partners, device)
+
+    if ranks.size > 1:
+        hessian, drift = chained(ranks, columns, device, dtype, pieces, full is not None)
+    else:
+        hessian = Hessian(columns, device, dtype)
+        drift = None if full is None else torch.zeros(columns, columns, device=device, dtype=dtype)
+        for inputs, x, y in pieces():
+            hessian.add(inputs)
+            if drift is not None and len(x):
+                add_drift(drift, x, y)
     if drift is not None:
         drift /= max(hessian.tokens, 1)
     sums = SiteSums(hessian.matrix(), hessian.tokens, drift)
     for matrix in (sums.H, sums.drift):
         if matrix is not None and not torch.isfinite(matrix.sum()):
-            _blame(where, [*quantized, *(full or [])])
+            own = _culprit(where, [*quantized, *(full or [])])
+            found = next((each for each in ranks.gather(own, "errors") if each), None)
+            raise NumericsError(*(found or _overflow(where)))
     return sums
 
 
@@ -147,7 +160,8 @@ def _common(batch: Handed, x: Tensor, partner: Handed) -> tuple[Tensor, Tensor]:
     return x[rows >= 0], y[rows[rows >= 0]]
 
 
-def _blame(where: str, batches: list[Handed]) -> None:
+def _culprit(where: str, batches: list[Handed]) -> tuple[str, str] | None:
+    """Cause and remedy, where an input is not finite."""
     for batch in batches:
         inputs = batch.inputs
         if torch.isfinite(inputs).all():
@@ -157,11 +171,15 @@ def _blame(where: str, batches: list[Handed]) -> None:
         if rows is not None:
             bad = rows[(~torch.isfinite(inputs)).any(1)].min()
             which = f"sample {batch.first_sample + int(bad) // batch.ids.shape[1]}"
-        raise NumericsError(
+        return (
             f"the input of {where} holds NaN or infinity for calibration {which}",
             not_finite_remedy(batch.x.dtype),
         )
-    raise NumericsError(
+    return None
+
+
+def _overflow(where: str) -> tuple[str, str]:
+    return (
         f"the Hessian of {where} overflows float32",
         "leave the layer dense with --skip, or choose another calibration text",
     )

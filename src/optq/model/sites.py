@@ -33,6 +33,7 @@ class Sites:
     def __init__(self, model: Any, blocks: list[Block]) -> None:
         self.model, self.blocks = model, blocks
         self.block: Block | None = None  # under way
+        self.order: list[Site] = []  # of the block under way
         self._of: dict[Layer, Site] = {}
         self._seen: list[tuple[Tensor, int, Site]] = []  # the scout's inputs, held alive
 
@@ -68,6 +69,7 @@ class Sites:
             before = layer
         for place, site in enumerate(order):
             site.place = place
+        self.order = order
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
