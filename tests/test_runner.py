@@ -896,3 +896,26 @@ def test_an_empty_quantization_config_says_nothing(folder_of, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {}}))
     found = quantize(tmp_path / "plain", output=tmp_path / "out")
     assert found.layers and detect(Checkpoint.open(str(tmp_path / "out"))).form.name == "gptq"
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [GPTQ(3, 32), GPTQ.plain(4, 32, actorder=True), RTN(4, 32, sym=False)],
+    ids=["gptq", "plain", "rtn"],
+)
+def test_rows_that_are_solved_by_portions_are_the_same(folder_of, monkeypatch, quantizer):
+    whole, seen = quantize(folder_of("llama"), quantizer, qep=True), []
+    own = optq.quantize.Quantization._solve_portion
+
+    def watched(work, some, problems, rows):
+        seen.append(rows)
+        return own(work, some, problems, rows)
+
+    monkeypatch.setattr(optq.quantize.Quantization, "_solve_portion", watched)
+    monkeypatch.setattr("optq.quantize.LEAST", 64)
+    monkeypatch.setattr("optq.quantize.PORTION", 1)
+    parts = quantize(folder_of("llama"), quantizer, qep=True)
+    assert any(rows.start > 0 for rows in seen)
+    assert parts.record.text() == whole.record.text()
+    for one, other in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -35,6 +35,8 @@ from optq.record import LayerRecord
 
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
 MEMORY = 2**29  # bytes for experts that are solved together: more of them are hardly faster
+PORTION = 2**30  # bytes for rows that are solved together; they are independent
+LEAST = 1024  # rows of a portion: the column loop costs the same for fewer
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Outcome:
 
     @classmethod
     def cat(cls, parts: Sequence[Outcome]) -> Outcome:
-        """Rows that several ranks have solved, in order; it took as long as the slowest."""
+        """Rows that were solved by themselves, in order; on several ranks, at the same time."""
+        if len(parts) == 1:
+            return parts[0]
         stages = {stage for part in parts for stage in part.seconds}
         return replace(
             parts[0],
@@ -169,11 +173,21 @@ class Quantization:
             self._put(site, outcome)
 
     def _solve_together(self, some: list[tuple[Site, SiteSums]], rows: slice) -> list[Outcome]:
-        """These ``rows`` of some sites of one shape."""
+        """These ``rows`` of some sites of one shape, a portion at a time."""
         if not some:
             return []
-        weights, problems, aims = [], [], []
-        for site, sums in some:
+        problems = [self.quantizer.problem(sums.H) for _, sums in some]
+        start, stop, _ = rows.indices(sum(layer.shape[0] for layer in some[0][0].layers))
+        most = max(LEAST, PORTION // (40 * len(problems[0].H)) // UNIT * UNIT)
+        portions = [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
+        parts = [self._solve_portion(some, problems, portion) for portion in portions]
+        return [Outcome.cat(of_one) for of_one in zip(*parts, strict=True)]
+
+    def _solve_portion(
+        self, some: list[tuple[Site, SiteSums]], problems: list[Problem], rows: slice
+    ) -> list[Outcome]:
+        weights, aims = [], []
+        for (site, sums), problem in zip(some, problems, strict=True):
             for layer in site.layers:
                 if not torch.isfinite(layer.weight).all():
                     raise NumericsError(
@@ -182,7 +196,6 @@ class Quantization:
                         "copy the model again, or train it again",
                     )
             weights.append(weight := torch.cat([layer.weight for layer in site.layers])[rows])
-            problems.append(problem := self.quantizer.problem(sums.H))
             start, qep = time.perf_counter(), self.qep
             aims.append(None if qep is None else _aim(qep, problem, site, sums, weight, rows))
             problem.seconds["solve"] += elapsed(start, weight) - problem.seconds["factor"]
