@@ -194,13 +194,11 @@ def sha256(path: Path) -> str:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
+    if path.parent.parent.name == "snapshots":  # of the hub: the file may be still to come
+        return {"revision": path.parent.name}
     try:
-        found, real = path.stat(), path.resolve()
-        known: dict[str, Any] = {"size": found.st_size}
-        if path.is_symlink() and real.parent.name == "blobs":  # the hub's cache names by content
-            known["blob"] = real.name
-        else:
-            known["time"] = found.st_mtime_ns
+        found = path.stat()
+        known: dict[str, Any] = {"size": found.st_size, "time": found.st_mtime_ns}
         if path.suffix == ".safetensors":
             with path.open("rb") as file:
                 header = file.read(int.from_bytes(file.read(8), "little"))
