@@ -25,6 +25,13 @@ WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".npz"),
     *(".onnx", ".onnx_data", ".tflite", ".gguf"),
 )
+# What headers of safetensors files call them.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 # What speaks of weights that are not in the output: an adapter's, another program's, a trainer's.
 STAY_BEHIND = (
     *(ADAPTER, ".*", "config.json", "*.index.json", "params.json", "openvino_*.xml"),
@@ -39,17 +46,21 @@ class Checkpoint:
 
     ``layout`` has each tensor's dtype and shape, as a tensor without values. ``dtype``: what the
     model is to be run in, where that is not what its config says. Its tensors on disk stay as they
-    are: whoever loads them casts them, and to the same values.
+    are: whoever loads them casts them, and to the same values. ``whole``: every file is as long as
+    its header says; what is made for a plan needs the headers alone.
     """
 
     folder: Path
     files: dict[str, str]
     layout: dict[str, Tensor]
     dtype: torch.dtype | None = None
+    whole: bool = True
 
     @classmethod
-    def open(cls, model_id: str, dtype: torch.dtype | None = None) -> Checkpoint:
-        """Open a folder, or fetch a hub id. Raises :class:`ModelError` if it is not whole."""
+    def open(
+        cls, model_id: str, dtype: torch.dtype | None = None, whole: bool = True
+    ) -> Checkpoint:
+        """Open a folder, or fetch a hub id. Raises :class:`ModelError` if it is not ``whole``."""
         folder = Path(model_id).expanduser()
         if folder.is_file():
             what = "a GGUF file, for llama.cpp" if folder.suffix == ".gguf" else "a file"
@@ -58,9 +69,9 @@ class Checkpoint:
             folder = _fetch(model_id)
         if not (folder / "config.json").is_file():
             raise _no_model(model_id, folder)
-        checkpoint = cls(folder, {}, {}, dtype)
+        checkpoint = cls(folder, {}, {}, dtype, whole)
         for name in _weight_files(folder):
-            found = _layout(folder / name)
+            found = _layout(folder / name, whole)
             checkpoint.layout.update(found)
             checkpoint.files.update(dict.fromkeys(found, name))
         return checkpoint
@@ -188,9 +199,38 @@ def _weight_files(folder: Path) -> list[str]:
     )
 
 
-def _layout(path: Path) -> dict[str, Tensor]:
-    with _damage(path), _open_weights(path) as (names, get):
-        return {name: get(name).to("meta") for name in names}
+def _layout(path: Path, whole: bool) -> dict[str, Tensor]:
+    """What a file's tensors are; of one that is not ``whole``, where its header says that."""
+    with _damage(path):
+        found, length = _header(path) if path.suffix == ".safetensors" else (None, 0)
+        if found is not None and not (whole and length != path.stat().st_size):
+            return found
+        with _open_weights(path) as (names, get):  # or what it says is wrong
+            return {name: get(name).to("meta") for name in names}
+
+
+def _header(path: Path) -> tuple[dict[str, Tensor] | None, int]:
+    """The tensors that the header of a safetensors file tells of, and how long the file must be.
+
+    None for a header that is not as we know it: safetensors then says what is wrong with it.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= path.stat().st_size - 8:
+            return None, 0
+        try:
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            layout = {
+                name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+                for name, entry in entries.items()
+            }
+            ends = {name: entry["data_offsets"] for name, entry in entries.items()}
+            if any(layout[name].nbytes != stop - start for name, (start, stop) in ends.items()):
+                return None, 0
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+            return None, 0
+    return layout, 8 + length + max((stop for _, stop in ends.values()), default=0)
 
 
 @contextmanager
