@@ -38,12 +38,8 @@ from optq.formats.writer import Kept, Writer, place_of
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.shards import open_model
-from optq.model.source import (
-    check_vocabulary,
-    dense_layers,
-    load_tokenizer,
-    sequence_length,
-)
+from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
+from optq.plan import Plan, Skeleton, make_plan
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.record import LayerRecord, RunRecord
 
@@ -107,16 +103,42 @@ class Runner:
     def run(self) -> Result:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
         started = time.perf_counter()
+        form, checkpoint = self._form(), self.model_config.plain_checkpoint()
+        if self.output is None:
+            return self._run(checkpoint, form, None, started)
+        with place_of(Path(self.output), checkpoint, self.force, self.notice) as place:
+            return self._run(checkpoint, form, place, started)
+
+    def plan(self, skeleton: Skeleton | None = None) -> Plan:
+        """What :meth:`run` would do, of headers and shapes alone. Raises what it would refuse.
+
+        But for the disk: that is for :meth:`optq.plan.Plan.check`, when the plan has been told.
+        ``skeleton``: of the same model and ``skip``, if somebody has it.
+        """
+        form = self._form()
+        if skeleton is None:
+            skeleton = Skeleton.of(self.model_config.plain_checkpoint(whole=False), self.skip)
+        if self.output is not None:
+            place_of(Path(self.output), skeleton.checkpoint, self.force).check()
+        return self._plan(skeleton, form, self._size(self._calib(), skeleton.model))
+
+    def _plan(
+        self, skeleton: Skeleton, form: Format, size: tuple[int, int], timed: bool = True
+    ) -> Plan:
+        device, output = self.model_config.torch_device(), self.output and Path(self.output)
+        streams = 2 if self.qep else 1
+        return make_plan(
+            skeleton, form, self.quantizer, streams, *size, device, output or None, timed=timed
+        )
+
+    def _form(self) -> Format:
+        """The format, with all settings checked."""
         self._check_types()
         if self.format not in FORMATS:
             raise SettingError(
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
             )
-        form, checkpoint = FORMATS[self.format], self.model_config.plain_checkpoint()
-        if self.output is None:
-            return self._run(checkpoint, form, None, started)
-        with place_of(Path(self.output), checkpoint, self.force, self.notice) as place:
-            return self._run(checkpoint, form, place, started)
+        return FORMATS[self.format]
 
     def _check_types(self) -> None:
         """Refuse what is not of the type that a field is annotated with."""
@@ -139,6 +161,11 @@ class Runner:
         for line in notices(form, quantizer.scheme(), model, banks, skipped, names):
             self.notice(line)
         qep = QEP() if self.qep is True else self.qep or None
+        skeleton, size = Skeleton.of(checkpoint, self.skip), self._size(calib, model)
+        plan = self._plan(skeleton, form, size, timed=False)
+        plan.check(self.output)
+        for line in plan.warnings():
+            self.notice(line)
         tokens = self._tokens(calib, checkpoint, model)
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink = Kept(form, dtype) if place is None else Writer(place, checkpoint, form, dtype)
@@ -214,6 +241,16 @@ class Runner:
                 f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
                 " More, or more varied, text would reach them"
             )
+
+    def _size(self, calib: str | Text | Tensor, model: Any) -> tuple[int, int]:
+        """How many samples of how many tokens there will be."""
+        if isinstance(calib, Tensor):
+            samples, seqlen = calibration_tokens(calib, None, 1, 1, self.seed).shape
+            return samples, sequence_length(model, seqlen)
+        for name, value in (("nsamples", self.nsamples), ("seqlen", self.seqlen or 1)):
+            if value < 1:
+                raise SettingError(f"{name} is {value}", "choose 1 or more")
+        return self.nsamples, sequence_length(model, self.seqlen)
 
     def _tokens(self, calib: str | Text | Tensor, checkpoint: Checkpoint, model: Any) -> Tensor:
         if isinstance(calib, Tensor):

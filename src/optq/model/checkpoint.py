@@ -100,6 +100,14 @@ class Checkpoint:
         """Whether a tensor can be had without reading its whole file."""
         return all(_is_mapped(self.folder / file) for file in {*self.files.values()})
 
+    def cut(self) -> Path | None:
+        """A file that is shorter than its tensors, if there is one."""
+        bytes_of = dict.fromkeys(self.files.values(), 0)
+        for name, file in self.files.items():
+            bytes_of[file] += self.layout[name].nbytes
+        files = ((self.folder / file, size) for file, size in bytes_of.items())
+        return next((path for path, size in files if path.stat().st_size < size), None)
+
     def companions(self) -> list[Path]:
         """All but weights and what speaks of them: tokenizer, chat template, licence, .."""
         return [

@@ -33,19 +33,20 @@ class Held:
     """Bytes of activations of one sample.
 
     ``between`` blocks, ``paused`` inside one at most, and ``running``, the most that there is at a
-    time.
+    time. ``experts`` are those that a token goes to.
     """
 
     between: int
     paused: int
     running: int
+    experts: int = 1
 
 
 def scout(model: Any, blocks: list[Block], seqlen: int) -> tuple[dict[Block, list[Site]], Held]:
     """The sites of each block, in the order in which they are solved, and what a sample holds.
 
     ``model`` is on the meta device. Raises :class:`ModelError` where its forward asks for values,
-    or does not go through its blocks once, in order.
+    or does not go through its blocks once, in order. Layers that are never called have no site.
     """
     alive = _Alive([*model.parameters(), *model.buffers()])
     sites = _Ahead(model, blocks, alive)
@@ -71,7 +72,8 @@ def scout(model: Any, blocks: list[Block], seqlen: int) -> tuple[dict[Block, lis
                 found[block] = _same_sites(block, first, found[first])
     if len(found) != len(blocks) or batch.before:
         raise ModelError("the model does not go through its blocks once", remedy)
-    return found, Held(between, max(sites.paused, between), max(alive.most, between))
+    paused = max(sites.paused, between)
+    return found, Held(between, paused, max(alive.most, paused), sites.experts)
 
 
 def _same_sites(block: Block, other: Block, sites: list[Site]) -> list[Site]:
@@ -136,12 +138,13 @@ class _Ahead(Sites):
 
     def __init__(self, model: Any, blocks: list[Block], alive: _Alive) -> None:
         super().__init__(model, blocks)
-        self.alive, self.paused = alive, 0
+        self.alive, self.paused, self.experts = alive, 0, 1
 
     def sites(self, block: Block) -> list[Site]:
-        """Of a block that the scout is through with."""
+        """Of a block that the scout is through with; a layer that it did not come by has none."""
         self.arrange(block)
-        return sorted({*self._of.values()}, key=lambda site: site.place)
+        called = {site for site in self._of.values() if site.bank or site.layers[0].calls}
+        return sorted(called, key=lambda site: site.place)
 
     def _reading(self, batch: Batch, layer: Layer, args: tuple, kwargs: dict) -> None:
         self.paused = max(self.paused, self.alive.bytes())
@@ -151,6 +154,7 @@ class _Ahead(Sites):
         assert self.block is not None
         for site in self._bank_sites(self.block, bank):
             self._seen.append((x.new_empty(0), 0, site))
+        self.experts = max(self.experts, index.shape[-1])
         # What the down projections read: a row for each expert of each token.
         inside = x.new_empty(index.numel(), bank.down[0][0].shape[1])
         self.paused = max(self.paused, self.alive.bytes())
