@@ -115,6 +115,7 @@ def test_eval_of_a_model_beyond_all_bounds(optq_says, model, tmp_path):
 
 OPTIONS = [
     (["--wbits", "5"], "wbits is 5", "2, 3, 4 or 8"),
+    (["--activation-memory", "much"], "--activation-memory much is no size", "8GB"),
     (["--groupsize", "0"], "groupsize is 0", "-1"),
     (["--groupsize", "-2"], "groupsize is -2", "-1"),
     (["--groupsize", "100"], "groupsize 100 does not divide the 64 columns of model.", "-1"),

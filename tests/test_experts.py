@@ -502,3 +502,17 @@ def test_names_are_those_of_the_source_s_own_index(folder_of):
         found = disk_names(load_model(checkpoint), checkpoint.files)
         assert expected in found.values()
     assert transformers.__version__
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_experts_are_the_same_where_nothing_that_batches_hold_fits_into_memory(
+    folder_of, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr("optq.quantize.BATCH_TOKENS", 96)
+    monkeypatch.setattr("optq.model.activations.SMALL", 1)
+    plain = quantize(folder_of(name))
+    away = quantize(folder_of(name), activation_memory=0)
+    assert away.activations["files"] > 0 == plain.activations["files"]
+    assert away.record.text() == plain.record.text()
+    for one, other in zip(away.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(one, other)

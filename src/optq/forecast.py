@@ -19,6 +19,9 @@ What is left dense is checked for finite values one tensor at a time. All of it 
 process has when the run begins: the libraries, measured. Mapped files do not count: the system
 drops their pages when others need the room.
 
+What batches hold is bounded by ``--activation-memory``: the rest goes from a GPU to main memory,
+and then to files.
+
 Time. Multiply-adds, at the speed of a product of 1024 columns measured here, and passes over the
 solver's tensors, at the speed of one such pass measured here. It is an estimate.
 """
@@ -29,7 +32,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +53,22 @@ PASSES = {"rtn": 30, "sweep": 100, "polish": 60, "search": 150}
 
 
 @dataclass(frozen=True)
+class Peak:
+    """Bytes in main memory, on a device of its own, and in files for what batches hold."""
+
+    host: int
+    device: int
+    files: int
+
+
+@dataclass(frozen=True)
 class Run:
     """All that memory and time depend on.
 
     ``held`` is of one sample; ``item`` bytes of a number of the model's; ``outside`` bytes of what
     is needed all the time, embeddings above all, of which ``cast`` are not as they are on disk;
-    ``dense`` numbers of the largest tensor that stays as it is. ``activation_memory`` bounds what
-    batches hold in memory.
+    ``dense`` numbers of the largest tensor that stays as it is. ``limit`` bounds what batches hold
+    on the device, ``host_limit`` beside a GPU in main memory.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -71,30 +82,34 @@ class Run:
     dense: int
     quantizer: Solver
     device: torch.device
-    activation_memory: int | None = None
+    limit: int
+    host_limit: int
 
     @property
     def propagates(self) -> bool:
         return self.streams > 1
 
-    def peak(self) -> tuple[int, int]:
-        """Bytes in main memory and on the device at the peak, above those at the start."""
+    def peak(self) -> Peak:
+        """Bytes in main memory, on the device and in files, above those at the start."""
         apart = self.device.type != "cpu"
         at_work = max(self._of_block(block) for block in self.blocks)
         # As a block comes, and as it goes to disk.
         there = max(block.bytes + block.stacked for block in self.blocks)
         goes = max(block.packed + 10 * block.largest for block in self.blocks)
-        end = self.cast + self.dense * (self.item + 3)
+        end = self.dense * (self.item + 3)
+        _, host, files = self._kept(self.held.paused)
         if apart:
-            return max(there, goes, end), self.outside + at_work
-        coming = there + self._activations(self.held.between)
-        return self.cast + max(at_work, coming, end), 0
+            return Peak(self.cast + host + max(there, goes, end), self.outside + at_work, files)
+        coming = there + self._kept(self.held.between)[0]
+        return Peak(self.cast + max(at_work, coming, end), 0, host + files)
 
-    def _activations(self, of_sample: int) -> int:
-        kept = of_sample * (self.streams * self.samples + 1)  # one goes ahead
-        if self.activation_memory is not None:
-            kept = min(kept, self.activation_memory)
-        return kept
+    def _kept(self, of_sample: int) -> tuple[int, int, int]:
+        """What batches hold on the device, in host memory and in files: they are filled in turn."""
+        rest, places = of_sample * (self.streams * self.samples + 1), []  # one goes ahead
+        for limit in (self.limit, self.host_limit):
+            places.append(min(rest, limit))
+            rest -= places[-1]
+        return places[0], places[1], rest
 
     def _running(self) -> int:
         """What the batch that runs makes and lets go."""
@@ -111,7 +126,7 @@ class Run:
                 originals -= own
             solved += site.weights + site.weights // 16  # codes, and scales of some groups
         most = max(most, originals + solved + block.packed + 10 * block.largest)
-        return block.bytes + most + self._activations(self.held.paused)
+        return block.bytes + most + self._kept(self.held.paused)[0]
 
     def _of_site(self, site: SiteShape) -> int:
         weights, square = site.rows * site.columns, site.columns**2
@@ -200,18 +215,3 @@ def resident() -> int:
     if sys.platform != "linux":
         return 0
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def available(device: torch.device) -> int:
-    """Bytes that a process can still have, in main memory or on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = []
-    if sys.platform == "linux":
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        with suppress(OSError, ValueError):  # no limit, or none that can be read
-            most = int((group / "memory.max").read_text())
-            found.append(most - int((group / "memory.current").read_text()))
-    return min(found, default=sys.maxsize)

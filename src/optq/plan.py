@@ -19,14 +19,17 @@ import torch
 
 from optq.core.solver import Solver
 from optq.errors import OutputError
-from optq.forecast import Run, available, resident, speed_of
+from optq.forecast import Run, resident, speed_of
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.writer import SHARD_BYTES
+from optq.model.activations import SHARE
 from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.dense import reasons
 from optq.model.lacking import lacking, misshapen
+from optq.model.layer import Layer
+from optq.model.memory import free
 from optq.model.shapes import outside, shape_of, sites_of
 from optq.model.source import empty_model, unloadable
 from optq.quantize import names_on_disk
@@ -61,7 +64,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do. Sizes are bytes; ``sites`` is None where they are found in the run."""
+    """What a run would do. Sizes are bytes; ``sites`` is None where they are found in the run.
+
+    ``files`` is what of ``disk`` batches hold meanwhile.
+    """
 
     blocks: int
     sites: int | None
@@ -79,6 +85,7 @@ class Plan:
     device_memory_available: int
     disk: int
     disk_free: int
+    files: int
     seconds: float
     notices: list[str]
 
@@ -155,6 +162,7 @@ def make_plan(
     why = reasons(model, blocks, skeleton.skip, names, checkpoint.layout, quantized)
     dense = list(_dense(checkpoint, why))
     kept = sum(each.bytes for each in dense)
+    cpu, apart = torch.device("cpu"), device.type != "cpu"
     run = Run(
         blocks=tuple(
             shape_of(block, sites[block], packed_of, names, checkpoint) for block in blocks
@@ -167,10 +175,10 @@ def make_plan(
         **outside(checkpoint, model, blocks, names, why),
         quantizer=quantizer,
         device=device,
-        activation_memory=activation_memory,
+        limit=int(SHARE * free(device)) if activation_memory is None else activation_memory,
+        host_limit=int(SHARE * free(cpu)) if apart else 0,
     )
-    host, on_device = run.peak()
-    cpu, apart = torch.device("cpu"), device.type != "cpu"
+    peak, libraries = run.peak(), resident()
     return Plan(
         blocks=len(blocks),
         sites=counted,
@@ -181,13 +189,14 @@ def make_plan(
         packed_bytes=packed,
         dense_bytes=kept,
         bits_per_weight=8 * packed / max(weights, 1),
-        memory=host + resident(),
-        memory_available=available(cpu) + resident(),
+        memory=peak.host + libraries,
+        memory_available=free(cpu) + libraries,
         device=str(device),
-        device_memory=on_device,
-        device_memory_available=available(device) if apart else 0,
-        disk=0 if output is None else _disk(checkpoint, form, layers, packed, kept, why),
-        disk_free=0 if output is None else _free(output),
+        device_memory=peak.device,
+        device_memory_available=free(device) if apart else 0,
+        disk=_disk(checkpoint, form, layers, packed + kept, packed + peak.files, why),
+        files=peak.files,
+        disk_free=_free(output or Path()),
         seconds=run.seconds(speed_of(device), packed + kept) if timed else 0.0,
         notices=said,
     )
@@ -234,18 +243,20 @@ def _dense(checkpoint: Checkpoint, why: Mapping[str, str]) -> Iterator[Dense]:
 def _disk(
     checkpoint: Checkpoint,
     form: Format,
-    layers: list[Any],
-    packed: int,
-    kept: int,
+    layers: list[Layer],
+    whole: int,
+    before: int,
     why: Mapping[str, str],
 ) -> int:
-    """Bytes at the peak: a small model is written once more at the end, in one file."""
+    """Bytes at the peak, where the tensors are ``whole`` at the end.
+
+    A small model is written once more, into one file. ``before`` the dense tensors come, what
+    batches hold in files is there beside the packed ones.
+    """
     names = [*why, *(f"{layer.name}.{suffix}" for layer in layers for suffix in form.suffixes)]
     headers = sum(2 * len(name) + IN_HEADER for name in names)
-    once = packed + kept
-    twice = once if once <= SHARD_BYTES else 0
     beside = sum(path.stat().st_size for path in checkpoint.companions() if path.is_file())
-    return once + twice + headers + beside
+    return max(whole * (2 if whole <= SHARD_BYTES else 1), before) + headers + beside
 
 
 def _free(output: Path) -> int:

@@ -21,6 +21,7 @@ from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, NumericsError
 from optq.formats.fit import check_layers
 from optq.formats.scheme import Format, Solved
+from optq.model.activations import Activations
 from optq.model.blocks import Block, Site
 from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow
@@ -79,13 +80,16 @@ class Quantization:
         self.records: list[LayerRecord] = []
         self.seconds = dict.fromkeys(("forward", "hessian", "factor", "solve", "write"), 0.0)
 
-    def calibrate(self, tokens: Tensor, device: torch.device) -> None:
-        """Take all calibration tokens ``[samples, tokens]`` through the model once."""
+    def calibrate(self, tokens: Tensor, activations: Activations) -> None:
+        """Take all calibration tokens ``[samples, tokens]`` through the model once.
+
+        ``activations`` keeps what they hold, and says on which device.
+        """
         batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
         # What is on its way to disk leaves the memory, block by block.
-        weights = Weights(self.model, self.blocks, device, self.keep, self.shards)
-        propagate = self.qep is not None
-        flow = Flow(self.model, self.blocks, batches, weights, self.solve, self.done, propagate)
+        weights = Weights(self.model, self.blocks, activations.device, self.keep, self.shards)
+        then = self.solve, self.done, self.qep is not None, activations
+        flow = Flow(self.model, self.blocks, batches, weights, *then)
         flow.run()
         weights.complete()
         self.seconds |= flow.seconds

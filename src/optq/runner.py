@@ -35,6 +35,7 @@ from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
 from optq.formats.writer import Kept, Writer, place_of
+from optq.model.activations import Activations
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.shards import open_model
@@ -57,6 +58,7 @@ class Result:
     bytes: int  # of the quantized layers in the file
     record: RunRecord  # what goes into the checkpoint's optq.json
     output: Path | None
+    activations: dict[str, int]  # the most bytes that batches held: memory, host, files
     _model: Any
     _write: Callable[[Path, bool], None]
 
@@ -80,7 +82,9 @@ class Runner:
     ``seqlen`` defaults to 2048, or to the model's positions if those are fewer; ``skip`` is a
     regular expression of layers to leave dense; ``chat`` passes the text through the tokenizer's
     chat template; ``qep`` is True or a :class:`QEP` (off unless asked for, where the command's
-    default below 8 bits is True); ``progress`` is called after each site, ``reading(done, total)``
+    default below 8 bits is True); ``activation_memory`` is how many bytes batches may hold on the
+    device (default: half of what is free): the rest goes to host memory, then to files;
+    ``progress`` is called after each site, ``reading(done, total)``
     with the windows drawn from ``c4``, ``notice`` with what a person should know.
     """
 
@@ -96,6 +100,7 @@ class Runner:
     skip: str | None = None
     chat: bool = False
     force: bool = False
+    activation_memory: int | None = None
     progress: Callable[[Progress], None] = lambda _: None
     notice: Callable[[str], None] = lambda _: None
     reading: Callable[[int, int], None] | None = None
@@ -126,10 +131,8 @@ class Runner:
         self, skeleton: Skeleton, form: Format, size: tuple[int, int], timed: bool = True
     ) -> Plan:
         device, output = self.model_config.torch_device(), self.output and Path(self.output)
-        streams = 2 if self.qep else 1
-        return make_plan(
-            skeleton, form, self.quantizer, streams, *size, device, output or None, timed=timed
-        )
+        what = skeleton, form, self.quantizer, 2 if self.qep else 1, *size
+        return make_plan(*what, device, output or None, self.activation_memory, timed)
 
     def _form(self) -> Format:
         """The format, with all settings checked."""
@@ -172,8 +175,10 @@ class Runner:
         around = (storage, sink, place is None, self.progress, shards)
         work = Quantization(model, blocks, names, quantizer, qep, *around)
         loaded = time.perf_counter() - started
+        beside = None if place is None else place.part.parent
+        held = Activations(device, self.activation_memory, beside)
         try:
-            work.calibrate(tokens, device)
+            work.calibrate(tokens, held)
         except torch.OutOfMemoryError as error:
             raise SettingError(
                 f"{device} has too little memory for {tokens.shape[0]} x {tokens.shape[1]} tokens",
@@ -222,6 +227,7 @@ class Runner:
             bytes=record.bytes,
             record=record,
             output=None if self.output is None else Path(self.output),
+            activations=held.most,
             _model=model if place is None else None,
             _write=save,
         )

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from optq.core.precision import exact_products
 from optq.core.rtn import RTN
 from optq.errors import ModelError, NumericsError
+from optq.model import activations
 from optq.model.batch import Batch
 from optq.model.blocks import find_blocks
 from optq.model.flow import Flow
@@ -845,3 +846,61 @@ def test_hooks_do_nothing_outside_the_flow():
     run = Run(model, IDS, solve)
     assert len(seen) == 4 and torch.equal(seen[0], seen[1])
     check_outcomes(run)
+
+
+@every_model
+def test_where_nothing_fits_into_memory_every_sum_is_the_same(row, tmp_path):
+    plain = Run(row.build(), BATCHES, propagate=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "SMALL", 1)
+        held = activations.Activations(CPU, 0, tmp_path)
+        away = Run(row.build(), BATCHES, propagate=True, activations=held)
+    assert held.most["files"] > 0 and not any(tmp_path.iterdir())
+    same_sums(plain, away)
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_a_block_that_lacks_memory_is_called_again(name, propagate):
+    (row,) = [row for row in zoo.ROWS if row.name == name]
+    plain = Run(row.build(), BATCHES, propagate=propagate)
+    model, failed = row.build(), []
+
+    def lacking(module, args, output):
+        batch = getcurrent()
+        if isinstance(batch, Batch) and batch.kind != "scout" and batch.kind not in failed:
+            failed.append(batch.kind)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    block = find_blocks(model)[0].module
+    parts = [module for module in block.modules() if not list(module.children())]
+    parts[-1].register_forward_hook(lacking)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "SMALL", 1)
+        again = Run(model, BATCHES, propagate=propagate)
+    assert len(failed) == (2 if propagate else 1)
+    same_sums(plain, again)
+
+
+def test_a_block_that_lacks_memory_and_changes_its_input_is_not_called_again():
+    model = zoo.ROWS[0].build()
+    block = find_blocks(model)[0].module
+
+    def lacking(module, args, output):
+        if isinstance(getcurrent(), Batch) and getcurrent().kind == "quantized":
+            args[0].mul_(2)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    first = next(module for module in block.modules() if not list(module.children()))
+    first.register_forward_hook(lacking)  # a norm, which reads what the block was called with
+    with pytest.raises(torch.OutOfMemoryError):
+        Run(model, BATCHES)
+    assert not living_batches() and "forward" not in block.__dict__
+
+
+def same_sums(one, other):
+    for before, after in zip(one.inputs, other.inputs, strict=True):
+        assert torch.equal(before.H, after.H) and before.tokens == after.tokens
+        assert (before.drift is None) or torch.equal(before.drift, after.drift)
+    for key, value in one.outcomes.items():
+        assert torch.equal(other.outcomes[key], value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,20 @@ def words(flag: str, text: str, kind: Callable[[str], Any] = str.strip) -> list[
     if not found:
         raise SettingError(f"{flag} is empty", "give one or more, with commas between")
     return found
+
+
+def size(flag: str, text: str | None) -> int | None:
+    """Bytes: ``8GB``, ``500 MB``, ``16GiB``, or a plain number."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
+    try:
+        number, unit, binary = found.groups() if found else ("", "", "")
+        base = 1024 if binary else 1000
+        return int(float(number) * base ** " kmgt".index(unit.lower() or " "))
+    except ValueError:
+        cause = f"{flag} {text} is no size"
+        raise SettingError(cause, "write it like 8GB, 500MB or 16GiB") from None
 
 
 def refuse_given(options: dict[str, Any], what: str, remedy: str) -> None:

@@ -8,10 +8,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
-from optq.cli.app import app, print_json, refuse_given, say, words
+from optq.cli.app import app, print_json, refuse_given, say, size, words
 from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.errors import SettingError
 
@@ -34,6 +33,7 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     method: Annotated[str, typer.Option(help="gptq, rtn (round to nearest) or obq.")] = "gptq",
@@ -82,6 +82,13 @@ def quantize(
     device: Device = "auto",
     dtype: Dtype = None,
     file_format: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
+    activation_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What batches may hold on the device, 8GB say; the rest goes to host memory, then"
+            " to files. Default: half of what is free."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what a run would do and need, and do nothing.")
@@ -91,7 +98,7 @@ def quantize(
     """Quantize MODEL and write the checkpoint OUT."""
     if dry_run:
         gc.disable()  # a short life with many small objects: looking for garbage is a part of it
-        click.get_current_context().call_on_close(gc.enable)
+        context.call_on_close(gc.enable)
     from optq.config import ModelConfig
     from optq.core.gptq import BEST
     from optq.plan import Skeleton
@@ -110,6 +117,7 @@ def quantize(
         quantizer = replace(quantizer, groupsize=_groupsize(skeleton.blocks))
     if qep is None:
         qep = method == "gptq" and not plain and BEST[wbits].qep
+    memory = size("--activation-memory", activation_memory)
     calib = ("demo" if config.is_demo else "c4") if calib is None else calib
     runner = Runner(
         config,
@@ -124,6 +132,7 @@ def quantize(
         skip=skip,
         chat=chat,
         force=force,
+        activation_memory=memory,
         notice=say,
     )
     if dry_run:
@@ -166,6 +175,7 @@ def quantize(
             f" {weights / 1e6:.1f} million weights; {len(result.dense)} linear layers left dense",
             "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
             **tables.short_of_tokens([layer.model_dump() for layer in result.layers]),
+            **tables.held(result.activations),
             "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
             "next": f"optq eval {out}{' --text demo' if calib == 'demo' else ''}"
             f"    optq inspect {out}    optq generate {out} PROMPT",

@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from greenlet import GreenletExit, greenlet
@@ -30,6 +31,8 @@ class Batch(greenlet):
         self.input: Handed | HandedExperts | None = None
         self.handed: dict[Site, weakref.ref[Tensor]] = {}
         self.calls: Counter[Layer] = Counter()
+        self.again: set[Site] = set()  # handed over before the block under way began anew
+        self.short: torch.OutOfMemoryError | None = None  # why it is paused inside the block
 
     def wait(self, block: Block) -> None:
         """Sleep, inside the coroutine, before ``block``."""
@@ -47,6 +50,23 @@ class Batch(greenlet):
         self.site = site
         self.input = HandedExperts(Handed(self.first_sample, self.ids, x), of)
         self._pause()
+
+    def call(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a block; where the device has no memory for that, sleep and call it again."""
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        before = [each._version for each in tensors]
+        calls, handed = self.calls.copy(), dict(self.handed)
+        while True:
+            try:
+                return block(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                if [each._version for each in tensors] != before:
+                    raise  # it changes its own input: a second call would not do the same
+                self.short = error.with_traceback(None)  # whose frames hold what it has made
+            self.again, self.calls = self.handed.keys() - handed.keys(), calls.copy()
+            self.handed = dict(handed)
+            self._pause()
+            self.short = None
 
     def unwind(self) -> None:
         """Leave the forward where it is paused, if it is."""

@@ -124,7 +124,7 @@ class Bank:
 
     def read(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
         """What an expert's gate and up read of ``x`` for these tokens."""
-        return x[tokens]
+        return x[tokens.to(x.device)]
 
     def inside(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
         """What each expert's down projection reads."""
@@ -236,7 +236,7 @@ class Copies(Bank):
         return self._apart(x).sum(0)  # a token's copies differ by a factor, most of them zero
 
     def read(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
-        return self._apart(x)[expert, tokens]
+        return self._apart(x)[expert, tokens.to(x.device)]
 
     def inside(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
         if self.packed:

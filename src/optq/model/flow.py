@@ -27,6 +27,7 @@ from torch import Tensor
 
 from optq.core.clock import elapsed
 from optq.errors import ModelError
+from optq.model.activations import Activations
 from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
 from optq.model.inputs import Handed, SiteSums, gather
@@ -44,6 +45,7 @@ class Flow:
     ``solve(sites)`` quantizes the layers of each site, which comes with its sums, and puts their
     weights in place; the sites are of one shape, and sums are made as they are asked for.
     ``done(block)`` is called when no batch needs the block any more, before its weights go.
+    ``activations`` keeps what the batches hold.
     """
 
     model: Any
@@ -53,11 +55,13 @@ class Flow:
     solve: Callable[[Iterator[tuple[Site, SiteSums]]], None]
     done: Callable[[Block], None] = lambda block: None
     propagate: bool = False
+    activations: Activations | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0})
 
     def run(self) -> None:
         """Run to the end. On an error or Ctrl-C every paused batch is unwound before it leaves."""
         self._sites = Sites(self.model, self.blocks)
+        self._held = self.activations or Activations(self.weights.device)
         self._finished: set[Block] = set()
         everyone = [Batch(self._forward, self.batches[0][:1], 0, "scout")]
         for kind in ["full", "quantized"] if self.propagate else ["quantized"]:
@@ -97,7 +101,7 @@ class Flow:
             if any(batch.kind == "quantized" for batch in here):  # else there is nothing to go by
                 if self.propagate:
                     self.weights.hold_originals(site.layers)
-                self.solve(self._gather(site, here))
+                self._solve(site, here)
                 for layer in site.layers:
                     layer.solved = True
             self._advance(here)
@@ -114,13 +118,32 @@ class Flow:
         if full:
             with self.weights.originals():
                 for batch in full:
-                    batch.switch()
+                    self._step(batch)
         for batch in batches:
             if batch.kind != "full":
-                batch.switch()
+                self._step(batch)
         if self.weights.device.type == "cuda":
             torch.cuda.synchronize(self.weights.device)
         self.seconds["forward"] += time.perf_counter() - start
+
+    def _solve(self, site: Site, here: list[Batch]) -> None:
+        while True:
+            try:
+                return self.solve(self._gather(site, here))
+            except torch.OutOfMemoryError:
+                # Of experts some have their new weights; else nothing has happened yet.
+                if site.bank or not self._held.halve():
+                    raise
+
+    def _step(self, batch: Batch) -> None:
+        """Let one batch run to its next pause."""
+        self._held.give(batch)
+        batch.switch()
+        while batch.short:  # of memory, in the midst of a block
+            if not self._held.halve():
+                raise batch.short
+            batch.switch()
+        self._held.take(batch)
 
     def _gather(self, site: Site, here: list[Batch]) -> Iterator[tuple[Site, SiteSums]]:
         """What the site has seen; of experts, each one's in its turn."""
@@ -158,4 +181,5 @@ class Flow:
         dtype = torch.promote_types(site.layers[0].parameter.dtype, torch.float32)
         sums = gather(where, columns, device, dtype, quantized, full if self.propagate else None)
         self.seconds["hessian"] += elapsed(start, sums.H)
+        self._held.read()
         return sums

@@ -91,7 +91,7 @@ def gather(
     hessian = Hessian(columns, device, dtype)
     drift = None if full is None else torch.zeros(columns, columns, device=device, dtype=dtype)
     partners = {each.first_sample: each for each in full or []}
-    for inputs, x, y in _pieces(quantized, partners):
+    for inputs, x, y in _pieces(quantized, partners, device):
         hessian.add(inputs)
         if drift is not None and len(x):
             add_drift(drift, x, y)
@@ -105,7 +105,7 @@ def gather(
 
 
 def _pieces(
-    batches: list[Handed], partners: dict[int, Handed]
+    batches: list[Handed], partners: dict[int, Handed], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The inputs, and those of the same tokens in both streams; of experts, many batches' at once.
 
@@ -113,7 +113,7 @@ def _pieces(
     """
     few: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in batches:
-        inputs, partner = batch.inputs, partners.get(batch.first_sample)
+        inputs, partner = batch.inputs.to(device), partners.get(batch.first_sample)
         none = inputs[:0]
         piece = (inputs, *(_common(batch, inputs, partner) if partner else (none, none)))
         if batch.tokens is None:
@@ -134,12 +134,13 @@ def _cat(pieces: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, T
 
 def _common(batch: Handed, x: Tensor, partner: Handed) -> tuple[Tensor, Tensor]:
     """The rows of both that are the same tokens, in the same order; ``x`` are the first one's."""
-    y = partner.inputs
+    y = partner.inputs.to(x.device)
     mine, theirs = batch.rows(), partner.rows()
     if mine is None or theirs is None:
         return x[:0], y[:0]
     if batch.tokens is None and partner.tokens is None:
         return x, y
+    mine, theirs = mine.to(x.device), theirs.to(x.device)
     row_of = torch.full((batch.ids.numel(),), -1, device=x.device)
     row_of[theirs] = torch.arange(len(theirs), device=x.device)
     rows = row_of[mine]

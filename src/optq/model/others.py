@@ -18,6 +18,7 @@ class Others:
 
     def __init__(self, site: Site, handed: list[HandedExperts]) -> None:
         self.site, self.handed = site, handed
+        self.device = site.layers[0].parameter.device
 
     def sample(self, expert: int, count: int) -> Float[Tensor, "some hidden"]:
         """So many that went elsewhere, or all: those to which the router likes ``expert`` best.
@@ -27,11 +28,9 @@ class Others:
         elsewhere = []
         for batch in self.handed:
             own = batch.of[expert].tokens if expert in batch.of else None
-            free = torch.ones(
-                len(batch.every.inputs), dtype=torch.bool, device=batch.every.x.device
-            )
+            free = torch.ones(len(batch.every.inputs), dtype=torch.bool, device=self.device)
             if own is not None:
-                free[own] = False
+                free[own.to(free.device)] = False
             elsewhere.append(free)
         free = torch.cat(elsewhere).nonzero().flatten()
         if self._scores is None:
@@ -41,7 +40,10 @@ class Others:
         picked = torch.zeros(sum(map(len, elsewhere)), dtype=torch.bool, device=free.device)
         picked[chosen] = True
         parts = picked.split([len(each) for each in elsewhere])
-        return torch.cat([b.every.inputs[p] for b, p in zip(self.handed, parts, strict=True)])
+        tokens = [
+            b.every.inputs.to(self.device)[p] for b, p in zip(self.handed, parts, strict=True)
+        ]
+        return torch.cat(tokens)
 
     @cached_property
     def _scores(self) -> Float[Tensor, "tokens experts"] | None:
@@ -49,7 +51,8 @@ class Others:
         router: Any = self._router()
         if router is None:
             return None
-        logits = torch.cat([b.every.inputs.float() @ router.weight.T.float() for b in self.handed])
+        every = (batch.every.inputs.to(self.device).float() for batch in self.handed)
+        logits = torch.cat([inputs @ router.weight.T.float() for inputs in every])
         bias = getattr(router, "bias", None)
         return (logits if bias is None else logits + bias.float()).softmax(-1)
 

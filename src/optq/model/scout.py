@@ -57,8 +57,8 @@ def scout(model: Any, blocks: list[Block], seqlen: int) -> tuple[dict[Block, lis
     cause, remedy = "the model does not run without values", "its sites are found in the run"
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(sites.hooks())
         like = stack.enter_context(_short(blocks, alive))
+        stack.enter_context(sites.hooks())
         stack.callback(batch.unwind)
         stack.enter_context(alive)
         stack.enter_context(library(ModelError, cause, remedy))

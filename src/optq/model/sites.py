@@ -13,6 +13,7 @@ from functools import partial
 from inspect import signature
 from itertools import takewhile
 from typing import Any
+from weakref import ref
 
 from greenlet import GreenletExit, getcurrent
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class Sites:
             handles.append(_pre_hook(head, self._leaving, None))
         banks = [bank for block in self.blocks for bank in block.banks]
         try:
-            with called_through(banks, self._experts):
+            with called_through(banks, self._experts), _calling(self.blocks):
                 yield
         finally:
             for handle in handles:
@@ -118,6 +119,8 @@ class Sites:
                 )
         elif not layer.solved:
             batch.hand(site, x)
+        elif site in batch.again:
+            batch.handed[site] = ref(x)
         elif batch.kind == "quantized":  # what the other stream brings late has no part in drift
             raise ModelError(
                 f"{layer.name} is reached by some samples after it was solved from others",
@@ -167,7 +170,7 @@ class Sites:
             who = batch.first_sample, batch.ids
             of = {e: Handed(*who, own, tokens, copy) for e, (tokens, own, copy) in inputs.items()}
             batch.hand_experts(site, x, of)
-        elif batch.kind == "quantized":
+        elif batch.kind == "quantized" and site not in batch.again:
             raise ModelError(
                 f"the experts of {first.name} are reached by some samples after they were solved",
                 "leave them dense with --skip, and report this model",
@@ -194,6 +197,32 @@ class Sites:
             self._seen.append((x, x._version, site))
         site.layers.append(layer)
         self._of[layer] = site
+
+
+@contextmanager
+def _calling(blocks: list[Block]) -> Iterator[None]:
+    """Batches call blocks so that they can do it again."""
+    modules = list({block.module: None for block in blocks})
+
+    def calls(own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            batch = getcurrent()
+            if isinstance(batch, Batch) and batch.kind != "scout":
+                return batch.call(own, *args, **kwargs)
+            return own(*args, **kwargs)
+
+        return call
+
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = calls(module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def _kinship(layer: Layer, other: Layer | None) -> int:

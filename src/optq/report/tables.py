@@ -167,6 +167,13 @@ def short_of_tokens(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {"experts": said} if none or few else {}
 
 
+def held(most: Mapping[str, int]) -> dict[str, str]:
+    """Where batches kept what they held; nothing where all of it stayed on the device."""
+    places = {"memory": "in memory", "host": "in host memory", "files": "in files"}
+    found = [f"{size(most[name])} {where}" for name, where in places.items() if most.get(name)]
+    return {"activations": ", ".join(found)} if len(found) > 1 else {}
+
+
 def layers(records: Sequence[Mapping[str, Any]]) -> None:
     """Errors by layer; the bar is the relative error, on the scale of the largest.
 
