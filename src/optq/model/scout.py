@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -61,6 +64,7 @@ def scout(model: Any, blocks: list[Block], seqlen: int) -> tuple[dict[Block, lis
         stack.enter_context(sites.hooks())
         stack.callback(batch.unwind)
         stack.enter_context(alive)
+        stack.enter_context(_Fused())
         stack.enter_context(library(ModelError, cause, remedy))
         batch.switch()
         while (block := batch.before) is not None and block not in found:
@@ -139,6 +143,7 @@ class _Ahead(Sites):
     def __init__(self, model: Any, blocks: list[Block], alive: _Alive) -> None:
         super().__init__(model, blocks)
         self.alive, self.paused, self.experts = alive, 0, 1
+        self.inputs: list[tuple[ref[Tensor], int, Site]] = []  # of the block under way
 
     def sites(self, block: Block) -> list[Site]:
         """Of a block that the scout is through with; a layer that it did not come by has none."""
@@ -146,9 +151,23 @@ class _Ahead(Sites):
         called = {site for site in self._of.values() if site.bank or site.layers[0].calls}
         return sorted(called, key=lambda site: site.place)
 
-    def _reading(self, batch: Batch, layer: Layer, args: tuple, kwargs: dict) -> None:
-        self.paused = max(self.paused, self.alive.bytes())
-        super()._reading(batch, layer, args, kwargs)
+    def begin(self, block: Block) -> None:
+        super().begin(block)
+        self.inputs.clear()
+
+    def _record(self, block: Block, layer: Layer, x: Tensor) -> None:
+        """As of a batch, which does not hold its inputs longer than the model itself does."""
+        same = (
+            site for seen, version, site in self.inputs if seen() is x and version == x._version
+        )
+        site = next(same, None)
+        if site is None:
+            self.paused = max(self.paused, self.alive.bytes())
+            site = Site(block, [])
+            self.inputs.append((ref(x), x._version, site))
+            self._seen.append((x.new_empty(0), 0, site))
+        site.layers.append(layer)
+        self._of[layer] = site
 
     def _experts(self, bank: Bank, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         assert self.block is not None
@@ -160,6 +179,18 @@ class _Ahead(Sites):
         self.paused = max(self.paused, self.alive.bytes())
         del inside
         return torch.empty_like(x)
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as kernels compute it, without all scores at a time."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is not scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        query, _, value = (*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :]))[:3]
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 class _Alive(TorchDispatchMode):
