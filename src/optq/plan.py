@@ -49,6 +49,7 @@ class Skeleton:
     @classmethod
     def of(cls, checkpoint: Checkpoint, skip: str | None) -> Skeleton:
         model = empty_model(checkpoint).eval()
+        model.to(model.config.dtype)  # it is made in float32
         return cls(checkpoint, model, find_blocks(model, skip), skip)
 
 
@@ -194,9 +195,11 @@ def make_plan(
         device=str(device),
         device_memory=peak.device,
         device_memory_available=free(device) if apart else 0,
-        disk=_disk(checkpoint, form, layers, packed + kept, packed + peak.files, why),
+        disk=_disk(checkpoint, form, layers, packed + kept, packed + peak.files, why)
+        if output
+        else 0,
         files=peak.files,
-        disk_free=_free(output or Path()),
+        disk_free=_free(output) if output else 0,
         seconds=run.seconds(speed_of(device), packed + kept) if timed else 0.0,
         notices=said,
     )
