@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -101,12 +102,11 @@ class Checkpoint:
         return all(_is_mapped(self.folder / file) for file in {*self.files.values()})
 
     def cut(self) -> Path | None:
-        """A file that is shorter than its tensors, if there is one."""
-        bytes_of = dict.fromkeys(self.files.values(), 0)
-        for name, file in self.files.items():
-            bytes_of[file] += self.layout[name].nbytes
-        files = ((self.folder / file, size) for file, size in bytes_of.items())
-        return next((path for path, size in files if path.stat().st_size < size), None)
+        """A safetensors file that is shorter than its header says, if there is one."""
+        for path in (self.folder / file for file in dict.fromkeys(self.files.values())):
+            if path.suffix == ".safetensors" and path.stat().st_size < _header(path)[1]:
+                return path
+        return None
 
     def companions(self) -> list[Path]:
         """All but weights and what speaks of them: tokenizer, chat template, licence, .."""
@@ -210,35 +210,39 @@ def _weight_files(folder: Path) -> list[str]:
 def _layout(path: Path, whole: bool) -> dict[str, Tensor]:
     """What a file's tensors are; of one that is not ``whole``, where its header says that."""
     with _damage(path):
-        found, length = _header(path) if path.suffix == ".safetensors" else (None, 0)
-        if found is not None and not (whole and length != path.stat().st_size):
-            return found
+        if path.suffix == ".safetensors":
+            entries, length = _header(path)
+            if length and (path.stat().st_size == length or not whole):
+                return {
+                    name: torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+                    for name, (dtype, shape) in entries.items()
+                }
         with _open_weights(path) as (names, get):  # or what it says is wrong
             return {name: get(name).to("meta") for name in names}
 
 
-def _header(path: Path) -> tuple[dict[str, Tensor] | None, int]:
-    """The tensors that the header of a safetensors file tells of, and how long the file must be.
+def _header(path: Path) -> tuple[dict[str, tuple[str, list[int]]], int]:
+    """Dtype and shape of each tensor of a safetensors file, and how long the file must be.
 
-    None for a header that is not as we know it: safetensors then says what is wrong with it.
+    Nothing for a header that is not as we know it: safetensors then says what is wrong with it.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= path.stat().st_size - 8:
-            return None, 0
+            return {}, 0
         try:
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            layout = {
-                name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
-                for name, entry in entries.items()
-            }
-            ends = {name: entry["data_offsets"] for name, entry in entries.items()}
-            if any(layout[name].nbytes != stop - start for name, (start, stop) in ends.items()):
-                return None, 0
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-            return None, 0
-    return layout, 8 + length + max((stop for _, stop in ends.values()), default=0)
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {name: (own["dtype"], own["shape"]) for name, own in header.items()}
+            end = 0
+            for name, (dtype, shape) in entries.items():
+                start, stop = header[name]["data_offsets"]
+                end = max(end, stop)
+                if prod(shape) * DTYPES[dtype].itemsize != stop - start:
+                    return {}, 0
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {}, 0
+    return entries, 8 + length + end
 
 
 @contextmanager
