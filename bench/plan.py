@@ -25,7 +25,7 @@ from machine import append, machine
 from model import build
 
 RESULTS = Path(__file__).parent / "results" / "plan.jsonl"
-TOKENS = {"llama": (32, 512), "experts": (16, 128), "wide": (16, 512)}  # samples, and their length
+TOKENS = {"llama": (32, 512), "experts": (4, 128), "wide": (8, 512)}  # samples, and their length
 
 
 def wide(folder: Path) -> None:
@@ -33,8 +33,8 @@ def wide(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **{"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 5},
-        **{"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 64000},
+        **{"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 3},
+        **{"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128000},
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
