@@ -20,6 +20,7 @@ import zoo
 from safetensors import safe_open
 
 from optq import GPTQ, ModelConfig, Runner, cli, compare
+from optq.formats.whole import Whole
 
 COMMAND = Path(sys.executable).with_name("optq")
 BY_NAME = {row.name: row for row in zoo.ROWS}
@@ -307,6 +308,40 @@ def test_force_replaces_the_whole_folder(optq, words, tmp_path):
     optq(*words, "--force")
     assert not (tmp_path / "out" / "old").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_interrupted_run(words, tmp_path, monkeypatch, capfd):
+    """It says what it keeps; the same command goes on from that, another one must say --restart."""
+    on_term, out, hidden = signal.getsignal(signal.SIGTERM), tmp_path / "out", ".out.partial"
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["optq", *map(str, (*words, *more))])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, capfd.readouterr().err.replace(f"{tmp_path}/", "").splitlines()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Whole, "appear", interrupted)
+        code, said = run("--wbits", 4)
+    kept = f"3 of 3 blocks are kept in {hidden}: the same command goes on from there,"
+    assert code == 130 and not out.exists()
+    assert said[:2] == [f"optq: {kept} --restart throws them away", "optq: interrupted"]
+    code, said = run("--wbits", 3)
+    assert code == 2 and said[0].startswith(f"optq: {hidden} holds finished blocks of another run")
+    assert "wbits was 4 and is 3" in said[0] and "--restart" in said[1] and len(said) == 2
+    code, said = run("--wbits", 4)
+    assert code == 0 and said == [f"optq: going on after 3 of 3 blocks, which {hidden} holds"]
+    shutil.rmtree(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Whole, "appear", interrupted)
+        run("--wbits", 4)
+    code, said = run("--wbits", 3, "--restart")
+    assert code == 0 and said == [f"optq: threw away what was in {hidden}"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    signal.signal(signal.SIGTERM, on_term)
 
 
 def test_inspect_for_a_person(optq, words, folder, tmp_path):

@@ -25,6 +25,7 @@ from optq.evaluate.perplexity import perplexity
 from optq.formats import FORMATS
 from optq.formats.fit import check_layers
 from optq.model.blocks import find_blocks
+from optq.model.checkpoint import Checkpoint
 from optq.model.source import sequence_length
 from optq.runner import Runner
 
@@ -79,7 +80,7 @@ class Comparison:
         """
         settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in self.methods]
         quantizers = {setting: self._quantizer(*setting) for setting in settings}
-        common = self._key(self.config.plain_checkpoint().folder)
+        common = self._key(self.config.plain_checkpoint())
         kept = Rows(results)
         keys = {
             s: f"{common} {s} {q!r} {self._propagates(s) and QEP()!r}"
@@ -136,9 +137,12 @@ class Comparison:
     def _propagates(self, setting: tuple[str, int, int]) -> bool:
         return setting[0] == "gptq" and BEST[setting[1]].qep
 
-    def _key(self, folder: Path) -> str:
+    def _key(self, checkpoint: Checkpoint) -> str:
         """Of everything but the setting that a row depends on."""
-        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir()]
+        here = [] if checkpoint.hub else [*checkpoint.folder.iterdir()]  # the hub's may yet come
+        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in here]
+        if checkpoint.hub:
+            files.append((checkpoint.hub.revision, 0, 0))
         for spec in (self.calib, self.text):
             if os.path.isfile(spec):  # which takes a text too long for a name as well
                 files.append((spec, Path(spec).stat().st_size, Path(spec).stat().st_mtime_ns))

@@ -11,6 +11,7 @@ import torch
 from optq.errors import SettingError
 from optq.formats import reader, require_plain
 from optq.model.checkpoint import Checkpoint
+from optq.model.dequantize import dequantized
 from optq.model.source import load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -34,13 +35,16 @@ class ModelConfig:
         return self.model_id == "demo"
 
     def checkpoint(self, whole: bool = True) -> Checkpoint:
-        """The checkpoint on disk; unless it has to be ``whole``, its headers will do."""
+        """The checkpoint on disk; one of fp8 or MXFP4 weights as the plain one it stands for.
+
+        Unless it has to be ``whole``, its headers will do.
+        """
         from optq.demo import MODEL
 
         if self.dtype not in (None, *DTYPES):
             raise SettingError(f"the dtype is {self.dtype}", f"choose {' or '.join(DTYPES)}")
         folder = MODEL if self.is_demo else self.model_id
-        return Checkpoint.open(str(folder), DTYPES.get(self.dtype or ""), whole)
+        return dequantized(Checkpoint.open(str(folder), DTYPES.get(self.dtype or ""), whole))
 
     def plain_checkpoint(self, whole: bool = True) -> Checkpoint:
         """The same. Raises :class:`ModelError` where it is quantized already."""

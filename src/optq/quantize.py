@@ -47,9 +47,16 @@ class Progress:
 
 
 class Sink(Protocol):
-    """What takes the layers of each block as soon as all are solved."""
+    """What takes the layers of each block as soon as all are solved.
+
+    Those of the first blocks that an earlier run has ``finished`` it gives back, block by block.
+    """
+
+    layers: dict[str, LayerScheme]  # all until now
 
     def commit(self, layers: Solved, records: Sequence[LayerRecord]) -> None: ...
+    def finished(self) -> int: ...
+    def restored(self) -> Iterator[tuple[str, QuantizedWeight]] | None: ...
 
 
 class Quantization:
@@ -78,6 +85,9 @@ class Quantization:
         self.scheme = quantizer.scheme()
         self.solved: dict[str, tuple[QuantizedWeight, LayerScheme]] = {}  # of the current block
         self.records: list[LayerRecord] = []
+        self.restoring = False  # the current block is finished already
+        every = [layer for block in blocks for layer in block.layers]
+        self.layers = {names[f"{x.name}.weight"].removesuffix(".weight"): x for x in every}
         self.seconds = dict.fromkeys(("forward", "hessian", "factor", "solve", "write"), 0.0)
 
     def calibrate(self, tokens: Tensor, activations: Activations) -> None:
@@ -85,10 +95,12 @@ class Quantization:
 
         ``activations`` keeps what they hold, and says on which device.
         """
+        if self._nothing_left():
+            return
         batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
         # What is on its way to disk leaves the memory, block by block.
         weights = Weights(self.model, self.blocks, activations.device, self.keep, self.shards)
-        then = self.solve, self.done, self.qep is not None, activations
+        then = self.solve, self.done, self.qep is not None, activations, self.restore
         flow = Flow(self.model, self.blocks, batches, weights, *then)
         flow.run()
         weights.complete()
@@ -148,9 +160,36 @@ class Quantization:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self.progress(Progress(site.block.index, len(self.blocks), site.layers[0].name, records))
 
+    def _nothing_left(self) -> bool:
+        """Whether an earlier run has finished all blocks: nobody then needs what runs through them.
+
+        But for how often a layer is called, where a module is part of several blocks.
+        """
+        modules = [module for block in self.blocks for module in block.module.modules()]
+        if self.sink.finished() < len(self.blocks) or len({*modules}) < len(modules):
+            return False
+        for name in self.sink.layers:
+            self.layers[name].solved = True
+        return True
+
+    def restore(self, block: Block) -> Iterator[tuple[Layer, Tensor]] | None:
+        """The weights that an earlier run has put into a block, read back from its file."""
+        found = self.sink.restored()
+        self.restoring = found is not None
+        if found is None:
+            return None
+        return ((self.layers[name], weight.weight) for name, weight in found)
+
     def done(self, block: Block) -> None:
         """A block that no batch needs any more is handed on."""
+        if self.restoring:
+            return
         start = time.perf_counter()
+        calls = {layer.name: layer.calls for layer in block.layers}
+        self.records = [
+            record.model_copy(update={"calls": calls.get(record.name, record.calls)})
+            for record in self.records
+        ]
         self.sink.commit(self.solved, self.records)
         self.solved, self.records = {}, []
         self.seconds["write"] += time.perf_counter() - start

@@ -29,8 +29,9 @@ from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.given import given
 from optq.data.text import Text
-from optq.errors import SettingError
+from optq.errors import NumericsError, SettingError
 from optq.formats import FORMATS, reader
+from optq.formats.journal import Journal, settings
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
@@ -81,11 +82,12 @@ class Runner:
     folder to write as the run goes (without it the result keeps everything and can ``save``);
     ``seqlen`` defaults to 2048, or to the model's positions if those are fewer; ``skip`` is a
     regular expression of layers to leave dense; ``chat`` passes the text through the tokenizer's
-    chat template; ``qep`` is True or a :class:`QEP` (off unless asked for, where the command's
-    default below 8 bits is True); ``activation_memory`` is how many bytes batches may hold on the
-    device (default: half of what is free): the rest goes to host memory, then to files;
-    ``progress`` is called after each site, ``reading(done, total)``
-    with the windows drawn from ``c4``, ``notice`` with what a person should know.
+    chat template; ``restart`` throws away what a run that was cut off has left, from which the same
+    settings would go on; ``qep`` is True or a :class:`QEP` (off unless asked for, where the
+    command's default below 8 bits is True); ``activation_memory`` is how many bytes batches may
+    hold on the device (default: half of what is free): the rest goes to host memory, then to files;
+    ``progress`` is called after each site, ``reading(done, total)`` with the windows drawn from
+    ``c4``, ``notice`` with what a person should know.
     """
 
     model_config: ModelConfig
@@ -100,6 +102,7 @@ class Runner:
     skip: str | None = None
     chat: bool = False
     force: bool = False
+    restart: bool = False
     activation_memory: int | None = None
     progress: Callable[[Progress], None] = lambda _: None
     notice: Callable[[str], None] = lambda _: None
@@ -111,8 +114,12 @@ class Runner:
         form, checkpoint = self._form(), self.model_config.plain_checkpoint()
         if self.output is None:
             return self._run(checkpoint, form, None, started)
-        with place_of(Path(self.output), checkpoint, self.force, self.notice) as place:
-            return self._run(checkpoint, form, place, started)
+        with place_of(Path(self.output), checkpoint, self.force, self.notice, True) as place:
+            try:
+                return self._run(checkpoint, form, place, started)
+            except NumericsError:
+                place.keep = False  # the same command would find it again
+                raise
 
     def plan(self, skeleton: Skeleton | None = None) -> Plan:
         """What :meth:`run` would do, of headers and shapes alone. Raises what it would refuse.
@@ -171,7 +178,13 @@ class Runner:
             self.notice(line)
         tokens = self._tokens(calib, checkpoint, model)
         dtype, storage = model.dtype, form.storage(model.dtype)
-        sink = Kept(form, dtype) if place is None else Writer(place, checkpoint, form, dtype)
+        sink: Kept
+        if place is None:
+            sink = Kept(form, dtype)
+        else:
+            what = self._settings(checkpoint, device, qep, tokens, calib)
+            journal = Journal(place, what, len(blocks), self.restart)
+            sink = Writer(place, checkpoint, form, dtype, journal)
         around = (storage, sink, place is None, self.progress, shards)
         work = Quantization(model, blocks, names, quantizer, qep, *around)
         loaded = time.perf_counter() - started
@@ -185,8 +198,9 @@ class Runner:
                 "choose fewer --nsamples, a shorter --seqlen, or --device cpu",
             ) from error
         # A module that later blocks share is called again after its record was made.
-        calls = {layer.name: {"calls": layer.calls} for block in blocks for layer in block.layers}
-        layers = [record.model_copy(update=calls[record.name]) for record in sink.records]
+        every = [layer for block in blocks for layer in block.layers]
+        calls = {layer.name: {"calls": layer.calls} for layer in every if layer.calls}
+        layers = [record.model_copy(update=calls.get(record.name)) for record in sink.records]
         self._tell_of_columns_without_tokens(layers)
         solved = {layer.name for layer in layers}
         record = RunRecord(
@@ -230,6 +244,28 @@ class Runner:
             activations=held.most,
             _model=model if place is None else None,
             _write=save,
+        )
+
+    def _settings(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        qep: QEP | None,
+        tokens: Tensor,
+        calib: str | Text | Tensor,
+    ) -> dict[str, Any]:
+        """What another run must have in common with this one to go on from it."""
+        return settings(
+            checkpoint,
+            device,
+            tokens,
+            method=type(self.quantizer).__name__.lower(),
+            quantizer=asdict(self.quantizer),  # type: ignore[call-overload]
+            qep=None if qep is None else asdict(qep),
+            format=self.format,
+            skip=self.skip,
+            dtype=self.model_config.dtype,
+            calibration=self._calibration(calib, tokens),
         )
 
     def _calib(self) -> str | Text | Tensor:

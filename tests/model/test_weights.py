@@ -1,6 +1,8 @@
 """Who holds a block's tensors, from its fetch to its drop."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch import nn
 
 from optq import RTN, ModelConfig, Runner
 from optq.errors import ModelError
+from optq.model import shards
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.experts import Bank
+from optq.model.flow import Flow
 from optq.model.shards import open_model
 from optq.model.source import load_model
 from optq.model.weights import Weights
@@ -97,8 +101,13 @@ def test_what_is_outside_of_blocks_comes_back_also_where_two_modules_share_it():
     before = {name: p.data for name, p in model.named_parameters()}
     # A dtype stands for the device: tensors move to it just so, and every machine has two.
     weights = Weights(model, find_blocks(model), torch.float64)
-    with weights.outside_on_device():
+    with weights.outside.on_device():
         on_device = {name for name, p in model.named_parameters() if p.dtype == torch.float64}
+        model.embed(torch.tensor([0]))
+        weights.outside.let_go()
+        assert model.embed.weight.dtype == torch.float32
+        model.tied(torch.tensor([0]))
+        assert model.embed.weight.dtype == torch.float64
     assert on_device == {"embed.weight"}
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == before[name].data_ptr(), name
@@ -115,13 +124,15 @@ def saved(name, folder):
     return folder
 
 
+@pytest.mark.parametrize("portion", [1, shards.PORTION])
 @pytest.mark.parametrize("name", STREAMED)
-def test_a_block_read_alone_is_what_transformers_loads(tmp_path, name):
+def test_a_block_read_alone_is_what_transformers_loads(tmp_path, monkeypatch, name, portion):
     """In every parameter, its dtype and strides; and one block is in memory at a time."""
+    monkeypatch.setattr(shards, "PORTION", portion)
     checkpoint = Checkpoint.open(str(saved(name, tmp_path)))
     whole = load_model(checkpoint)
-    model, blocks, shards = open_model(checkpoint, find_blocks)
-    weights = Weights(model, blocks, CPU, keep=False, shards=shards)
+    model, blocks, on_disk = open_model(checkpoint, find_blocks)
+    weights = Weights(model, blocks, CPU, keep=False, shards=on_disk)
     inside = {n for block in blocks for n, _ in block.module.named_parameters(block.name)}
     outside = dict(model.named_parameters()).keys() - inside
     assert all(torch.equal(model.get_parameter(n), whole.get_parameter(n)) for n in outside)
@@ -163,15 +174,86 @@ def test_a_run_has_one_block_in_memory_and_keeps_what_it_is_asked_to(tmp_path, m
     assert not any(parameter.is_meta for parameter in result.model.parameters())
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "qwen3"])
+def test_embeddings_are_let_go_before_the_first_block_and_the_head_is_not_there(
+    tmp_path, monkeypatch, name, keep
+):
+    row = next(row for row in zoo.ROWS if row.name == name)
+    source, seen, done = zoo.save(row, tmp_path / "model"), [], Quantization.done
+
+    def watched(work, block):
+        shapes = {n: p.numel() for n, p in work.model.named_parameters()}
+        seen.append({n for n, size in shapes.items() if not size})
+        assert work.model.get_output_embeddings().weight.numel() == 0
+        done(work, block)
+
+    monkeypatch.setattr(Quantization, "done", watched)
+    output = None if keep else tmp_path / "out"
+    for dtype in (None, "bfloat16"):  # mapped, and cast
+        how = {"calib": zoo.token_ids(4, 32), "output": output, "force": True}
+        result = Runner(ModelConfig(str(source), "cpu", dtype), RTN(4, 32), **how).run()
+        ours = load_model(Checkpoint.open(str(source), getattr(torch, dtype or "", None)))
+        outside = {n: p for n, p in ours.named_parameters() if n in seen[0]}
+        assert any("embed" in n or "wte" in n for n in outside)
+        for n, parameter in outside.items():
+            assert torch.equal(result.model.get_parameter(n), parameter)
+    assert len({*map(frozenset, seen)}) == 1
+
+
+def test_no_tensor_outlives_the_load_but_in_the_model(tmp_path):
+    """A file stays mapped, and resident where it was touched, as long as one of them does."""
+    checkpoint = Checkpoint.open(str(zoo.save(zoo.ROWS[0], tmp_path)))
+    given, tensors = [], Checkpoint.tensors
+
+    def watched(self, names=None):
+        for name, tensor in tensors(self, names):
+            given.append(weakref.ref(tensor))
+            yield name, tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "tensors", watched)
+        gc.disable()
+        model, _, _ = open_model(checkpoint, find_blocks)
+        alive = [tensor for ref in given if (tensor := ref()) is not None]
+        gc.enable()
+    mine = {id(p) for p in (*model.parameters(), *model.buffers())}
+    assert given and all(id(tensor) in mine for tensor in alive)
+
+
+def test_what_is_called_again_after_the_first_block_comes_back(tmp_path, monkeypatch):
+    """As per-layer embeddings are; that a module is, is seen and not declared."""
+    row = next(row for row in zoo.ROWS if row.name == "llama")
+    source, read = zoo.save(row, tmp_path / "model"), []
+
+    def call_again(model):
+        blocks = find_blocks(model)
+        for block in blocks:
+            module = block.module.self_attn
+            module.register_forward_pre_hook(
+                lambda *_: read.append(model.model.embed_tokens(torch.tensor([1])).clone())
+            )
+        return blocks
+
+    model, blocks, on_disk = open_model(Checkpoint.open(str(source)), call_again)
+    first = model.model.embed_tokens.weight[1:2].clone()
+    weights, gone = Weights(model, blocks, CPU, shards=on_disk), []
+    done = [lambda block: gone.append(model.model.embed_tokens.weight.numel() == 0)]
+    Flow(model, blocks, [zoo.token_ids(2, 16)], weights, list, *done).run()
+    assert read and all(torch.equal(each, first) for each in read)
+    assert gone == [False] * len(blocks)
+    assert torch.equal(model.model.embed_tokens.weight[1:2], first)
+
+
 def _any_values(module):
     return any(not parameter.is_meta for parameter in module.parameters())
 
 
 def test_a_kept_model_has_blocks_that_nobody_fetched(tmp_path):
-    model, blocks, shards = open_model(
+    model, blocks, on_disk = open_model(
         Checkpoint.open(str(saved("mixtral", tmp_path))), find_blocks
     )
-    weights = Weights(model, blocks, CPU, shards=shards)
+    weights = Weights(model, blocks, CPU, shards=on_disk)
     weights.fetch(blocks[0])
     weights.complete()
     assert not any(parameter.is_meta for parameter in model.parameters())
@@ -180,8 +262,8 @@ def test_a_kept_model_has_blocks_that_nobody_fetched(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "gone", "another"])
 def test_a_shard_damaged_after_the_run_began_is_named(tmp_path, damage):
     folder = saved("mixtral", tmp_path)
-    model, blocks, shards = open_model(Checkpoint.open(str(folder)), find_blocks)
-    weights = Weights(model, blocks, CPU, keep=False, shards=shards)
+    model, blocks, on_disk = open_model(Checkpoint.open(str(folder)), find_blocks)
+    weights = Weights(model, blocks, CPU, keep=False, shards=on_disk)
     weights.fetch(blocks[0])
     weights.drop(blocks[0])
     for path in folder.glob("*.safetensors"):

@@ -90,6 +90,9 @@ def quantize(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Do not go on from a run that was cut off.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what a run would do and need, and do nothing.")
     ] = False,
@@ -132,6 +135,7 @@ def quantize(
         skip=skip,
         chat=chat,
         force=force,
+        restart=restart,
         activation_memory=memory,
         notice=say,
     )

@@ -8,20 +8,25 @@ from typing import Any
 from optq.formats import detect
 from optq.formats.reader import packed_tensors, quantized_layers
 from optq.model.checkpoint import Checkpoint
+from optq.model.dequantize import Dequantized
 from optq.record import FILE, RunRecord
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Format, settings, sizes in bytes, and the records of the layers if OPTQ wrote them."""
     config = checkpoint.config()
-    sizes = {name: tensor.nbytes for name, tensor in checkpoint.layout.items()}
-    found = detect(checkpoint)
+    found, form, on_disk = detect(checkpoint), "not quantized", checkpoint
+    if isinstance(checkpoint, Dequantized):
+        on_disk = checkpoint.source
+        form = f"{on_disk.config()['quantization_config']['quant_method']}, read as "
+        form += str(checkpoint.into).removeprefix("torch.")
+    sizes = {name: tensor.nbytes for name, tensor in on_disk.layout.items()}
     what: dict[str, Any] = {
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "files": len(set(checkpoint.files.values())),
         "tensors": len(sizes),
         "bytes": sum(sizes.values()),
-        "format": "not quantized",
+        "format": form,
         "layers": [],
     }
     if found is None:

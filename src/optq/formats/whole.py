@@ -3,7 +3,8 @@
 It grows in a hidden folder beside its place, ``.NAME.partial``, whose lock one living process
 holds. One rename gives it its name, and never where something is that was not there at the start.
 Whatever goes wrong before, the hidden folder is removed; what a killed process leaves of it, the
-next one removes.
+next one removes. Only where there is a journal (:mod:`optq.formats.journal`) it stays, and only
+who can go on from it may take it.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ class Whole:
     """``part`` is where to write; use it as a context, and call :meth:`appear` inside.
 
     With ``force`` what ``target`` is now may be replaced. ``notice`` is told of leftovers. Raises
-    :class:`OutputError` where another process writes the same target, or has made or changed it.
+    :class:`OutputError` where another process writes the same target, or has made or changed it,
+    and for a journal where the caller does not go on from one (``goes_on``).
+
+    What is to stay after an error, :attr:`keep` says: ``journal`` and ``blocks`` beside ``part``.
+    Their owner sets it, and :attr:`kept`, in words; ``part`` stays in its place until it appears.
     """
 
-    def __init__(self, target: Path, force: bool, notice: Callable[[str], None]) -> None:
-        self.target, self.force, self.notice = target, force, notice
+    def __init__(
+        self, target: Path, force: bool, notice: Callable[[str], None], goes_on: bool = False
+    ) -> None:
+        self.target, self.force, self.notice, self.goes_on = target, force, notice, goes_on
+        self.keep, self.kept = False, ""
         with writing(target):
             for parent in target.absolute().parents:
                 if parent.exists() and not parent.is_dir():
@@ -49,8 +57,9 @@ class Whole:
         return OutputError(f"{self.target} exists", "choose another name, or pass --force")
 
     def __enter__(self) -> Whole:
-        self._room = self.target.with_name(f".{self.target.name}.partial")
-        self.part, self._old, self._lock = (self._room / n for n in ("whole", "old", "lock"))
+        self.room = self.target.with_name(f".{self.target.name}.partial")
+        self.part, self._old, self._lock = (self.room / n for n in ("whole", "old", "lock"))
+        self.journal, self.blocks = self.room / "journal.jsonl", self.room / "blocks"
         with ExitStack() as undo, writing(self.target):
             for parent in [each for each in reversed(self.target.parents) if not each.exists()]:
                 parent.mkdir(exist_ok=True)
@@ -69,8 +78,11 @@ class Whole:
     def appear(self) -> None:
         """Give the part its name, in the place of what was there at the start."""
         with writing(self.target):
+            for each in (*self.part.rglob("*"), self.part):
+                sync(each)  # a name on disk before what it names would be a checkpoint of nothing
             if self._seen is None or not os.path.lexists(self.target):
                 _name(self.part, self.target)
+                sync(self.target.parent)
                 return
             try:
                 self.target.rename(self._old)  # where nobody changes it: now it can be compared
@@ -81,18 +93,32 @@ class Whole:
                 if os.path.lexists(self._old) and not os.path.lexists(self.target):
                     _name(self._old, self.target)
                 raise
+            sync(self.target.parent)
+
+    def discard(self) -> None:
+        """Throw away what an earlier run has left to go on from."""
+        self.keep, self.kept = False, ""
+        for each in (self.journal, self.blocks):
+            _remove(each)
+        self.empty()
+
+    def empty(self) -> None:
+        """Remove what is in the part, but not itself: without it, all would seem to be done."""
+        for each in self.part.iterdir():
+            _remove(each)
 
     def _claim(self, undo: ExitStack) -> bool:
         """Make the hidden folder this process' own, until ``undo``; False: try once more."""
-        fresh = True
-        try:
-            self._room.mkdir()
-        except FileExistsError:
-            fresh = False
+        self.room.mkdir(exist_ok=True)
         with suppress(FileNotFoundError), ExitStack() as stack:  # its owner has just removed it
-            stack.callback(_remove_empty, self._room)
-            self._left = self._lock.exists()
-            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+            stack.callback(_remove_empty, self.room)
+            self._left = fresh = False
+            try:
+                handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                fresh = True
+            except FileExistsError:
+                handle = os.open(self._lock, os.O_RDWR)
+            self._left = not fresh or self.journal.exists()
             if self._locked(handle, fresh):
                 stack.callback(os.close, handle)
                 if not os.path.samestat(os.fstat(handle), self._lock.stat()):
@@ -106,7 +132,7 @@ class Whole:
         """Lock the file until it is closed or the process dies.
 
         False where there are no such locks, on Windows and on file systems of some clusters: the
-        folder is then of the process that made it.
+        folder is then of the process that made the file.
         """
         try:
             import fcntl
@@ -118,7 +144,7 @@ class Whole:
             if isinstance(error, BlockingIOError) or not fresh:
                 raise OutputError(
                     f"another run is writing {self.target}",
-                    f"choose another name, or wait; if none is running, delete {self._room}",
+                    f"choose another name, or wait; if none is running, delete {self._lock}",
                 ) from error
             return False
 
@@ -129,15 +155,24 @@ class Whole:
             if os.path.lexists(self._old):  # which could not go back to its place
                 self.notice(f"what {self.target} was before is now {self._old}")
                 return
-            _remove(self.part)
-            self._lock.unlink()  # last: who takes the folder next finds it empty
+            if not self.keep or not os.path.lexists(self.part):
+                for each in (self.part, self.blocks, self.journal):
+                    _remove(each)
+            elif self.kept:
+                self.notice(
+                    f"{self.kept} are kept in {self.room}: the same command goes on from there,"
+                    " --restart throws them away"
+                )
+            self._lock.unlink()  # last: who takes the folder next finds it as it is to be
 
     def _find_leftovers(self) -> None:
         """Remove what a run that died has left; what it was about to replace goes back.
 
-        While the part lies beside it, nothing has replaced it.
+        While the part lies beside it, nothing has replaced it. A journal then stays for who goes
+        on from it.
         """
         cut_off = os.path.lexists(self.part)
+        self.keep = cut_off and self.journal.exists()
         if self._left and cut_off and _remove_empty(self.target):  # see :func:`_name`
             self._seen = None
         if os.path.lexists(self._old) and not os.path.lexists(self.target):
@@ -149,10 +184,15 @@ class Whole:
                 f"a run was cut off while it replaced {self.target}: what that was is {self._old}",
                 f"move {self.target} away and run again to have it back, or delete {self._old}",
             )
-        if self._left:
-            _remove(self.part)
-            _remove(self._old)
-            self.notice(f"removed {self._room}, which a run that was cut off has left")
+        if self.keep and not self.goes_on:
+            raise OutputError(
+                f"{self.room} holds finished blocks of a run of optq quantize",
+                f"run that command again to go on from there, or delete {self.room}",
+            )
+        if self._left and not self.keep:
+            for each in (self.part, self._old, self.blocks, self.journal):
+                _remove(each)
+            self.notice(f"removed {self.room}, which a run that was cut off has left")
 
 
 def _name(part: Path, target: Path) -> None:
@@ -170,6 +210,20 @@ def _name(part: Path, target: Path) -> None:
     except BaseException:  # Ctrl-C too
         _remove_empty(target)  # what is not empty stays: it is the part, or somebody's
         raise
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk before anything else is done."""
+    if os.name == "nt":  # which cannot do it to what is open for reading, or to a folder
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise  # where there is no such call, on some network file systems, it is not needed
+    finally:
+        os.close(handle)
 
 
 def _meanwhile(target: Path, what: str) -> OutputError:

@@ -2,7 +2,8 @@
 
 All goes to a hidden folder beside the target (:mod:`optq.formats.whole`): shards as the run goes,
 each read back and compared bit for bit; then the tensors that stay as they are, the config and the
-companions of the source.
+companions of the source. With a journal (:mod:`optq.formats.journal`) each block is a file of its
+own as soon as it is done. A checkpoint that fits in one file is one all the same.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optq.core.weight import LayerScheme
+from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import NumericsError, OutputError
+from optq.formats.journal import Done, Journal
 from optq.formats.scheme import Format, Solved
+from optq.formats.shard import save
 from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import Checkpoint
 from optq.record import FILE, LayerRecord, RunRecord
 
-SHARD_BYTES = 2**29  # packed weights wait for a full shard in memory
+SHARD_BYTES = 2**29  # at most, but for a tensor that has more
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -43,28 +47,80 @@ class Kept:
         for name, (weight, scheme) in layers.items():
             encoded = self.form.encode(weight, self.dtype, scheme.sym)
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
-            self.layers[name] = scheme
-            self.weights += weight.codes.numel()
-        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
-        self.records += records
-        self._take(tensors)
+        done = Done(
+            tensors=list(tensors),
+            layers={name: scheme for name, (_, scheme) in layers.items()},
+            records=list(records),
+            bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            weights=sum(weight.codes.numel() for weight, _ in layers.values()),
+        )
+        self._take_block(tensors, done)
+        self._count(done)
 
-    def _take(self, tensors: dict[str, Tensor]) -> None:
+    def finished(self) -> int:
+        """How many blocks an earlier run has finished."""
+        return 0
+
+    def restored(self) -> Iterator[tuple[str, QuantizedWeight]] | None:
+        """The layers of the next block, by name on disk, if an earlier run has finished it."""
+        return None
+
+    def _count(self, done: Done) -> None:
+        self.layers |= done.layers
+        self.records += done.records
+        self.bytes += done.bytes
+        self.weights += done.weights
+
+    def _take_block(self, tensors: dict[str, Tensor], done: Done) -> None:
         self.blocks.append(tensors)
 
 
 class Writer(Kept):
-    """A checkpoint under way in ``place``, of the plain or quantized model ``source``."""
+    """A checkpoint under way in ``place``, of the plain or quantized model ``source``.
 
-    def __init__(self, place: Whole, source: Checkpoint, form: Format, dtype: torch.dtype) -> None:
+    What its ``journal`` has of an earlier run is in it from the start.
+    """
+
+    def __init__(
+        self,
+        place: Whole,
+        source: Checkpoint,
+        form: Format,
+        dtype: torch.dtype,
+        journal: Journal | None = None,
+    ) -> None:
         super().__init__(form, dtype)
-        self.place, self.source = place, source
+        self.place, self.source, self.journal = place, source, journal
         self.target, self.folder = place.target, place.part
         with writing(self.target):
-            self.folder.mkdir()
+            self.folder.mkdir(exist_ok=journal is not None)
         self._pending: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
+        self._shards: list[tuple[Path, list[str]]] = []
         self._total = 0
+        earlier = journal.done if journal else []
+        self._earlier = iter([*enumerate(earlier)])
+        for index, done in enumerate(earlier):
+            self._count(done)
+            self._add_block(index, done)
+
+    def finished(self) -> int:
+        return len(self.journal.done) if self.journal else 0
+
+    def restored(self) -> Iterator[tuple[str, QuantizedWeight]] | None:
+        index, done = next(self._earlier, (0, None))
+        return None if done is None else self._layers_of(index, done)
+
+    def _layers_of(self, index: int, done: Done) -> Iterator[tuple[str, QuantizedWeight]]:
+        from safetensors import safe_open
+
+        assert self.journal is not None
+        if not done.tensors:
+            return
+        with safe_open(self.journal.file(index), "pt") as file:
+            for name, scheme in done.layers.items():
+                parts = [s for s in self.form.parts if f"{name}.{s}" in done.tensors]
+                tensors = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in parts}
+                yield name, self.form.decode(name, tensors, scheme)
 
     def take(self, kept: Kept) -> None:
         """Take all that a run has kept, in the place of commits."""
@@ -86,23 +142,23 @@ class Writer(Kept):
         and elsewhere; ``packed`` the tensors of a quantized source that :meth:`commit` replaced.
         """
         replaced = {*packed, *(f"{name}.weight" for name in self.layers)}
-        for name, tensor in self.source.tensors(
-            [n for n in self.source.files if n not in replaced]
-        ):
+        rest = [name for name in self.source.files if name not in replaced]
+        size = self._total + sum(self.source.layout[name].nbytes for name in rest)
+        if self.journal is not None and size <= SHARD_BYTES:
+            self._take_back()
+        for name, tensor in self.source.tensors(rest):
             if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
                 raise NumericsError(
                     f"{name} holds NaN or infinity", "copy the model again, or train it again"
                 )
             self._take({name: tensor})
-        self._flush(0)
+        self._flush()
         with writing(self.target):
-            self._name_shards()
             settings = self.form.config(self.layers, dense, percdamp, outside)
             config = self.source.config() | {"quantization_config": settings}
             for file, content in {"config.json": config, self.form.settings_file: settings}.items():
                 if file is not None:
-                    text = json.dumps(content, indent=2) + "\n"
-                    (self.folder / file).write_text(text, encoding="utf-8")
+                    self._write_json(file, content)
             if record is not None:
                 (self.folder / FILE).write_text(record.text(), encoding="utf-8")
             for path in self.source.companions():
@@ -110,73 +166,71 @@ class Writer(Kept):
                     shutil.copytree(path, self.folder / path.name)
                 elif not (self.folder / path.name).exists():
                     shutil.copy(path, self.folder / path.name)
+            self._name_shards()
         self.place.appear()
 
-    def _take(self, tensors: dict[str, Tensor]) -> None:
-        self._pending |= tensors
-        self._flush(SHARD_BYTES)
-
-    def _flush(self, at_least: int) -> None:
-        size = sum(tensor.nbytes for tensor in self._pending.values())
-        if not self._pending or size < at_least:
+    def _take_block(self, tensors: dict[str, Tensor], done: Done) -> None:
+        if self.journal is None:
+            self._take(tensors)
             return
-        from safetensors.torch import save_file
+        if tensors:
+            save(tensors, self.journal.next_file, self.target)
+        self._add_block(len(self.journal.done), done)
+        self.journal.add(done)
 
-        path = self.folder / f"shard-{len(self._shards)}.safetensors"
-        with writing(self.target):
-            save_file(_unshared(self._pending), path, metadata={"format": "pt"})
-            path.chmod(0o644)  # safetensors makes it the owner's alone
-        self._compare(path)
-        self._total += size
-        self._shards.append(list(self._pending))
-        self._pending.clear()
+    def _add_block(self, index: int, done: Done) -> None:
+        assert self.journal is not None
+        if done.tensors:
+            self._shards.append((self.journal.file(index), done.tensors))
+            self._total += done.bytes
 
-    def _compare(self, path: Path) -> None:
-        """What is on disk is what was to be written, bit for bit."""
-        from safetensors import SafetensorError, safe_open
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        size = sum(tensor.nbytes for tensor in (*self._pending.values(), *tensors.values()))
+        if size > SHARD_BYTES:
+            self._flush()
+        self._pending |= tensors
 
-        remedy = "check the disk, and run again"
-        try:
-            with safe_open(path, "pt") as file:
-                for name, tensor in self._pending.items():
-                    if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
-                        raise OutputError(f"{name} reads back from {path} changed", remedy)
-        except (SafetensorError, OSError) as error:
-            raise OutputError(f"{path} does not read back: {error}", remedy) from error
+    def _take_back(self) -> None:
+        """All goes into one file: what has one of its own is read once more."""
+        from safetensors.torch import load_file
+
+        for path, _ in self._shards:
+            self._pending |= load_file(path)
+        self._shards, self._total = [], 0
+
+    def _flush(self) -> None:
+        if self._pending:
+            path = self.folder / f"shard-{len(self._shards)}.safetensors"
+            save(self._pending, path, self.target)
+            self._total += sum(tensor.nbytes for tensor in self._pending.values())
+            self._shards.append((path, list(self._pending)))
+            self._pending.clear()
 
     def _name_shards(self) -> None:
+        """Blocks come first: where a run is cut off among them, :class:`Journal` finds them."""
         count = len(self._shards)
-        where: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
-            file = f"model-{index + 1:05}-of-{count:05}.safetensors"
-            if count == 1:
-                file = "model.safetensors"
-            (self.folder / f"shard-{index}.safetensors").rename(self.folder / file)
-            where |= dict.fromkeys(names, file)
-        if count > 1:
-            index_file = {"metadata": {"total_size": self._total}, "weight_map": where}
-            path = self.folder / "model.safetensors.index.json"
-            path.write_text(json.dumps(index_file, indent=2) + "\n", encoding="utf-8")
+        files = [f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
+        if count == 1:
+            files = ["model.safetensors"]
+        else:
+            pairs = zip(self._shards, files, strict=True)
+            where = {name: file for (_, names), file in pairs for name in names}
+            index = {"metadata": {"total_size": self._total}, "weight_map": where}
+            self._write_json("model.safetensors.index.json", index)
+        for (path, _), file in zip(self._shards, files, strict=True):
+            path.rename(self.folder / file)
 
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Its bytes, which can be compared in every dtype."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of their own memory: what a .bin file ties must be written as often as it says."""
-    seen: set[int] = set()
-    own = {}
-    for name, tensor in tensors.items():
-        start = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if start in seen else tensor.contiguous()
-        seen.add(start)
-    return own
+    def _write_json(self, file: str, content: dict[str, Any]) -> None:
+        text = json.dumps(content, indent=2) + "\n"
+        (self.folder / file).write_text(text, encoding="utf-8")
 
 
 def place_of(
-    target: Path, source: Checkpoint, force: bool, notice: Callable[[str], None] = lambda _: None
+    target: Path,
+    source: Checkpoint,
+    force: bool,
+    notice: Callable[[str], None] = lambda _: None,
+    goes_on: bool = False,
 ) -> Whole:
     """The place of a checkpoint of ``source``; ``notice`` is told of leftovers.
 
@@ -204,4 +258,4 @@ def place_of(
             )
         if target.is_dir() and not os.access(target, os.W_OK):  # it could not be moved at the end
             raise OutputError(f"{target} is read-only", f"make it writable, or {elsewhere}")
-    return Whole(target, force, notice)
+    return Whole(target, force, notice, goes_on)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.boundary import first_line, library, short
+from optq.boundary import first_line
 from optq.errors import ModelError
+from optq.model.hub import Hub, fetch
 
 TOGETHER = "check that config.json and the weights belong together"
 NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -47,14 +48,16 @@ class Checkpoint:
 
     ``layout`` has each tensor's dtype and shape, as a tensor without values. ``dtype``: what the
     model is to be run in, where that is not what its config says. Its tensors on disk stay as they
-    are: whoever loads them casts them, and to the same values. ``whole``: every file is as long as
-    its header says; what is made for a plan needs the headers alone.
+    are: whoever loads them casts them, and to the same values. ``hub``: where files that are not in
+    the folder yet come from. ``whole``: every file is as long as its header says; what is made for
+    a plan needs the headers alone.
     """
 
     folder: Path
     files: dict[str, str]
     layout: dict[str, Tensor]
     dtype: torch.dtype | None = None
+    hub: Hub | None = None
     whole: bool = True
 
     @classmethod
@@ -66,13 +69,14 @@ class Checkpoint:
         if folder.is_file():
             what = "a GGUF file, for llama.cpp" if folder.suffix == ".gguf" else "a file"
             raise ModelError(f"{model_id} is {what}", "give the folder of a model for transformers")
+        hub, shards = None, list[str]()
         if not folder.is_dir():
-            folder = _fetch(model_id)
+            folder, hub, shards = fetch(model_id, WEIGHT_SUFFIXES)
         if not (folder / "config.json").is_file():
             raise _no_model(model_id, folder)
-        checkpoint = cls(folder, {}, {}, dtype, whole)
-        for name in _weight_files(folder):
-            found = _layout(folder / name, whole)
+        checkpoint = cls(folder, {}, {}, dtype, hub, whole)
+        for name in _weight_files(folder, shards):
+            found = checkpoint._promised(name) or _layout(checkpoint.path(name), whole)
             checkpoint.layout.update(found)
             checkpoint.files.update(dict.fromkeys(found, name))
         return checkpoint
@@ -92,9 +96,32 @@ class Checkpoint:
         for name in wanted:
             by_file.setdefault(self.files[name], []).append(name)
         for file, members in sorted(by_file.items()):
-            with _damage(self.folder / file), _open_weights(self.folder / file) as (_, get):
+            path = self.path(file)
+            with _damage(path), _open_weights(path) as (_, get):
                 for name in members:
                     yield name, get(name)
+
+    def path(self, file: str) -> Path:
+        """A file of weights, downloaded if it is not here yet."""
+        if self.hub and not (self.folder / file).exists():
+            self.hub.download(file)
+        return self.folder / file
+
+    def _promised(self, file: str) -> dict[str, Tensor] | None:
+        """What is in a file that is still on the hub; None where it has to come to be known."""
+        if self.hub is None or (self.folder / file).exists():
+            return None
+        header = self.hub.header(file)
+        if not all(dtype in DTYPES for dtype, _ in header.values()):
+            return None
+        return {
+            name: torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+            for name, (dtype, shape) in header.items()
+        }
+
+    def own(self, name: str) -> bool:
+        """Whether a tensor is memory of its own when it comes, not a file's that is mapped."""
+        return False
 
     @property
     def mapped(self) -> bool:
@@ -104,7 +131,8 @@ class Checkpoint:
     def cut(self) -> Path | None:
         """A safetensors file that is shorter than its header says, if there is one."""
         for path in (self.folder / file for file in dict.fromkeys(self.files.values())):
-            if path.suffix == ".safetensors" and path.stat().st_size < _header(path)[1]:
+            here = path.suffix == ".safetensors" and path.exists()  # or still on the hub
+            if here and path.stat().st_size < _header(path)[1]:
                 return path
         return None
 
@@ -163,44 +191,23 @@ def _no_model(model_id: str, folder: Path) -> ModelError:
     return ModelError(cause, remedy)
 
 
-def _fetch(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(model_id)
-    except HFValidationError as error:
-        cause = f"{short(model_id, 200)} does not exist"
-        raise ModelError(cause, "give a model folder or a hub id") from error
-    others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]
-    others += ["consolidated*", "original/*", "onnx/*"]
-    cause = f"there is no folder {short(model_id, 200)}, and the hub does not give it"
-    remedy = "give a model folder, or check the id, your access to it, and the network"
-    with library(ModelError, cause, remedy):
-        folder = Path(snapshot_download(model_id, ignore_patterns=others))
-        if not list(folder.glob("*.safetensors")):
-            snapshot_download(model_id, allow_patterns=["*.bin", "*.bin.index.json"])
-    return folder
-
-
-def _weight_files(folder: Path) -> list[str]:
+def _weight_files(folder: Path, to_come: list[str]) -> list[str]:
     """The files that hold the tensors: where transformers looks, or the only ones there are."""
+    there = sorted({*to_come, *(path.name for path in folder.iterdir() if path.is_file())})
     names = [f"{name}{end}" for name in NAMES for end in ("", ".index.json")]  # as transformers
     for pattern in ("*.safetensors.index.json", "*.safetensors"):  # gptq_model-4bit-128g, ..
-        found = sorted(path.name for path in folder.glob(pattern))
+        found = [name for name in there if fnmatch(name, pattern)]
         found = [name for name in found if not name.startswith(("adapter_model", "consolidated"))]
         if len(found) == 1:
             names += found
-    for path in (folder / name for name in names):
-        if path.is_file() and path.suffix != ".json":
+    for path in (folder / name for name in names if name in there):
+        if path.suffix != ".json":
             return [path.name]
-        if path.is_file():
-            try:
-                members = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-                return sorted({str(Path(name)) for name in members})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"{path} is not an index", "copy the file again") from error
+        try:
+            members = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            return sorted({str(Path(name)) for name in members})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} is not an index", "copy the file again") from error
     cause = f"{folder} has {', '.join(found)}, and no index of them"
     raise ModelError(
         cause if found else f"{folder} has no weights", f"give a folder with {' or '.join(NAMES)}"

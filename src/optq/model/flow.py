@@ -31,6 +31,7 @@ from optq.model.activations import Activations
 from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
 from optq.model.inputs import Handed, SiteSums, gather
+from optq.model.layer import Layer
 from optq.model.others import Others
 from optq.model.sites import Sites
 from optq.model.weights import Weights
@@ -45,6 +46,8 @@ class Flow:
     ``solve(sites)`` quantizes the layers of each site, which comes with its sums, and puts their
     weights in place; the sites are of one shape, and sums are made as they are asked for.
     ``done(block)`` is called when no batch needs the block any more, before its weights go.
+    ``restore(block)`` gives the quantized weights of its layers where they are known: then nothing
+    is solved in it.
     ``activations`` keeps what the batches hold.
     """
 
@@ -56,6 +59,7 @@ class Flow:
     done: Callable[[Block], None] = lambda block: None
     propagate: bool = False
     activations: Activations | None = None
+    restore: Callable[[Block], Iterator[tuple[Layer, Tensor]] | None] = lambda block: None
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0})
 
     def run(self) -> None:
@@ -69,9 +73,10 @@ class Flow:
             for ids in self.batches:
                 everyone.append(Batch(self._forward, ids, first, kind))
                 first += len(ids)
-        with torch.no_grad(), self.weights.outside_on_device(), self._sites.hooks():
+        with torch.no_grad(), self.weights.outside.on_device(), self._sites.hooks():
             try:
                 self._advance(everyone)
+                self.weights.outside.let_go()
                 while waiting := [batch.before for batch in everyone if batch.before]:
                     block = min(waiting, key=lambda block: block.index)
                     self._through(block, [batch for batch in everyone if batch.before is block])
@@ -93,6 +98,13 @@ class Flow:
         self._sites.begin(block)
         self._advance([batch for batch in waiting if batch.kind == "scout"])
         self._sites.arrange(block)
+        if (known := self.restore(block)) is not None:
+            for layer, weight in known:
+                if self.propagate:
+                    self.weights.hold_originals([layer])
+                layer.put(weight)
+                layer.solved = True
+            self._sites.begin(block)  # there are no sites: batches run straight through
         batches = [batch for batch in waiting if batch.kind != "scout"]
         self._advance(batches)
         while sites := [batch.site for batch in batches if batch.site]:

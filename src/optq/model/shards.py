@@ -20,6 +20,7 @@ from optq.model.checkpoint import Checkpoint
 from optq.model.names import renaming
 from optq.model.source import load_model, quiet, unloadable
 
+PORTION = 2**28  # bytes of what is read or dequantized before transformers has merged it
 Place = tuple[nn.Module, str]  # where a parameter stands: modules outlive their parameters
 
 
@@ -47,6 +48,8 @@ class Shards:
     def __init__(self, checkpoint: Checkpoint, model: Any, blocks: list[Block]) -> None:
         self.checkpoint, self.model = checkpoint, model
         self.names: dict[Place, list[str]] = {}
+        self.outside: dict[Place, str] = {}  # what stands on disk as it is in the model
+        self.strangers: list[str] = []  # what the model has no place for: layers for drafts, say
         if not checkpoint.mapped:
             return
         every = {place for block in blocks for place in places(block.module)}
@@ -54,12 +57,18 @@ class Shards:
         rename, _ = renaming(model)
         state = model.state_dict()
         for on_disk in checkpoint.files:
-            in_model, _ = rename(on_disk)
-            if in_model in state and in_model not in tied:
-                module, _, attribute = in_model.rpartition(".")
-                place = (model.get_submodule(module), attribute)
-                if place in every:
+            in_model, converted = rename(on_disk)
+            if in_model not in state and on_disk not in state:
+                self.strangers.append(on_disk)
+            if in_model not in state:
+                continue
+            module, _, attribute = in_model.rpartition(".")
+            place = (model.get_submodule(module), attribute)
+            if place in every:
+                if in_model not in tied:
                     self.names.setdefault(place, []).append(on_disk)
+            elif converted is None and state[in_model].shape == checkpoint.layout[on_disk].shape:
+                self.outside[place] = on_disk
 
     def read(self, block: Block) -> set[nn.Parameter]:
         """Give each parameter of the block that has no values its own; those that got them.
@@ -68,24 +77,48 @@ class Shards:
         :class:`ModelError` for a file that was damaged or changed since it was opened.
         """
         lacking = [place for place in places(block.module) if getattr(*place).is_meta]
-        wanted = [name for place in lacking for name in self.names.get(place, ())]
-        tensors = dict(self.checkpoint.tensors(wanted))
-        if tensors:
+        mapped = set()
+        for wanted in self._portions(lacking):
+            tensors = dict(self.checkpoint.tensors(wanted))
             self._load(tensors)
-        mapped = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+            for name, tensor in tensors.items():
+                if not self.checkpoint.own(name):
+                    mapped.add(tensor.untyped_storage().data_ptr())
+            del tensors  # before others come
         read = set()
         for place in lacking:
             parameter = getattr(*place)
             if parameter.is_meta:
-                raise ModelError(
-                    f"{self.checkpoint.folder} is not what it was when the run began: {block.name}"
-                    f" lacks its {place[1]}",
-                    "copy the model again, and leave it alone while it is quantized",
-                )
+                raise self._changed(f"{block.name} lacks its {place[1]}")
             if parameter.data.untyped_storage().data_ptr() in mapped:
                 parameter.data = parameter.data.clone()
             read.add(parameter)
         return read
+
+    def _portions(self, lacking: list[Place]) -> Iterator[list[str]]:
+        """The names on disk of what some parameters are made of, never of a part of one."""
+        some: list[str] = []
+        for names in filter(None, (self.names.get(place) for place in lacking)):
+            size = sum(self.checkpoint.layout[name].nbytes for name in (*some, *names))
+            if some and size > PORTION:
+                yield some
+                some = []
+            some = [*some, *names]
+        if some:
+            yield some
+
+    def read_outside(self, name: str) -> Tensor:
+        """A parameter outside the blocks by its name on disk, as it stands there."""
+        (tensor,) = (tensor for _, tensor in self.checkpoint.tensors([name]))
+        if tensor.shape != self.checkpoint.layout[name].shape:
+            raise self._changed(f"{name} has another shape")
+        return tensor
+
+    def _changed(self, what: str) -> ModelError:
+        return ModelError(
+            f"{self.checkpoint.folder} is not what it was when the run began: {what}",
+            "copy the model again, and leave it alone while it is quantized",
+        )
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         """Put these tensors into the model, as ``from_pretrained`` does with all of them."""
@@ -120,8 +153,10 @@ def open_model(
     def prepare(skeleton: Any, tensors: dict[str, Any]) -> tuple[()]:
         blocks = find(skeleton)
         shards = Shards(checkpoint, skeleton, blocks)
-        for names in shards.names.values():
+        for names in (shards.strangers, *shards.names.values()):
             tensors.update({name: Absent(checkpoint.layout[name]) for name in names})
+        for name in shards.outside.values():  # each mapped for itself, so that each can go
+            tensors.update(checkpoint.tensors([name]))
         found.append((blocks, shards))
         return ()
 

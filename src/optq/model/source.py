@@ -41,11 +41,12 @@ def load_model(
 ) -> Any:
     """The transformers model in evaluation mode, on the CPU, in the checkpoint's own dtype.
 
-    ``prepare`` may change the skeleton and the tensors, by name on disk, before they meet; it
-    returns the names of those tensors that are then not for transformers to load, and their
-    modules may have no others left over. Tensors of modules that the model does not have are
-    ignored, as transformers does. Raises :class:`ModelError` for a model that does not predict the
-    next token, and where a tensor is missing, left over, or of the wrong shape.
+    ``prepare`` may change the skeleton and the tensors, by name on disk, before they meet: each is
+    None, and read only if it still is. It returns the names of those tensors that are then not for
+    transformers to load, and their modules may have no others left over. Tensors of modules that
+    the model does not have are ignored, as transformers does. Raises :class:`ModelError` for a
+    model that does not predict the next token, and where a tensor is missing, left over, or of the
+    wrong shape.
     """
     import transformers
 
@@ -56,6 +57,7 @@ def load_model(
         plain.__init__(model, *arguments, **options)
         try:
             skipped.update(prepare(model, tensors) if prepare else ())
+            tensors.update(checkpoint.tensors([n for n, t in tensors.items() if t is None]))
         except Exception as error:
             failed.append(error)
             raise
@@ -72,7 +74,7 @@ def load_model(
             raise ModelError(f"{unfit}: some that it merges are at odds", remedy) from error
         return remedy
 
-    tensors: dict[str, Any] = dict(checkpoint.tensors())
+    tensors: dict[str, Any] = dict.fromkeys(checkpoint.files)
     with quiet(), library(refusal, cause, explained, failed):
         model, report = own.from_pretrained(
             None,
@@ -86,6 +88,7 @@ def load_model(
             kind = transformers.GenerationConfig
             model.generation_config = kind.from_pretrained(checkpoint.folder)
     model.__class__ = plain
+    tensors.clear()  # which that class holds, and itself, until the collector comes by
     problems = {"missing ": {*map(str, report["missing_keys"])}}
     problems[""] = {misshapen(*each) for each in report["mismatched_keys"]}
     misfits = any(problems.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optq.errors import ModelError
 from optq.model.blocks import Block
 from optq.model.layer import Layer
+from optq.model.outside import Outside
 from optq.model.shards import Place, Shards, places
 
 
@@ -33,7 +34,7 @@ class Weights:
         shards: Shards | None = None,
     ) -> None:
         self.model, self.blocks, self.device, self.keep = model, blocks, device, keep
-        self.shards = shards
+        self.shards, self.outside = shards, Outside(model, blocks, device, keep, shards)
         layers = [layer for block in blocks for layer in block.layers]
         self._versions = {layer: layer.parameter._version for layer in layers}
         # What blocks share, a module or a parameter, is needed until the last of them is done.
@@ -55,6 +56,8 @@ class Weights:
                     "models that rescale their own weights cannot be quantized",
                 )
         read = self.shards.read(block) if self.shards else set()
+        if read:
+            _trim()  # what they were made of
         # Memory of its own: what is written to a mapped file's pages stays until the whole file is
         # let go, and the quantized weights of a model larger than memory with it.
         if self.device.type == "cpu":
@@ -103,23 +106,6 @@ class Weights:
         finally:
             self._swap_originals()
 
-    @contextmanager
-    def outside_on_device(self) -> Iterator[None]:
-        """Embeddings, norms and tables, which are needed all the time; but not the head."""
-        skip = {id(m) for block in self.blocks for m in block.module.modules()}
-        skip.add(id(self.model.get_output_embeddings()))
-        outside = [module for module in self.model.modules() if id(module) not in skip]
-        before = [(p, p.data) for module in outside for p in module.parameters(recurse=False)]
-        for parameter, data in before:
-            parameter.data = data.to(self.device)
-        _move_buffers(outside, self.device)
-        try:
-            yield
-        finally:
-            for parameter, data in before:
-                parameter.data = data
-            _move_buffers(self.model.modules(), "cpu")
-
     def _swap_originals(self) -> None:
         for parameter, data in self._originals.items():
             self._originals[parameter], parameter.data = parameter.data, data
@@ -133,9 +119,3 @@ def _trim() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _move_buffers(modules: Iterable[nn.Module], device: torch.device | str) -> None:
-    for module in modules:
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
