@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from optq.core.solver import Solver
-from optq.errors import OutputError
+from optq.data.calibration import calibration_tokens
+from optq.errors import OutputError, SettingError
 from optq.forecast import Run, resident, speed_of
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
@@ -31,7 +32,7 @@ from optq.model.lacking import lacking, misshapen
 from optq.model.layer import Layer
 from optq.model.memory import free
 from optq.model.shapes import outside, shape_of, sites_of
-from optq.model.source import empty_model, unloadable
+from optq.model.source import empty_model, sequence_length, unloadable
 from optq.quantize import names_on_disk
 
 IN_HEADER = 160  # bytes of a tensor in a header and in the index, beside its name in both
@@ -203,6 +204,19 @@ def make_plan(
         seconds=run.seconds(speed_of(device), packed + kept) if timed else 0.0,
         notices=said,
     )
+
+
+def calibration_size(
+    calib: object, model: Any, nsamples: int, seqlen: int | None
+) -> tuple[int, int]:
+    """How many samples of how many tokens there will be; ``calib`` may be the token ids."""
+    if isinstance(calib, torch.Tensor):
+        samples, length = calibration_tokens(calib, None, 1, 1, 0).shape
+        return samples, sequence_length(model, length)
+    for name, value in (("nsamples", nsamples), ("seqlen", 1 if seqlen is None else seqlen)):
+        if value < 1:
+            raise SettingError(f"{name} is {value}", "choose 1 or more")
+    return nsamples, sequence_length(model, seqlen)
 
 
 def _check_fit(

@@ -41,7 +41,7 @@ from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.shards import open_model
 from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
-from optq.plan import Plan, Skeleton, make_plan
+from optq.plan import Plan, Skeleton, calibration_size, make_plan
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.record import LayerRecord, RunRecord
 
@@ -132,7 +132,8 @@ class Runner:
             skeleton = Skeleton.of(self.model_config.plain_checkpoint(whole=False), self.skip)
         if self.output is not None:
             place_of(Path(self.output), skeleton.checkpoint, self.force).check()
-        return self._plan(skeleton, form, self._size(self._calib(), skeleton.model))
+        what = self._calib(), skeleton.model, self.nsamples, self.seqlen
+        return self._plan(skeleton, form, calibration_size(*what))
 
     def _plan(
         self, skeleton: Skeleton, form: Format, size: tuple[int, int], timed: bool = True
@@ -171,7 +172,8 @@ class Runner:
         for line in notices(form, quantizer.scheme(), model, banks, skipped, names):
             self.notice(line)
         qep = QEP() if self.qep is True else self.qep or None
-        skeleton, size = Skeleton.of(checkpoint, self.skip), self._size(calib, model)
+        size = calibration_size(calib, model, self.nsamples, self.seqlen)
+        skeleton = Skeleton.of(checkpoint, self.skip)
         plan = self._plan(skeleton, form, size, timed=False)
         plan.check(self.output)
         for line in plan.warnings():
@@ -283,16 +285,6 @@ class Runner:
                 f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
                 " More, or more varied, text would reach them"
             )
-
-    def _size(self, calib: str | Text | Tensor, model: Any) -> tuple[int, int]:
-        """How many samples of how many tokens there will be."""
-        if isinstance(calib, Tensor):
-            samples, seqlen = calibration_tokens(calib, None, 1, 1, self.seed).shape
-            return samples, sequence_length(model, seqlen)
-        for name, value in (("nsamples", self.nsamples), ("seqlen", self.seqlen or 1)):
-            if value < 1:
-                raise SettingError(f"{name} is {value}", "choose 1 or more")
-        return self.nsamples, sequence_length(model, self.seqlen)
 
     def _tokens(self, calib: str | Text | Tensor, checkpoint: Checkpoint, model: Any) -> Tensor:
         if isinstance(calib, Tensor):
