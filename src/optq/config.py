@@ -35,18 +35,21 @@ class ModelConfig:
     def is_demo(self) -> bool:
         return self.model_id == "demo"
 
-    def checkpoint(self) -> Checkpoint:
-        """The checkpoint on disk; one of fp8 or MXFP4 weights as the plain one it stands for."""
+    def checkpoint(self, whole: bool = True) -> Checkpoint:
+        """The checkpoint on disk; one of fp8 or MXFP4 weights as the plain one it stands for.
+
+        Unless it has to be ``whole``, its headers will do.
+        """
         from optq.demo import MODEL
 
         if self.dtype not in (None, *DTYPES):
             raise SettingError(f"the dtype is {self.dtype}", f"choose {' or '.join(DTYPES)}")
         folder = MODEL if self.is_demo else self.model_id
-        return dequantized(Checkpoint.open(str(folder), DTYPES.get(self.dtype or "")))
+        return dequantized(Checkpoint.open(str(folder), DTYPES.get(self.dtype or ""), whole))
 
-    def plain_checkpoint(self) -> Checkpoint:
+    def plain_checkpoint(self, whole: bool = True) -> Checkpoint:
         """The same. Raises :class:`ModelError` where it is quantized already."""
-        checkpoint = self.checkpoint()
+        checkpoint = self.checkpoint(whole)
         require_plain(checkpoint)
         return checkpoint
 

@@ -40,12 +40,8 @@ from optq.model.activations import Activations
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.shards import open_model
-from optq.model.source import (
-    check_vocabulary,
-    dense_layers,
-    load_tokenizer,
-    sequence_length,
-)
+from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
+from optq.plan import Plan, Skeleton, calibration_size, make_plan
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.ranks import Ranks
 from optq.ranks import ranks as ranks_of
@@ -117,12 +113,7 @@ class Runner:
     def run(self) -> Result:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
         started = time.perf_counter()
-        self._check_types()
-        if self.format not in FORMATS:
-            raise SettingError(
-                f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
-            )
-        form, checkpoint = FORMATS[self.format], self.model_config.plain_checkpoint()
+        form, checkpoint = self._form(), self.model_config.plain_checkpoint()
         with ranks_of(self.model_config.torch_device()) as ranks:
             if self.output is None or not ranks.first:
                 return self._run(checkpoint, form, None, started, ranks)
@@ -133,6 +124,36 @@ class Runner:
                 except NumericsError:
                     place.keep = False  # the same command would find it again
                     raise
+
+    def plan(self, skeleton: Skeleton | None = None) -> Plan:
+        """What :meth:`run` would do, of headers and shapes alone. Raises what it would refuse.
+
+        But for the disk: that is for :meth:`optq.plan.Plan.check`, when the plan has been told.
+        ``skeleton``: of the same model and ``skip``, if somebody has it.
+        """
+        form = self._form()
+        if skeleton is None:
+            skeleton = Skeleton.of(self.model_config.plain_checkpoint(whole=False), self.skip)
+        if self.output is not None:
+            place_of(Path(self.output), skeleton.checkpoint, self.force).check()
+        what = self._calib(), skeleton.model, self.nsamples, self.seqlen
+        return self._plan(skeleton, form, calibration_size(*what))
+
+    def _plan(
+        self, skeleton: Skeleton, form: Format, size: tuple[int, int], timed: bool = True
+    ) -> Plan:
+        device, output = self.model_config.torch_device(), self.output and Path(self.output)
+        what = skeleton, form, self.quantizer, 2 if self.qep else 1, *size
+        return make_plan(*what, device, output or None, self.activation_memory, timed)
+
+    def _form(self) -> Format:
+        """The format, with all settings checked."""
+        self._check_types()
+        if self.format not in FORMATS:
+            raise SettingError(
+                f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
+            )
+        return FORMATS[self.format]
 
     def _check_types(self) -> None:
         """Refuse what is not of the type that a field is annotated with."""
@@ -161,6 +182,12 @@ class Runner:
             if ranks.first:
                 self.notice(line)
         qep = QEP() if self.qep is True else self.qep or None
+        if ranks.first:
+            size = calibration_size(calib, model, self.nsamples, self.seqlen)
+            plan = self._plan(Skeleton.of(checkpoint, self.skip), form, size, timed=False)
+            plan.check(self.output)
+            for line in plan.warnings():
+                self.notice(line)
         tokens = ranks.share(lambda: self._tokens(calib, checkpoint, model))
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink: Kept

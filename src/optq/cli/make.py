@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, S
 from optq.errors import SettingError
 
 if TYPE_CHECKING:
-    from optq.config import ModelConfig
+    from optq.model.blocks import Block
 
 DEFAULT_GROUPSIZE = 128
 
@@ -32,6 +33,7 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     method: Annotated[str, typer.Option(help="gptq, rtn (round to nearest) or obq.")] = "gptq",
@@ -91,26 +93,59 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Do not go on from a run that was cut off.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what a run would do and need, and do nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write the checkpoint OUT."""
+    if dry_run:
+        gc.disable()  # a short life with many small objects: looking for garbage is a part of it
+        context.call_on_close(gc.enable)
     from optq.config import ModelConfig
     from optq.core.gptq import BEST
+    from optq.plan import Skeleton
     from optq.quantize import Progress
     from optq.report import progress, tables
     from optq.runner import Runner
 
-    config = ModelConfig(model, device, dtype)
+    config, skeleton = ModelConfig(model, device, dtype), None
     options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
     options |= {"actorder": actorder, "static_groups": static_groups}
     asked = DEFAULT_GROUPSIZE if groupsize is None else groupsize
     quantizer = _quantizer(method, wbits, asked, plain, options)
-    if groupsize is None:
-        quantizer = replace(quantizer, groupsize=_groupsize(config, skip))
+    if groupsize is None or dry_run:
+        skeleton = Skeleton.of(config.plain_checkpoint(whole=not dry_run), skip)
+    if groupsize is None and skeleton:
+        quantizer = replace(quantizer, groupsize=_groupsize(skeleton.blocks))
     if qep is None:
         qep = method == "gptq" and not plain and BEST[wbits].qep
     memory = size("--activation-memory", activation_memory)
     calib = ("demo" if config.is_demo else "c4") if calib is None else calib
+    runner = Runner(
+        config,
+        quantizer,
+        qep=qep,
+        calib=calib,
+        output=out,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        format=file_format,
+        skip=skip,
+        chat=chat,
+        force=force,
+        restart=restart,
+        activation_memory=memory,
+        notice=say,
+    )
+    if dry_run:
+        plan = runner.plan(skeleton)
+        told = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
+        settings = {"format": file_format} | told | asdict(quantizer)
+        print_json(settings | plan.told()) if as_json else tables.planned(plan)
+        plan.check(out)
+        return
     with progress.bar("quantizing") as bar:
         bar(0, 1, "reading model and text")
 
@@ -119,25 +154,9 @@ def quantize(
             note = f"{step.site} error {worst.relative_error:.2%}"
             bar(step.block, step.blocks, note)
 
-        result = Runner(
-            config,
-            quantizer,
-            qep=qep,
-            calib=calib,
-            output=out,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            seed=seed,
-            format=file_format,
-            skip=skip,
-            chat=chat,
-            force=force,
-            restart=restart,
-            activation_memory=memory,
-            progress=solved,
-            notice=say,
-            reading=lambda done, of: bar(0, 1, f"reading text: {done} of {of}"),
-        ).run()
+        runner.progress = solved
+        runner.reading = lambda done, of: bar(0, 1, f"reading text: {done} of {of}")
+        result = runner.run()
     if groupsize is None:
         _tell(quantizer.groupsize)
     made = result.record.calibration
@@ -193,6 +212,7 @@ def compare(
     """Many settings on MODEL with one calibration: size, perplexity, rise, seconds."""
     from optq.compare import Comparison
     from optq.config import ModelConfig
+    from optq.plan import Skeleton
     from optq.report import chart as svg
     from optq.report import progress, tables
 
@@ -200,7 +220,7 @@ def compare(
         svg.check(chart)
     config = ModelConfig(model, device, dtype)
     if groupsize is None:
-        sizes = [_groupsize(config, skip)]
+        sizes = [_groupsize(Skeleton.of(config.plain_checkpoint(), skip).blocks)]
     else:
         sizes = words("--groupsize", groupsize, int)
     comparison = Comparison(
@@ -244,12 +264,8 @@ def _quantizer(
     return build(wbits=wbits, groupsize=groupsize, **given)
 
 
-def _groupsize(config: ModelConfig, skip: str | None) -> int:
+def _groupsize(blocks: list[Block]) -> int:
     """Where none was given: the largest of three that divides the columns of every layer."""
-    from optq.model.blocks import find_blocks
-    from optq.model.source import empty_model
-
-    blocks = find_blocks(empty_model(config.plain_checkpoint()), skip)
     columns = {layer.shape[1] for block in blocks for layer in block.layers}
     fitting = (n for n in (DEFAULT_GROUPSIZE, 64, 32) if not any(count % n for count in columns))
     return next(fitting, DEFAULT_GROUPSIZE)  # which is then refused, with what to do

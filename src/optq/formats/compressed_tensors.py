@@ -77,7 +77,7 @@ class CompressedTensorsFormat(Format):
         groupsize = -1 if layer.groups == 1 else layer.width
         scheme = LayerScheme(layer.wbits, groupsize, sym, not layer.consecutive)
         self.check("the layer", layer.rows, layer.cols, scheme)
-        dtype = torch.float32 if dtype == torch.float64 else dtype  # the widest that readers know
+        dtype = _scale_dtype(dtype)
         tensors = {
             "weight_packed": _pack(layer.codes, layer.wbits),
             "weight_scale": layer.scales.to(dtype).contiguous(),
@@ -91,6 +91,19 @@ class CompressedTensorsFormat(Format):
                 "write gptq or gptq_v2, whose scales are float16",
             )
         return {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
+
+    def layout(
+        self, rows: int, columns: int, layer: LayerScheme, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        groups = 1 if layer.groupsize == -1 else -(-columns // layer.groupsize)
+        words = torch.empty(rows, _words(columns, layer.wbits), dtype=torch.int32, device="meta")
+        tensors = {
+            "weight_packed": words,
+            "weight_scale": words.new_empty(rows, groups, dtype=_scale_dtype(dtype)),
+            "weight_shape": words.new_empty(2, dtype=torch.int64),
+        }
+        zeros = words.new_empty(_words(rows, layer.wbits), groups)
+        return tensors if layer.sym else tensors | {"weight_zero_point": zeros}
 
     def decode(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
         rows, columns = _shape(name, tensors["weight_shape"])
@@ -178,6 +191,10 @@ class CompressedTensorsFormat(Format):
             return next((schemes[target] for target in order if _matches(target, name)), None)
 
         return Detected(self, layer_of)
+
+
+def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float64 else dtype  # the widest that readers know
 
 
 def _words(count: int, bits: int) -> int:

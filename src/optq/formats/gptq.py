@@ -83,6 +83,18 @@ class GPTQFormat(Format):
             )
         return {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
 
+    def layout(
+        self, rows: int, columns: int, layer: LayerScheme, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        groups = 1 if layer.groupsize == -1 else -(-columns // layer.groupsize)
+        words = torch.empty(columns * layer.wbits // 32, rows, dtype=torch.int32, device="meta")
+        return {
+            "qweight": words,
+            "qzeros": words.new_empty(groups, rows * layer.wbits // 32),
+            "scales": words.new_empty(groups, rows, dtype=torch.float16),
+            "g_idx": words.new_empty(columns),
+        }
+
     def decode(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
         bits, codes = layer.wbits, tensors["qweight"]
         if codes.ndim != 2:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optq.core.grid import Storage
-from optq.core.weight import LayerScheme, QuantizedWeight
+from optq.core.weight import LayerScheme, QuantizedWeight, group_index
 from optq.errors import ModelError, SettingError
 from optq.model.checkpoint import TOGETHER
 
@@ -20,6 +20,7 @@ Solved = Mapping[str, tuple[QuantizedWeight, LayerScheme]]  # layers of a block,
 Schemes = Mapping[str, LayerScheme]  # of quantized layers, by name on disk
 BLOCK = re.compile(r"(.*?\.)\d+\.")  # the start of names inside a block, and of its list
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+")  # a projection, and where all experts are
+CPU = torch.device("cpu")
 SCALES = (torch.float16, torch.bfloat16, torch.float32)  # dtypes that are read
 
 
@@ -72,6 +73,22 @@ class Format(ABC):
 
         ``dtype`` is the model's, ``sym`` what the config will say of the layer.
         """
+
+    def layout(
+        self, rows: int, columns: int, layer: LayerScheme, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """What :meth:`encode` gives for a layer of this shape, without values.
+
+        Found by encoding one; a format that knows better says so at once.
+        """
+        group = group_index(columns, columns if layer.groupsize == -1 else layer.groupsize, CPU)
+        codes = torch.zeros(rows, columns, dtype=torch.uint8)
+        grids = torch.ones(rows, int(group[-1]) + 1)
+        zeros = torch.full_like(grids, 2 ** (layer.wbits - 1), dtype=torch.uint8)
+        encoded = self.encode(
+            QuantizedWeight(layer.wbits, codes, grids, zeros, group), dtype, layer.sym
+        )
+        return {suffix: tensor.to("meta") for suffix, tensor in encoded.items()}
 
     @abstractmethod
     def decode(self, name: str, tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:

@@ -44,6 +44,18 @@ class Whole:
                     )
             self._seen = _contents(target) if force else None  # what may be replaced
 
+    def check(self) -> None:
+        """Refuse, without touching anything, what entering would refuse."""
+        with writing(self.target):
+            if self._seen is None and os.path.lexists(self.target):
+                raise self._exists()
+            there = next(path for path in self.target.absolute().parents if path.exists())
+            if not os.access(there, os.W_OK):
+                raise PermissionError(errno.EACCES, "Permission denied")
+
+    def _exists(self) -> OutputError:
+        return OutputError(f"{self.target} exists", "choose another name, or pass --force")
+
     def __enter__(self) -> Whole:
         self.room = self.target.with_name(f".{self.target.name}.partial")
         self.part, self._old, self._lock = (self.room / n for n in ("whole", "old", "lock"))
@@ -56,7 +68,7 @@ class Whole:
                 pass
             self._find_leftovers()
             if self._seen is None and os.path.lexists(self.target):
-                raise OutputError(f"{self.target} exists", "choose another name, or pass --force")
+                raise self._exists()
             self._undo = undo.pop_all()
         return self
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from optq.errors import ModelError, SettingError
-from optq.model.experts import Bank, bank_of, is_bank
+from optq.model.experts import Bank, bank_of, count_of, is_bank
 from optq.model.layer import Layer
 
 
@@ -153,7 +153,7 @@ def _is_gate(linear: Any, name: str, block: nn.Module, prefix: str) -> bool:
         return True
     for depth, child in enumerate(path):
         above = block.get_submodule(".".join(path[:depth]))
-        counts = {len(bank_of("", each).inner) for each in above.children() if is_bank(each)}
+        counts = {count_of(each) for each in above.children() if is_bank(each)}
         if not counts:
             continue
         if depth == len(path) - 1:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -48,7 +49,8 @@ class Checkpoint:
     ``layout`` has each tensor's dtype and shape, as a tensor without values. ``dtype``: what the
     model is to be run in, where that is not what its config says. Its tensors on disk stay as they
     are: whoever loads them casts them, and to the same values. ``hub``: where files that are not in
-    the folder yet come from.
+    the folder yet come from. ``whole``: every file is as long as its header says; what is made for
+    a plan needs the headers alone.
     """
 
     folder: Path
@@ -56,10 +58,13 @@ class Checkpoint:
     layout: dict[str, Tensor]
     dtype: torch.dtype | None = None
     hub: Hub | None = None
+    whole: bool = True
 
     @classmethod
-    def open(cls, model_id: str, dtype: torch.dtype | None = None) -> Checkpoint:
-        """Open a folder, or fetch a hub id. Raises :class:`ModelError` if it is not whole."""
+    def open(
+        cls, model_id: str, dtype: torch.dtype | None = None, whole: bool = True
+    ) -> Checkpoint:
+        """Open a folder, or fetch a hub id. Raises :class:`ModelError` if it is not ``whole``."""
         folder = Path(model_id).expanduser()
         if folder.is_file():
             what = "a GGUF file, for llama.cpp" if folder.suffix == ".gguf" else "a file"
@@ -69,9 +74,9 @@ class Checkpoint:
             folder, hub, shards = fetch(model_id, WEIGHT_SUFFIXES)
         if not (folder / "config.json").is_file():
             raise _no_model(model_id, folder)
-        checkpoint = cls(folder, {}, {}, dtype, hub=hub)
+        checkpoint = cls(folder, {}, {}, dtype, hub, whole)
         for name in _weight_files(folder, shards):
-            found = checkpoint._promised(name) or _layout(checkpoint.path(name))
+            found = checkpoint._promised(name) or _layout(checkpoint.path(name), whole)
             checkpoint.layout.update(found)
             checkpoint.files.update(dict.fromkeys(found, name))
         return checkpoint
@@ -122,6 +127,14 @@ class Checkpoint:
     def mapped(self) -> bool:
         """Whether a tensor can be had without reading its whole file."""
         return all(_is_mapped(self.folder / file) for file in {*self.files.values()})
+
+    def cut(self) -> Path | None:
+        """A safetensors file that is shorter than its header says, if there is one."""
+        for path in (self.folder / file for file in dict.fromkeys(self.files.values())):
+            here = path.suffix == ".safetensors" and path.exists()  # or still on the hub
+            if here and path.stat().st_size < _header(path)[1]:
+                return path
+        return None
 
     def companions(self) -> list[Path]:
         """All but weights and what speaks of them: tokenizer, chat template, licence, .."""
@@ -201,9 +214,42 @@ def _weight_files(folder: Path, to_come: list[str]) -> list[str]:
     )
 
 
-def _layout(path: Path) -> dict[str, Tensor]:
-    with _damage(path), _open_weights(path) as (names, get):
-        return {name: get(name).to("meta") for name in names}
+def _layout(path: Path, whole: bool) -> dict[str, Tensor]:
+    """What a file's tensors are; of one that is not ``whole``, where its header says that."""
+    with _damage(path):
+        if path.suffix == ".safetensors":
+            entries, length = _header(path)
+            if length and (path.stat().st_size == length or not whole):
+                return {
+                    name: torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+                    for name, (dtype, shape) in entries.items()
+                }
+        with _open_weights(path) as (names, get):  # or what it says is wrong
+            return {name: get(name).to("meta") for name in names}
+
+
+def _header(path: Path) -> tuple[dict[str, tuple[str, list[int]]], int]:
+    """Dtype and shape of each tensor of a safetensors file, and how long the file must be.
+
+    Nothing for a header that is not as we know it: safetensors then says what is wrong with it.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= path.stat().st_size - 8:
+            return {}, 0
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {name: (own["dtype"], own["shape"]) for name, own in header.items()}
+            end = 0
+            for name, (dtype, shape) in entries.items():
+                start, stop = header[name]["data_offsets"]
+                end = max(end, stop)
+                if prod(shape) * DTYPES[dtype].itemsize != stop - start:
+                    return {}, 0
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {}, 0
+    return entries, 8 + length + end
 
 
 @contextmanager

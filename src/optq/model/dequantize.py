@@ -99,6 +99,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     say = checkpoint.dtype or (dtype if named is not dtype else None)
     around = {
         "hub": checkpoint.hub,
+        "whole": checkpoint.whole,
         "source": checkpoint,
         "into": dtype,
         "parts": parts,

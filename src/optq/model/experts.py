@@ -27,6 +27,7 @@ from optq.model.layer import Layer
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",)}
 SMALL = 8  # activations of an expert in the trial of a layout
+SEVERAL = 31  # experts of it that have weights of their own; the others have theirs again
 Routed = dict[int, tuple[Tensor, Tensor]]  # by expert: places among the top k, and tokens
 
 
@@ -38,6 +39,11 @@ def is_bank(module: nn.Module) -> bool:
 def bank_of(name: str, module: nn.Module) -> Bank:
     """The experts of a module for which :func:`is_bank` holds."""
     return Bank(name, module) if all(hasattr(module, f) for f in FLAGS) else Copies(name, module)
+
+
+def count_of(module: Any) -> int:
+    """How many experts a module has for which :func:`is_bank` holds."""
+    return len(module.down_proj)
 
 
 def _reads_copies(module: nn.Module) -> bool:
@@ -181,9 +187,9 @@ class Bank:
         if self.transposed:
             shapes = {name: shape[::-1] for name, shape in shapes.items()}
         shapes |= {f"{self.first}_bias": [inside], "down_proj_bias": [rows]}
-        small = copy(self.module)
+        small, own = copy(self.module), torch.arange(len(self.inner)) % SEVERAL
         small.__dict__["_parameters"] = {
-            name: _random(generator, len(self.inner), *shape).bfloat16()
+            name: _random(generator, min(len(own), SEVERAL), *shape).bfloat16()[own]
             for name, shape in shapes.items()
         }
         if self.normed:  # its values may still be on disk

@@ -12,13 +12,16 @@ from optq.model.experts import bank_of, is_bank
 from optq.model.names import disk_names, expert_name, renaming
 
 
-def lacking(model: Any, names_on_disk: Collection[str]) -> list[str]:
+def lacking(
+    model: Any, names_on_disk: Collection[str], found: Mapping[str, str] | None = None
+) -> list[str]:
     """The names on disk of tensors that the model would be loaded without, in order.
 
     Each projection of an expert counts, where the disk does not have all of them in one tensor.
-    What transformers ties, or makes itself where it is missing, is not lacking.
+    What transformers ties, or makes itself where it is missing, is not lacking. ``found``: what
+    :func:`disk_names` found, if that is known.
     """
-    found = disk_names(model, names_on_disk)
+    found = disk_names(model, names_on_disk) if found is None else found
     there = {name for name, place in found.items() if place in names_on_disk}
     wanted = {*model.state_dict()}
     for name, module in model.named_modules():
@@ -28,7 +31,7 @@ def lacking(model: Any, names_on_disk: Collection[str]) -> list[str]:
                 wanted.discard(fused)
                 wanted.add(f"{layer.name}.weight")
     rename, converters = renaming(model)
-    for on_disk in names_on_disk:
+    for on_disk in {*names_on_disk} - {*found.values()}:
         in_model, pattern = rename(on_disk)
         there.add(in_model)
         for each in converters:

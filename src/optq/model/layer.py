@@ -42,8 +42,9 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.weight.shape
-        return rows, columns
+        sizes = self.parameter.shape[0 if self.expert is None else 1 :]  # there may be thousands
+        rows, columns = sizes[::-1] if self.transposed else sizes
+        return rows if self.rows is None else len(range(*self.rows.indices(rows))), columns
 
     def put(self, weight: Tensor) -> None:
         """Replace the weight in place: its strides, and so the bits of each product, stay."""

@@ -238,8 +238,10 @@ def _configuration(checkpoint: Checkpoint) -> tuple[Any, Any]:
 def _has_own_head(model: Any, checkpoint: Checkpoint) -> bool:
     """Whether the file has a head that is not the embedding, though ``config.json`` ties the two.
 
-    transformers takes the file's; a packed one is never the embedding.
+    transformers takes the file's; a packed one is never the embedding. Without values it is not.
     """
+    if not checkpoint.whole:
+        return False
     modules = {name.rpartition(".")[0] for name in checkpoint.files if not name.endswith("bias")}
     on_disk = disk_names(model, [f"{module}.weight" for module in modules])
     for pair in model.all_tied_weights_keys.items():

@@ -74,6 +74,41 @@ def checkpoint(what: Mapping[str, Any]) -> None:
         layers(what["layers"])
 
 
+def planned(plan: Any) -> None:
+    """What :class:`optq.plan.Plan` says of a run."""
+    sites = "found in the run" if plan.sites is None else str(plan.sites)
+    experts = f", {plan.experts} experts" if plan.experts else ""
+    lines = {
+        "quantized": f"{plan.layers} layers in {plan.blocks} blocks{experts}; sites: {sites};"
+        f" {plan.weights / 1e6:.1f} million weights, {plan.bits_per_weight:.2f} bits each",
+        "result": f"{size(plan.bytes)}: {size(plan.packed_bytes)} packed,"
+        f" {size(plan.dense_bytes)} as they are",
+        "disk": f"{size(plan.disk)} at the peak, {size(plan.disk_free)} free",
+        "memory": f"{size(plan.memory)} at the peak, {size(plan.memory_available)} available",
+    }
+    if plan.device != "cpu":
+        there = size(plan.device_memory_available)
+        lines[plan.device] = f"{size(plan.device_memory)} at the peak, {there} available"
+    lines["time"] = f"about {duration(plan.seconds)}, without reading text: an estimate"
+    facts(lines)
+    stdout.print()
+    table = _table("stays dense", "tensors", "bytes", "", left=(0, 3))
+    for row in plan.dense:
+        names = ", ".join(row.names[:2]) + (", .." if len(row.names) > 2 else "")
+        table.add_row(row.why, str(row.tensors), size(row.bytes), names)
+    stdout.print(table)
+    for line in (*plan.notices, *plan.warnings()):
+        stdout.print(f"note: {line}")
+    stdout.print("next: the same command without --dry-run")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def compared(rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; bars compare the rises at the same bits and groups."""
     groups = len({row["groupsize"] for row in rows[1:]}) > 1

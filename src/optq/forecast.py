@@ -1,0 +1,217 @@
+"""What a run will hold at its peak, and how long it will take, from shapes alone.
+
+Memory. Between two blocks every batch holds what goes into the next one (``Held.between``), inside
+a block what its own forward keeps while it is paused (``Held.paused``), once for each stream.
+Beside that there is at most one block:
+
+* its weights, and while they are read those of its experts' first projection once more, which are
+  stacked from one tensor to an expert;
+* under error propagation the originals of the layers that have been solved, but for experts', which
+  are let go with their site;
+* the codes of what has been solved, a byte to a weight, and the scales;
+* the site under way, ``rows x columns``: ``H``, its factor and the drift are ``columns x columns``,
+  all else is a number of bytes to a weight, counted by adding up the tensors alive in a solver
+  (``bench/plan.py`` holds the sum against runs). Experts are solved together while they fit into
+  ``optq.quantize.MEMORY``;
+* when it is done, what is written of it, and ten bytes to a weight of the layer being packed.
+
+What is left dense is checked for finite values one tensor at a time. All of it is above what the
+process has when the run begins: the libraries, measured. Mapped files do not count: the system
+drops their pages when others need the room.
+
+What batches hold is bounded by ``--activation-memory``: the rest goes from a GPU to main memory,
+and then to files.
+
+Time. Multiply-adds, at the speed of a product of 1024 columns measured here, and passes over the
+solver's tensors, at the speed of one such pass measured here. It is an estimate.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from optq.core.clock import elapsed
+from optq.core.descent import ROWS_AT_ONCE
+from optq.core.gptq import GPTQ
+from optq.core.hessian import TOKENS
+from optq.core.precision import exact_products, quick_dtype
+from optq.core.rtn import RTN
+from optq.core.solver import Solver
+from optq.model.scout import Held
+from optq.model.shapes import BlockShape, SiteShape
+from optq.quantize import BATCH_TOKENS, MEMORY
+
+# Passes over a weight's float32 copies, by what makes them.
+PASSES = {"rtn": 30, "sweep": 100, "polish": 60, "search": 150}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes in main memory, on a device of its own, and in files for what batches hold."""
+
+    host: int
+    device: int
+    files: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that memory and time depend on.
+
+    ``held`` is of one sample; ``item`` bytes of a number of the model's; ``outside`` bytes of what
+    is needed all the time, embeddings above all, of which ``cast`` are not as they are on disk;
+    ``dense`` numbers of the largest tensor that stays as it is. ``limit`` bounds what batches hold
+    on the device, ``host_limit`` beside a GPU in main memory.
+    """
+
+    blocks: tuple[BlockShape, ...]
+    held: Held
+    samples: int
+    seqlen: int
+    streams: int
+    item: int
+    outside: int
+    cast: int
+    dense: int
+    quantizer: Solver
+    device: torch.device
+    limit: int
+    host_limit: int
+
+    @property
+    def propagates(self) -> bool:
+        return self.streams > 1
+
+    def peak(self) -> Peak:
+        """Bytes in main memory, on the device and in files, above those at the start."""
+        apart = self.device.type != "cpu"
+        at_work = max(self._of_block(block) for block in self.blocks)
+        # As a block comes, and as it goes to disk.
+        there = max(block.bytes + block.stacked for block in self.blocks)
+        goes = max(block.packed + 10 * block.largest for block in self.blocks)
+        end = self.dense * (self.item + 3)
+        _, host, files = self._kept(self.held.paused)
+        if apart:
+            return Peak(self.cast + host + max(there, goes, end), self.outside + at_work, files)
+        coming = there + self._kept(self.held.between)[0]
+        return Peak(self.cast + max(at_work, coming, end), 0, host + files)
+
+    def _kept(self, of_sample: int) -> tuple[int, int, int]:
+        """What batches hold on the device, in host memory and in files: they are filled in turn."""
+        rest, places = of_sample * (self.streams * self.samples + 1), []  # one goes ahead
+        for limit in (self.limit, self.host_limit):
+            places.append(min(rest, limit))
+            rest -= places[-1]
+        return places[0], places[1], rest
+
+    def _running(self) -> int:
+        """What the batch that runs makes and lets go."""
+        batch = min(self.samples, max(1, BATCH_TOKENS // self.seqlen))
+        return batch * (self.held.running - self.held.paused)
+
+    def _of_block(self, block: BlockShape) -> int:
+        most, solved, originals = self._running(), 0, 0
+        for site in block.sites:
+            own = site.weights * self.item if self.propagates else 0
+            originals += own
+            most = max(most, originals + solved + self._of_site(site))
+            if site.count > 1:
+                originals -= own
+            solved += site.weights + site.weights // 16  # codes, and scales of some groups
+        most = max(most, originals + solved + block.packed + 10 * block.largest)
+        return block.bytes + most + self._kept(self.held.paused)[0]
+
+    def _of_site(self, site: SiteShape) -> int:
+        weights, square = site.rows * site.columns, site.columns**2
+        together = max(1, MEMORY // (4 * site.columns * (4 * site.columns + 10 * site.rows)))
+        together = min(together, site.count)
+        held = self.item + 4 * self.propagates
+        if isinstance(self.quantizer, RTN):
+            each, once = held, 30 if self.propagates else 13
+            squares = 4 + 4 * self.propagates
+        else:
+            # Rounded, swept, and the codes; then what polishing or measuring takes.
+            each, once = held + 14, 12 if self.propagates else 3
+            squares = 8 + 4 * self.propagates
+            if isinstance(self.quantizer, GPTQ) and self.quantizer.polish:
+                rows = site.rows if self.device.type == "cuda" else ROWS_AT_ONCE
+                once = max(once, 22 * min(1, rows / site.rows))  # type: ignore[assignment]
+        tokens = min(TOKENS, self.samples * self.seqlen)
+        gather = 4 * tokens * site.columns + 4 * square
+        solve = int(weights * once) + 2 * square
+        return together * (weights * each + squares * square) + max(gather, solve)
+
+    def seconds(self, speed: Speed, written: int) -> float:
+        """An estimate: products, passes over weights, and ``written`` bytes; no text is read."""
+        tokens, streams = self.samples * self.seqlen, self.streams
+        exact = quick = weights = 0.0
+        rounds = self.quantizer.polish if isinstance(self.quantizer, GPTQ) else 0
+        solved = not isinstance(self.quantizer, RTN)
+        for block in self.blocks:
+            for site in block.sites:
+                share = min(1, self.held.experts / site.count) if site.count > 1 else 1
+                seen, square = tokens * share * site.count, site.columns**2
+                quick += streams * site.weights / site.count * seen + square * seen / 2
+                quick += (streams - 1) * square * seen  # the drift
+                exact += solved * site.count * site.columns**3 / 6
+                exact += (
+                    (streams - 1)
+                    * site.count
+                    * square
+                    * (min(site.rows, site.columns) + site.rows * (site.rows > site.columns))
+                )
+                product = site.weights * site.columns
+                exact += product * (1 if solved else 0.5)
+                quick += product * (1 + (rounds + 1) * (rounds > 0))
+                weights += site.weights
+        passes = PASSES["rtn"] if not solved else PASSES["sweep"] + PASSES["polish"] * rounds
+        passes += PASSES["search"] * self.quantizer.mse
+        moved = 4 * weights * passes + (written + sum(block.bytes for block in self.blocks)) * 4
+        return exact / speed.exact + quick / speed.quick + moved / speed.bytes
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Multiply-adds a second, in float32 and in what products may be made of, and bytes passed."""
+
+    exact: float
+    quick: float
+    bytes: float
+
+
+@exact_products()
+def speed_of(device: torch.device) -> Speed:
+    """Measured here, in a quarter of a second on a CPU."""
+
+    def rate(amount: float, act: Callable[[], object]) -> float:
+        act()
+        best, until = 0.0, time.perf_counter() + 0.06
+        while time.perf_counter() < until:
+            start = time.perf_counter()
+            last = act()
+            assert isinstance(last, torch.Tensor)
+            best = max(best, amount / elapsed(start, last))
+        return best
+
+    one = torch.randn(768, 768, device=device)
+    few = one.to(quick_dtype(one))
+    long = torch.randn(2**22, device=device)
+    return Speed(
+        rate(768**3, lambda: one @ one),
+        rate(768**3, lambda: few @ few),
+        rate(4 * len(long), lambda: long.mul_(1.0)),
+    )
+
+
+def resident() -> int:
+    """Bytes that this process has in memory: the libraries, as long as nothing is loaded."""
+    if sys.platform != "linux":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
