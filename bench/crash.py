@@ -23,8 +23,8 @@ from pathlib import Path
 from machine import append, machine
 
 RESULTS = Path(__file__).parent / "results" / "crash.jsonl"
-BLOCKS, HIDDEN, INNER, VOCABULARY = 12, 256, 768, 512
-SAMPLES, SEQLEN = 64, 128
+BLOCKS, HIDDEN, INNER, VOCABULARY = 8, 128, 384, 512
+SAMPLES, SEQLEN = 16, 64
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir", "os.chmod"}
 
 
@@ -50,7 +50,7 @@ def quantize(model: Path, out: Path, shards: bool, trace: Path, last: int | None
 
     torch.set_num_threads(1)
     if shards:
-        writer.SHARD_BYTES = 2**18
+        writer.SHARD_BYTES = 2**17
     lines = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     count = 0
 
