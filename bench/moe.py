@@ -72,7 +72,7 @@ class Trial:
     def tokens(self, seed: int) -> Tensor:
         return calibration_tokens(self.calib, self.tokenizer, SAMPLES, SEQLEN, seed)
 
-    def quantize(self, way: str, wbits: int, seed: int) -> optq.runner.Result:
+    def quantize(self, way: str, wbits: int, seed: int) -> optq.result.Result:
         quantizer, qep = WAYS[way](wbits)
         tokens = self.tokens(seed)[:1] if way == "rtn" else self.tokens(seed)
         return Runner(self.config, quantizer, qep, calib=tokens).run()

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 import optq.quantize
+import optq.solving
 from optq import GPTQ, RTN, ModelConfig, Runner
 
 
 def main():
     torch.set_num_threads(1)
     asked = json.loads(Path(sys.argv[1]).read_text())
-    optq.quantize.BATCH_TOKENS, optq.quantize.MEMORY = asked["batch"], asked["memory"]
+    optq.quantize.BATCH_TOKENS, optq.solving.MEMORY = asked["batch"], asked["memory"]
     for name, run in asked["runs"].items():
         quantizer = {"gptq": GPTQ, "rtn": RTN}[run.pop("method")](*run.pop("quantizer"))
         model, calib = run.pop("model"), torch.tensor(run.pop("calib"))

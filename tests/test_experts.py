@@ -418,7 +418,7 @@ def test_gptq_files_and_exports_hold_experts_too(folder_of, tmp_path):
 
 @pytest.mark.parametrize("memory", [0, 2**29])
 def test_the_same_seed_gives_the_same_bytes(folder_of, tmp_path, monkeypatch, memory):
-    monkeypatch.setattr("optq.quantize.MEMORY", memory)  # experts one by one, or all together
+    monkeypatch.setattr("optq.solving.MEMORY", memory)  # experts one by one, or all together
     for name in ("one", "other"):
         quantize(folder_of("mixtral"), GPTQ(3, 32), output=tmp_path / name)
     one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "other"))

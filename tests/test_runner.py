@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import optq.quantize
 import optq.runner
+import optq.solving
 from optq import GPTQ, OBQ, QEP, RTN, ModelConfig, Runner
 from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
@@ -905,15 +906,15 @@ def test_an_empty_quantization_config_says_nothing(folder_of, tmp_path):
 )
 def test_rows_that_are_solved_by_portions_are_the_same(folder_of, monkeypatch, quantizer):
     whole, seen = quantize(folder_of("llama"), quantizer, qep=True), []
-    own = optq.quantize.Quantization._solve_portion
+    own = optq.solving.Solving._portion
 
     def watched(work, some, problems, rows):
         seen.append(rows)
         return own(work, some, problems, rows)
 
-    monkeypatch.setattr(optq.quantize.Quantization, "_solve_portion", watched)
-    monkeypatch.setattr("optq.quantize.LEAST", 64)
-    monkeypatch.setattr("optq.quantize.PORTION", 1)
+    monkeypatch.setattr(optq.solving.Solving, "_portion", watched)
+    monkeypatch.setattr("optq.solving.LEAST", 64)
+    monkeypatch.setattr("optq.solving.PORTION", 1)
     parts = quantize(folder_of("llama"), quantizer, qep=True)
     assert any(rows.start > 0 for rows in seen)
     assert parts.record.text() == whole.record.text()

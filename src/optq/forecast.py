@@ -12,7 +12,7 @@ Beside that there is at most one block:
 * the site under way, ``rows x columns``: ``H``, its factor and the drift are ``columns x columns``,
   all else is a number of bytes to a weight, counted by adding up the tensors alive in a solver
   (``bench/plan.py`` holds the sum against runs). Experts are solved together while they fit into
-  ``optq.quantize.MEMORY``;
+  ``optq.solving.MEMORY``;
 * when it is done, what is written of it, and ten bytes to a weight of the layer being packed.
 
 What is left dense is checked for finite values one tensor at a time. All of it is above what the
@@ -46,7 +46,8 @@ from optq.core.rtn import RTN
 from optq.core.solver import Solver
 from optq.model.scout import Held
 from optq.model.shapes import BlockShape, SiteShape
-from optq.quantize import BATCH_TOKENS, MEMORY
+from optq.quantize import BATCH_TOKENS
+from optq.solving import MEMORY
 
 # Passes over a weight's float32 copies, by what makes them.
 PASSES = {"rtn": 30, "sweep": 100, "polish": 60, "search": 150}

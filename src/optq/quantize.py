@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from optq.core.clock import elapsed
-from optq.core.error import output_energy
 from optq.core.grid import Storage
-from optq.core.problem import Problem
 from optq.core.qep import QEP
 from optq.core.solution import Solution
 from optq.core.solver import Solver
 from optq.core.weight import LayerScheme, QuantizedWeight
-from optq.errors import ModelError, NumericsError
+from optq.errors import ModelError
 from optq.formats.fit import check_layers
 from optq.formats.scheme import Format, Solved
 from optq.model.activations import Activations
@@ -30,46 +26,11 @@ from optq.model.layer import Layer
 from optq.model.names import disk_names
 from optq.model.shards import Shards
 from optq.model.weights import Weights
-from optq.ranks import UNIT, Ranks
+from optq.ranks import Ranks
 from optq.record import LayerRecord
+from optq.solving import Outcome, Solving, is_expert, together
 
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
-MEMORY = 2**29  # bytes for experts that are solved together: more of them are hardly faster
-PORTION = 2**30  # bytes for rows that are solved together; they are independent
-LEAST = 1024  # rows of a portion: the column loop costs the same for fewer
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a site, or of some of its rows: all that is told of it on."""
-
-    solution: Solution
-    energy: Tensor  # of the output, by row
-    tokens: int
-    borrowed: int
-    damp: float
-    damp_tries: int
-    dead_columns: int
-    seconds: dict[str, float]
-
-    @classmethod
-    def cat(cls, parts: Sequence[Outcome]) -> Outcome:
-        """Rows that were solved by themselves, in order; on several ranks, at the same time."""
-        if len(parts) == 1:
-            return parts[0]
-        stages = {stage for part in parts for stage in part.seconds}
-        return replace(
-            parts[0],
-            solution=Solution.cat([part.solution for part in parts]),
-            energy=torch.cat([part.energy for part in parts]),
-            seconds={s: max(part.seconds.get(s, 0.0) for part in parts) for s in stages},
-        )
-
-    def cpu(self) -> Outcome:
-        """With its tensors there, to be sent."""
-        names = ("codes", "scales", "zeros", "g_idx", "error", "rtn_error", "fell_back")
-        moved = {name: getattr(self.solution, name).cpu() for name in names}
-        return replace(self, solution=replace(self.solution, **moved), energy=self.energy.cpu())
 
 
 @dataclass(frozen=True)
@@ -117,7 +78,7 @@ class Quantization:
         ranks: Ranks = Ranks(),
     ) -> None:
         self.model, self.blocks, self.names, self.keep = model, blocks, names, keep
-        self.quantizer, self.qep, self.storage = quantizer, qep, storage
+        self.solving = Solving(quantizer, qep, storage, ranks)
         self.sink, self.progress, self.shards, self.ranks = sink, progress, shards, ranks
         self.scheme = quantizer.scheme()
         self.solved: dict[str, tuple[QuantizedWeight, LayerScheme]] = {}  # of the current block
@@ -137,7 +98,7 @@ class Quantization:
         batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
         # What is on its way to disk leaves the memory, block by block.
         weights = Weights(self.model, self.blocks, activations.device, self.keep, self.shards)
-        then = self.solve, self.done, self.qep is not None, activations, self.restore
+        then = self.solve, self.done, self.solving.qep is not None, activations, self.restore
         flow = Flow(self.model, self.blocks, batches, weights, *then, self.ranks, together)
         flow.run()
         weights.complete()
@@ -151,72 +112,17 @@ class Quantization:
         some: list[tuple[Site, SiteSums | None]] = []
         for site, sums in sites:
             some.append((site, sums))
-            if len(some) == together(site) * (self.ranks.size if _is_expert(site) else 1):
-                self._solve_some(some)
+            if len(some) == together(site) * (self.ranks.size if is_expert(site) else 1):
+                self._put(some)
                 some.clear()
         if some:
-            self._solve_some(some)
+            self._put(some)
 
-    def _solve_some(self, some: list[tuple[Site, SiteSums | None]]) -> None:
-        """Those that :func:`together` allows, on each rank; all put what each has solved."""
-        own = [(site, sums) for site, sums in some if sums is not None]
-        ranks, experts = self.ranks, _is_expert(some[0][0])
-        outcomes = self._solve_together(own, slice(None)) if ranks.size == 1 or experts else []
-        if ranks.size > 1 and not experts:
-            rows = ranks.own(sum(layer.shape[0] for layer in some[0][0].layers), UNIT)
-            outcomes = self._solve_together(own, rows) if rows.start < rows.stop else []
-        if ranks.size > 1:
-            told = ranks.gather([outcome.cpu() for outcome in outcomes], "solutions")
-            outcomes = [outcome for each in told for outcome in each]  # in order
-            outcomes = outcomes if experts else [Outcome.cat(outcomes)]
-        for (site, _), outcome in zip(some, outcomes, strict=True):
-            self._put(site, outcome)
+    def _put(self, some: list[tuple[Site, SiteSums | None]]) -> None:
+        for (site, _), outcome in zip(some, self.solving.solve(some), strict=True):
+            self._put_one(site, outcome)
 
-    def _solve_together(self, some: list[tuple[Site, SiteSums]], rows: slice) -> list[Outcome]:
-        """These ``rows`` of some sites of one shape, a portion at a time."""
-        if not some:
-            return []
-        problems = [self.quantizer.problem(sums.H) for _, sums in some]
-        start, stop, _ = rows.indices(sum(layer.shape[0] for layer in some[0][0].layers))
-        most = max(LEAST, PORTION // (40 * len(problems[0].H)) // UNIT * UNIT)
-        portions = [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
-        parts = [self._solve_portion(some, problems, portion) for portion in portions]
-        return [Outcome.cat(of_one) for of_one in zip(*parts, strict=True)]
-
-    def _solve_portion(
-        self, some: list[tuple[Site, SiteSums]], problems: list[Problem], rows: slice
-    ) -> list[Outcome]:
-        weights, aims = [], []
-        for (site, sums), problem in zip(some, problems, strict=True):
-            for layer in site.layers:
-                if not torch.isfinite(layer.weight).all():
-                    raise NumericsError(
-                        f"the weight of {layer.name} (block {site.block.index}) holds NaN or"
-                        " infinity",
-                        "copy the model again, or train it again",
-                    )
-            weights.append(weight := torch.cat([layer.weight for layer in site.layers])[rows])
-            start, qep = time.perf_counter(), self.qep
-            aims.append(None if qep is None else _aim(qep, problem, site, sums, weight, rows))
-            problem.seconds["solve"] += elapsed(start, weight) - problem.seconds["factor"]
-        solutions = self.quantizer.solve_together(problems, weights, aims, self.storage)
-        return [
-            Outcome(
-                solution,
-                output_energy(weight, sums.H),
-                sums.tokens,
-                sums.borrowed,
-                problem.damp,
-                problem.damp_tries,
-                int(problem.dead.sum()),
-                problem.seconds,
-            )
-            for (_, sums), weight, problem, solution in zip(
-                some, weights, problems, solutions, strict=True
-            )
-        ]
-
-    def _put(self, site: Site, outcome: Outcome) -> None:
+    def _put_one(self, site: Site, outcome: Outcome) -> None:
         """Solved: into the model, and among what goes to disk with the block."""
         rows = [layer.shape[0] for layer in site.layers]
         parts, energies = outcome.solution.split(rows), outcome.energy.split(rows)
@@ -283,35 +189,6 @@ def names_on_disk(
                 f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"
             )
     return names
-
-
-def together(site: Site) -> int:
-    """How many sites of this shape are solved at a time."""
-    rows, columns = sum(layer.shape[0] for layer in site.layers), site.layers[0].shape[1]
-    # H, its factor and what makes them; weights, aims, codes and what the sweep holds.
-    return max(1, MEMORY // (4 * columns * (4 * columns + 10 * rows)))
-
-
-def _is_expert(site: Site) -> bool:
-    return site.layers[0].expert is not None
-
-
-def _aim(
-    qep: QEP, problem: Problem, site: Site, sums: SiteSums, weight: Tensor, some: slice
-) -> Tensor | None:
-    """What ``some`` of the stacked rows of a site, its ``weight``, aim at.
-
-    None: at themselves, as where nothing drifted.
-    """
-    drift = sums.drift
-    assert drift is not None  # the full-precision stream runs
-    if not any(qep.applies(layer.name) for layer in site.layers) or not drift.any():
-        return None
-    weight = weight.to(drift.dtype)
-    applies = [[qep.applies(layer.name)] * layer.shape[0] for layer in site.layers]
-    moved = torch.tensor([each for rows in applies for each in rows], device=weight.device)
-    target = qep.correct(problem, weight, drift, len(moved))
-    return torch.where(moved[some, None], target, weight)
 
 
 def _record(

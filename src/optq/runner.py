@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,7 +29,7 @@ from optq.data.calibration import calibration_tokens
 from optq.data.given import given
 from optq.data.text import Text
 from optq.errors import NumericsError, SettingError
-from optq.formats import FORMATS, reader
+from optq.formats import FORMATS
 from optq.formats.journal import Journal, settings
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
@@ -46,33 +45,9 @@ from optq.quantize import Progress, Quantization, names_on_disk
 from optq.ranks import Ranks
 from optq.ranks import ranks as ranks_of
 from optq.record import LayerRecord, RunRecord
+from optq.result import Result
 
 MANY = 0.1  # of a layer's columns without evidence: worth a warning
-
-
-@dataclass
-class Result:
-    """A finished run: ``layers`` are its records, ``seconds`` where its time went."""
-
-    layers: list[LayerRecord]
-    dense: list[str]  # linear layers inside the blocks that stay as they were
-    seconds: dict[str, float]
-    bits_per_weight: float  # of the quantized layers, scales and all
-    bytes: int  # of the quantized layers in the file
-    record: RunRecord  # what goes into the checkpoint's optq.json
-    output: Path | None
-    activations: dict[str, int]  # the most bytes that batches held: memory, host, files
-    _model: Any
-    _write: Callable[[Path, bool], None]
-
-    @cached_property
-    def model(self) -> Any:
-        """The quantized model, on the CPU: packed where the run wrote it, else dequantized."""
-        return self._model or reader.load_checkpoint(Checkpoint.open(str(self.output)))
-
-    def save(self, path: str | Path, force: bool = False) -> None:
-        """Write the checkpoint to the folder ``path``; for a run without ``output``."""
-        self._write(Path(path), force)
 
 
 @dataclass
