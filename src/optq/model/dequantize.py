@@ -143,8 +143,9 @@ def _parts(
     for parameter, (codes, scale, *more) in serialized.items():
         for name, layout in checkpoint.layout.items():
             module, _, suffix = name.rpartition(".")
-            coded = layout.itemsize == 1 and layout.is_floating_point() == (codes == parameter)
-            if suffix != codes or not coded or f"{module}.{scale}" not in checkpoint.files:
+            if suffix != codes or f"{module}.{scale}" not in checkpoint.files:
+                continue
+            if layout.itemsize > 1 or layout.is_floating_point() != (codes == parameter):
                 continue
             parts = {part: f"{module}.{part}" for part in (codes, scale, *more)}
             parts = {part: own for part, own in parts.items() if own in checkpoint.files}
