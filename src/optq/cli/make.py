@@ -94,6 +94,7 @@ def quantize(
     from optq.config import ModelConfig
     from optq.core.gptq import BEST
     from optq.quantize import Progress
+    from optq.ranks import reports
     from optq.report import progress, tables
     from optq.runner import Runner
 
@@ -108,7 +109,7 @@ def quantize(
         qep = method == "gptq" and not plain and BEST[wbits].qep
     memory = size("--activation-memory", activation_memory)
     calib = ("demo" if config.is_demo else "c4") if calib is None else calib
-    with progress.bar("quantizing") as bar:
+    with progress.bar("quantizing", reports()) as bar:
         bar(0, 1, "reading model and text")
 
         def solved(step: Progress) -> None:
@@ -134,6 +135,8 @@ def quantize(
             notice=say,
             reading=lambda done, of: bar(0, 1, f"reading text: {done} of {of}"),
         ).run()
+    if not reports():
+        return
     if groupsize is None:
         _tell(quantizer.groupsize)
     made = result.record.calibration
