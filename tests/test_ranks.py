@@ -3,13 +3,18 @@
 import hashlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import zoo
 import zoo_configs as configs
+
+from optq.ranks import Ranks
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "ranks_run.py"
@@ -86,3 +91,54 @@ def test_any_number_of_processes_writes_the_same_bytes(processes, models, of_one
     found = hashes(tmp_path / "out")
     assert [name for name in of_one if found.get(name) != of_one[name]] == []
     assert found.keys() == of_one.keys()
+
+
+def test_two_machines_that_meet_write_the_same_bytes(models, of_one, tmp_path):
+    """Two agents of two processes each, with an address to meet at: here, both on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = settings(models, tmp_path / "settings.json", tmp_path / "out")
+    meet = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    nodes = [torchrun(2, [SCRIPT, script], nodes=[*meet, f"--node-rank={n}"]) for n in (0, 1)]
+    for node in nodes:
+        done(node)
+    assert hashes(tmp_path / "out") == of_one
+
+
+def test_the_command_is_heard_once(models, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the other end of the theorem is not as near as it seems. " * 40)
+    out, options = tmp_path / "out", ["--calib", text, "--nsamples", 4, "--seqlen", 16]
+    command = ["-m", "optq", "quantize", models["llama_bfloat16"], out, *options, "--json"]
+    printed = done(torchrun(2, command))
+    assert json.loads(printed)["out"] == str(out)
+    assert (out / "config.json").exists()
+    again = torchrun(2, command)
+    printed, err = again.communicate(timeout=60)
+    assert again.returncode != 0 and not printed
+    assert err.count(f"optq: {out} exists\n") == 1 and "exitcode  : 2" in err
+
+
+def test_a_process_that_is_killed_takes_the_others_along(models, tmp_path):
+    script = settings(models, tmp_path / "settings.json", tmp_path / "out")
+    run = torchrun(3, [SCRIPT, script])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "dense qep").exists():  # the first run is done
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and time.monotonic() - killed < 20
+    assert "SIGKILL" in err or "exitcode  : -9" in err
+    assert not list((tmp_path / "out").glob(".*"))  # nothing half-written
+
+
+def test_shares_are_whole_units_and_all_there_is():
+    for count in (0, 5, 64, 200, 1344):
+        for size in (1, 2, 3, 4):
+            bounds = Ranks(0, size).bounds(count, 64)
+            assert [n for each in bounds for n in range(count)[each]] == list(range(count))
+            assert all(each.start % 64 == 0 for each in bounds if each.start < count)

@@ -106,6 +106,7 @@ def quantize(
     from optq.core.gptq import BEST
     from optq.plan import Skeleton
     from optq.quantize import Progress
+    from optq.ranks import reports
     from optq.report import progress, tables
     from optq.runner import Runner
 
@@ -146,7 +147,7 @@ def quantize(
         print_json(settings | plan.told()) if as_json else tables.planned(plan)
         plan.check(out)
         return
-    with progress.bar("quantizing") as bar:
+    with progress.bar("quantizing", reports()) as bar:
         bar(0, 1, "reading model and text")
 
         def solved(step: Progress) -> None:
@@ -157,6 +158,8 @@ def quantize(
         runner.progress = solved
         runner.reading = lambda done, of: bar(0, 1, f"reading text: {done} of {of}")
         result = runner.run()
+    if not reports():
+        return
     if groupsize is None:
         _tell(quantizer.groupsize)
     made = result.record.calibration

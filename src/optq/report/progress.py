@@ -20,8 +20,9 @@ Update = Callable[..., None]  # of how much is done, of how much, and a note
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Update]:
+def bar(title: str, shown: bool = True) -> Iterator[Update]:
     """A bar with time left while it runs; it leaves no line behind. Silent where no one looks."""
+    shown = shown and stderr.is_terminal
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -31,7 +32,7 @@ def bar(title: str) -> Iterator[Update]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as live:
+    with Progress(*columns, console=stderr, transient=True, disable=not shown) as live:
         task = live.add_task(title, total=None, note="")
 
         def update(done: float, total: float, note: str = "") -> None:
