@@ -19,6 +19,8 @@ def main():
         quantizer = {"gptq": GPTQ, "rtn": RTN}[run.pop("method")](*run.pop("quantizer"))
         model, calib = run.pop("model"), torch.tensor(run.pop("calib"))
         out = Path(asked["out"]) / name
+        if out.exists():  # torchrun has started this again
+            continue
         result = Runner(ModelConfig(model, "cpu"), quantizer, calib=calib, output=out, **run).run()
         assert result.layers and result.record.layers == result.layers, name
 

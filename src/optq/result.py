@@ -25,6 +25,7 @@ class Result:
     record: RunRecord  # what goes into the checkpoint's optq.json
     output: Path | None
     activations: dict[str, int]  # the most bytes that batches held: memory, host, files
+    sent: dict[tuple[str, str], int]  # bytes, by site and kind, to other processes of the run
     _model: Any
     _write: Callable[[Path, bool], None]
 

@@ -237,6 +237,7 @@ class Runner:
             record=record,
             output=None if self.output is None else Path(self.output),
             activations=held.most,
+            sent=dict(ranks.sent),
             _model=model if self.output is None else None,
             _write=save,
         )
