@@ -47,8 +47,10 @@ from optq.core.solver import Solver
 from optq.model.scout import Held
 from optq.model.shapes import BlockShape, SiteShape
 from optq.quantize import BATCH_TOKENS
-from optq.solving import MEMORY
+from optq.solving import LEAST, MEMORY, PORTION
 
+# Of what a solver lets go, the allocator keeps a part until its site is done.
+SLACK = 1.5
 # Passes over a weight's float32 copies, by what makes them.
 PASSES = {"rtn": 30, "sweep": 100, "polish": 60, "search": 150}
 
@@ -130,7 +132,8 @@ class Run:
         return block.bytes + most + self._kept(self.held.paused)[0]
 
     def _of_site(self, site: SiteShape) -> int:
-        weights, square = site.rows * site.columns, site.columns**2
+        portion = max(LEAST, PORTION // (40 * site.columns))
+        weights, square = min(site.rows, portion) * site.columns, site.columns**2
         together = max(1, MEMORY // (4 * site.columns * (4 * site.columns + 10 * site.rows)))
         together = min(together, site.count)
         held = self.item + 4 * self.propagates
@@ -147,7 +150,7 @@ class Run:
         tokens = min(TOKENS, self.samples * self.seqlen)
         gather = 4 * tokens * site.columns + 4 * square
         solve = int(weights * once) + 2 * square
-        return together * (weights * each + squares * square) + max(gather, solve)
+        return together * (weights * each + squares * square) + max(gather, int(SLACK * solve))
 
     def seconds(self, speed: Speed, written: int) -> float:
         """An estimate: products, passes over weights, and ``written`` bytes; no text is read."""

@@ -33,6 +33,7 @@ from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
 from optq.model.inputs import Handed, SiteSums, gather
 from optq.model.layer import Layer
+from optq.model.memory import trim
 from optq.model.others import Others
 from optq.model.sites import Sites
 from optq.model.spread import Spread
@@ -157,7 +158,8 @@ class Flow:
     def _solve(self, site: Site, here: list[Batch]) -> None:
         while True:
             try:
-                return self.solve(self._gather(site, here))
+                self.solve(self._gather(site, here))
+                return trim()
             except torch.OutOfMemoryError:
                 # Of experts some have their new weights, and of several ranks the others would not
                 # know; else nothing has happened yet.

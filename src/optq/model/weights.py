@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from optq.errors import ModelError
 from optq.model.blocks import Block
 from optq.model.layer import Layer
+from optq.model.memory import trim
 from optq.model.outside import Outside
 from optq.model.shards import Place, Shards, places
 
@@ -57,7 +56,7 @@ class Weights:
                 )
         read = self.shards.read(block) if self.shards else set()
         if read:
-            _trim()  # what they were made of
+            trim()  # what they were made of
         # Memory of its own: what is written to a mapped file's pages stays until the whole file is
         # let go, and the quantized weights of a model larger than memory with it.
         if self.device.type == "cpu":
@@ -76,7 +75,7 @@ class Weights:
         if self.keep:
             block.module.to("cpu")
         else:
-            _trim()
+            trim()
 
     def complete(self) -> None:
         """A model that is kept has the weights of blocks, too, that nobody fetched."""
@@ -109,13 +108,3 @@ class Weights:
     def _swap_originals(self) -> None:
         for parameter, data in self._originals.items():
             self._originals[parameter], parameter.data = parameter.data, data
-
-
-def _trim() -> None:
-    """Give freed memory back: what a run keeps of a block lies between what it has let go.
-
-    Only glibc has such a call, and needs it: it returns none but the top of its heap by itself.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
