@@ -166,7 +166,7 @@ def local_rank() -> int:
 
 
 @contextmanager
-def ranks(device: torch.device) -> Iterator[Ranks]:
+def together(device: torch.device) -> Iterator[Ranks]:
     """The ranks of this run, for as long as it lasts; one, where torchrun did not start it.
 
     Of ranks that fail one tells its error. The others end with :class:`optq.errors.PeerError`.
