@@ -84,7 +84,7 @@ def of_one(models, tmp_path_factory):
     return hashes(folder / "out")
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, 3])  # four are two machines, below
 def test_any_number_of_processes_writes_the_same_bytes(processes, models, of_one, tmp_path):
     script = settings(models, tmp_path / "settings.json", tmp_path / "out")
     done(torchrun(processes, [SCRIPT, script]))
@@ -120,26 +120,18 @@ def test_the_command_is_heard_once(models, tmp_path):
     assert err.count(f"optq: {out} exists\n") == 1 and "exitcode  : 2" in err
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_process_that_is_killed_takes_the_others_along(restarts, models, of_one, tmp_path):
-    """Within seconds; started again, by torchrun if that is asked for, they go on."""
+def test_a_process_that_is_killed_takes_the_others_along(models, of_one, tmp_path):
+    """Within seconds; started again, which torchrun does if that is asked for, they go on."""
     script = settings(models, tmp_path / "settings.json", tmp_path / "out")
-    command, again = [SCRIPT, script], ["--standalone", f"--max-restarts={restarts}"]
-    run = torchrun(3, command, nodes=again)
+    run = torchrun(3, [SCRIPT, script], nodes=["--standalone", "--max-restarts=1"])
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "dense qep").exists():  # the first run is done
         assert time.monotonic() < deadline and run.poll() is None
         time.sleep(0.05)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    killed = time.monotonic()
-    if restarts:
-        done(run)
-        assert hashes(tmp_path / "out") == of_one
-        return
-    _, err = run.communicate(timeout=60)
-    assert run.returncode != 0 and time.monotonic() - killed < 20
-    assert "SIGKILL" in err or "exitcode  : -9" in err
+    done(run)
+    assert hashes(tmp_path / "out") == of_one
 
 
 def test_shares_are_whole_units_and_all_there_is():

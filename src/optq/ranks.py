@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,7 @@ from optq.errors import OptqError, PeerError
 # The longest that one rank may wait for another: while rank 0 reads the text, or writes. A process
 # that dies closes its connections, which the others see at once.
 PATIENCE = timedelta(minutes=30)
+GRACE = 2  # seconds in which a process that fails tells why, before the others end
 UNIT = 64  # rows of a weight that stay together: what vector units sum side by side
 
 
@@ -166,7 +168,7 @@ def local_rank() -> int:
 
 
 @contextmanager
-def ranks(device: torch.device) -> Iterator[Ranks]:
+def together(device: torch.device) -> Iterator[Ranks]:
     """The ranks of this run, for as long as it lasts; one, where torchrun did not start it.
 
     Of ranks that fail one tells its error. The others end with :class:`optq.errors.PeerError`.
@@ -185,12 +187,13 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield own
-    except PeerError:
-        raise
     except OptqError as error:
-        if not _first_to_fail(store):
-            raise own.ended() from error
-        raise
+        if not isinstance(error, PeerError) and _first_to_fail(store):
+            raise
+        # torchrun ends all when it sees the first end: that is to be the one with something to say.
+        with suppress(KeyboardInterrupt):
+            time.sleep(GRACE)
+        raise own.ended() from error
     except KeyboardInterrupt as error:
         if own.first:
             raise

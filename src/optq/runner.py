@@ -42,8 +42,7 @@ from optq.model.shards import open_model
 from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
 from optq.quantize import Progress, Quantization, names_on_disk
-from optq.ranks import Ranks
-from optq.ranks import ranks as ranks_of
+from optq.ranks import Ranks, together
 from optq.record import LayerRecord, RunRecord
 from optq.result import Result
 
@@ -89,7 +88,7 @@ class Runner:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
         started = time.perf_counter()
         form, checkpoint = self._form(), self.model_config.plain_checkpoint()
-        with ranks_of(self.model_config.torch_device()) as ranks:
+        with together(self.model_config.torch_device()) as ranks:
             if self.output is None or not ranks.first:
                 return self._run(checkpoint, form, None, started, ranks)
             target = Path(self.output)
