@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -632,17 +633,30 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_disk_that_is_full(folder_of, tmp_path, tiny_disk):
-    """What is done is kept, and with more room the same command goes on."""
+def test_a_disk_that_is_full(optq_says, folder_of, tmp_path, tiny_disk, monkeypatch):
+    """Known before the work; where it fills up meanwhile, what is done is kept."""
     words = quantize(folder_of("llama"), tiny_disk / "out", tmp_path)
-    process = start(*words)
-    out, err = process.communicate()
-    cause, remedy = checked(process.returncode, out, err)
-    assert cause == f"the disk of {tiny_disk / 'out'} is full" and "room" in remedy
-    assert [path.name for path in tiny_disk.iterdir()] == [".out.partial"]
+    cause, remedy = optq_says(*words)
+    assert "the checkpoint needs" in cause and "is free at" in cause and "room" in remedy
+    assert not list(tiny_disk.iterdir())
+
     subprocess.run(["mount", "-o", "remount,size=4m", str(tiny_disk)], check=True)
+    own, filler = optq.formats.journal.Journal.add, tiny_disk / "filler"
+
+    def add(journal, done):
+        own(journal, done)
+        with suppress(OSError), filler.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(1000))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optq.formats.journal.Journal, "add", add)
+        cause, remedy = optq_says(*words)
+    assert cause == f"the disk of {tiny_disk / 'out'} is full" and "room" in remedy
+    assert {path.name for path in tiny_disk.iterdir()} == {".out.partial", "filler"}
+    filler.unlink()
     process = start(*words)
-    out, err = process.communicate()
+    _, err = process.communicate()
     assert process.returncode == 0 and "going on after" in err
     assert [path.name for path in tiny_disk.iterdir()] == ["out"]
 

@@ -451,6 +451,8 @@ def test_experts_that_no_batch_called_travel_as_they_are(folder_of, tmp_path, mo
     kind, own, calls = type(last), type(last).forward, []
 
     def every_other(self, x):
+        if x.is_meta:  # of the plan
+            return own(self, x)
         calls.append(self)
         return own(self, x) if self is calls[0] else x
 
