@@ -4,7 +4,7 @@ A Llama of hidden size 2048 with random bfloat16 weights, written shard by shard
 46`` its checkpoint has 6 GB; the run may take ``--limit`` GB beyond what the imported libraries
 have (RLIMIT_DATA: what is over it is refused, not swapped), and what it has resident is sampled.
 
-    python bench/large.py                             appends a record to bench/results/large.jsonl
+    python bench/large.py --plain                     appends a record to bench/results/large.jsonl
     python bench/large.py --blocks 4 --limit 0 --before CHECKOUT --runs 3
                          beside a commit that has the whole model in memory, on one that fits
 """
@@ -62,7 +62,7 @@ def make(folder: Path, blocks: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def run(folder: str, out: str, limit: float) -> None:
+def run(folder: str, out: str, limit: float, plain: bool) -> None:
     """Quantize, and print what it took."""
     import resource
 
@@ -87,8 +87,8 @@ def run(folder: str, out: str, limit: float) -> None:
     watch.start()
     start = time.perf_counter()
     try:
-        runner = Runner(ModelConfig(folder, "cpu"), GPTQ(4, 128), qep=True, calib=tokens)
-        runner.output = out
+        quantizer = GPTQ.plain(4, 128) if plain else GPTQ(4, 128)
+        runner = Runner(ModelConfig(folder, "cpu"), quantizer, not plain, tokens, out)
         result = runner.run()
     finally:
         seconds = time.perf_counter() - start
@@ -99,14 +99,13 @@ def run(folder: str, out: str, limit: float) -> None:
     print(json.dumps(found | {"seconds": round(seconds, 1), "phases": phases}))
 
 
-def once(model: Path, source: Path, limit: float) -> dict[str, float]:
+def once(model: Path, source: Path, limit: float, plain: bool) -> dict[str, float]:
     paths = os.pathsep.join([str(source / "src"), str(BENCH)])
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         command = (sys.executable, __file__, "--child", model, Path(scratch) / "out")
         environment = os.environ | {"PYTHONPATH": paths}
-        process = subprocess.run(
-            (*command, "--limit", str(limit)), check=True, stdout=subprocess.PIPE, env=environment
-        )
+        command += ("--limit", str(limit), *(("--plain",) if plain else ()))
+        process = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -114,12 +113,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=46)
     parser.add_argument("--limit", type=float, default=2.0, help="GB; 0: none")
+    parser.add_argument("--plain", action="store_true", help="the paper's GPTQ, one stream")
     parser.add_argument("--before", type=Path, help="a checkout of another commit")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        run(*given.child, given.limit)
+        run(*given.child, given.limit, given.plain)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -130,13 +130,14 @@ def main() -> None:
             "model": f"llama, {given.blocks} blocks of {HIDDEN} x {INNER}",
             "checkpoint_gb": round(size, 2),
             "limit_gb": given.limit,
+            "method": "plain" if given.plain else "default, error propagation",
             "tokens": f"{SAMPLES} x {SEQLEN}",
         }
         sources = {"now": BENCH.parent} | ({"before": given.before} if given.before else {})
         runs: dict[str, list[dict]] = {name: [] for name in sources}
         for _ in range(given.runs):
             for name, source in sources.items():
-                runs[name].append(once(folder, source.resolve(), given.limit))
+                runs[name].append(once(folder, source.resolve(), given.limit, given.plain))
                 print(f"{name:8} {runs[name][-1]}", flush=True)
     record |= runs
     if given.before:

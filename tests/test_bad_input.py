@@ -898,7 +898,7 @@ def test_an_interruption(tmp_path, number):
     out, err = process.communicate(timeout=120)
     lines = [line for line in err.splitlines() if line]
     assert process.returncode == 130 and out == ""
-    assert len(lines) == 2 and "interrupted" in lines[0] and "was left behind" in lines[1]
+    assert len(lines) == 2 and "interrupted" in lines[0] and "as it was" in lines[1]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -64,7 +64,7 @@ def _options(
 
 
 def _interrupted() -> None:
-    _say("interrupted", "nothing half-written was left behind: run the command again")
+    _say("interrupted", "what was there before is as it was: run the command again")
 
 
 def _say(cause: str, remedy: str) -> None:

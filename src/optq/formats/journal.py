@@ -33,6 +33,7 @@ from optq.model.checkpoint import Checkpoint
 from optq.record import LayerRecord
 
 VERSION = 1
+PIECES, PIECE = 256, 2**14  # of a file of weights, and bytes of each
 CHANGED = {"tokens": "the calibration text", "config": "the config.json of the source"}
 
 
@@ -103,6 +104,11 @@ class Journal:
         """Take what an earlier run has left as far as it is whole, and remove the rest."""
         place, raw = self.place, self.place.journal.read_bytes()
         first, *lines = raw.split(b"\n")[:-1] or [b""]  # one that was cut off has no end
+        if lines and _object(first) is None:
+            raise OutputError(
+                f"the first line of {place.journal}, which says what run it is of, is damaged",
+                f"--restart throws its {len(lines)} finished blocks away",
+            )
         if lines and (then := _object(first)) is not None:
             self._compare(then, len(lines))
             named = [_sums(line) for line in lines]
@@ -165,7 +171,7 @@ def settings(
 ) -> dict[str, Any]:
     """All that decides the bytes of a checkpoint: ``options``, versions, what the source is.
 
-    Of the source's weights it has what is cheap to know: names, sizes, times, and the headers.
+    Of the source's weights it has what is cheap to know: names, sizes, headers, and pieces.
     """
     found = {
         "journal": VERSION,
@@ -198,7 +204,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"revision": path.parent.name}
     try:
         found = path.stat()
-        known: dict[str, Any] = {"size": found.st_size, "time": found.st_mtime_ns}
+        known: dict[str, Any] = {"size": found.st_size, "pieces": _pieces(path, found.st_size)}
         if path.suffix == ".safetensors":
             with path.open("rb") as file:
                 header = file.read(int.from_bytes(file.read(8), "little"))
@@ -208,6 +214,19 @@ def _fingerprint(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error.strerror}", "copy the model again, with all files"
         ) from error
     return known
+
+
+def _pieces(path: Path, size: int) -> str:
+    """A checksum of pieces from all over a file: of all of it, if it is small.
+
+    A copy has another time and the same values, and other weights differ everywhere.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in range(0, size, max(PIECE, size // PIECES)):
+            file.seek(start)
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
 
 
 def _differences(

@@ -119,6 +119,8 @@ class Whole:
             except FileExistsError:
                 handle = os.open(self._lock, os.O_RDWR)
             self._left = not fresh or self.journal.exists()
+            # An interruption from here on must leave it.
+            self.keep = self.journal.exists() and os.path.lexists(self.part)
             if self._locked(handle, fresh):
                 stack.callback(os.close, handle)
                 if not os.path.samestat(os.fstat(handle), self._lock.stat()):

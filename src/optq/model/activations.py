@@ -3,8 +3,8 @@
 A batch that pauses keeps tensors alive: what its block was called with, the residual, the input
 that it hands over. They are found in the frames of its coroutine. Those of a batch for which there
 is no room are copied elsewhere, and each tensor object is pointed at its copy, so the batch goes on
-with the same values and knows nothing of it. A tensor that was not found, or that others use as
-well, just stays where it is.
+with the same values and knows nothing of it. A tensor that was not found, or that is the
+model's, just stays where it is.
 
 The rejected option is to let such a batch go back to the entrance of its block and to call the
 block again for each site: with four sites that is more than one further forward pass, where writing
@@ -61,6 +61,7 @@ class Activations:
         self._away: dict[Batch, list[weakref.ref[Tensor]]] = {}  # to bring back to a GPU
         self._host: dict[Batch, int] = {}
         self._maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+        self.shared: set[int] = set()  # the ids of tensors that are not the batches' own
         self.most = {"memory": 0, "host": 0, "files": 0}
 
     def take(self, batch: Batch) -> None:
@@ -98,7 +99,8 @@ class Activations:
 
     def _here(self, batch: Batch) -> list[Alike]:
         """What the batch holds on the device, by storage."""
-        found = _by_storage(_tensors(batch)).items()
+        own = [each for each in _tensors(batch) if id(each) not in self.shared]
+        found = _by_storage(own).items()
         return [
             alike
             for pointer, alike in found

@@ -75,6 +75,7 @@ class Flow:
         """Run to the end. On an error or Ctrl-C every paused batch is unwound before it leaves."""
         self._sites = Sites(self.model, self.blocks)
         self._held = self.activations or Activations(self.weights.device)
+        self._held.shared = {id(buffer) for buffer in self.model.buffers()}
         self._finished: set[Block] = set()
         everyone = [Batch(self._forward, self.batches[0][:1], 0, "scout")]
         for kind in ["full", "quantized"] if self.propagate else ["quantized"]:
@@ -173,6 +174,7 @@ class Flow:
         while batch.short:  # of memory, in the midst of a block
             if not self._held.halve():
                 raise batch.short
+            self._held.give(batch)
             batch.switch()
         self._held.take(batch)
 
