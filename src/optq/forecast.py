@@ -51,6 +51,10 @@ from optq.solving import LEAST, MEMORY, PORTION
 
 # Of what a solver lets go, the allocator keeps a part until its site is done.
 SLACK = 1.5
+WORKING = 150 * 10**6  # bytes that the libraries take when their products are first used
+# What a run takes of the time that its products and passes would, each at the speed measured for
+# one: 2.1 to 4.2 in ``bench/plan.py``.
+SLOWER = 2.6
 # Passes over a weight's float32 copies, by what makes them.
 PASSES = {"rtn": 30, "sweep": 100, "polish": 60, "search": 150}
 
@@ -101,10 +105,11 @@ class Run:
         goes = max(block.packed + 10 * block.largest for block in self.blocks)
         end = self.dense * (self.item + 3)
         _, host, files = self._kept(self.held.paused)
+        always = WORKING + self.cast
         if apart:
-            return Peak(self.cast + host + max(there, goes, end), self.outside + at_work, files)
+            return Peak(always + host + max(there, goes, end), self.outside + at_work, files)
         coming = there + self._kept(self.held.between)[0]
-        return Peak(self.cast + max(at_work, coming, end), 0, host + files)
+        return Peak(always + max(at_work, coming, end), 0, host + files)
 
     def _kept(self, of_sample: int) -> tuple[int, int, int]:
         """What batches hold on the device, in host memory and in files: they are filled in turn."""
@@ -178,7 +183,7 @@ class Run:
         passes = PASSES["rtn"] if not solved else PASSES["sweep"] + PASSES["polish"] * rounds
         passes += PASSES["search"] * self.quantizer.mse
         moved = 4 * weights * passes + (written + sum(block.bytes for block in self.blocks)) * 4
-        return exact / speed.exact + quick / speed.quick + moved / speed.bytes
+        return SLOWER * (exact / speed.exact + quick / speed.quick + moved / speed.bytes)
 
 
 @dataclass(frozen=True)

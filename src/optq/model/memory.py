@@ -39,23 +39,38 @@ def _available() -> int | None:
         return None
 
 
+# Of control groups of version 2, and 1: where they are, their limit, what is used, and of that
+# what files' pages take, which are dropped when others need the room.
+GROUPS = {
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
+    "memory": (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_cache",
+    ),
+}
+
+
 def _group() -> int | None:
     """What is left of the limit of a container, or of another control group."""
+    limits = []
     try:
-        own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-        folder = Path(f"/sys/fs/cgroup{own}")
-        limits = []
-        while folder.is_relative_to("/sys/fs/cgroup"):
-            if (folder / "memory.max").is_file():
-                most = (folder / "memory.max").read_text().strip()
-                used = int((folder / "memory.current").read_text())
-                cached = (folder / "memory.stat").read_text().split()
-                used -= int(cached[cached.index("file") + 1])
-                limits += [int(most) - used] if most != "max" else []
-            folder = folder.parent
-        return min(limits, default=None)
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, own = line.split(":", 2)
+            if kind not in GROUPS:
+                continue
+            root, most, used, pages = GROUPS[kind]
+            folder = Path(root + own)
+            while folder.is_relative_to(root):
+                if (folder / most).is_file() and (limit := (folder / most).read_text()) != "max\n":
+                    stat = (folder / "memory.stat").read_text().split()
+                    taken = int((folder / used).read_text()) - int(stat[stat.index(pages) + 1])
+                    limits.append(int(limit) - taken)
+                folder = folder.parent
     except (OSError, ValueError):
         return None
+    return min(limits, default=None)
 
 
 def _limit() -> int | None:
