@@ -449,7 +449,17 @@ def test_a_damaged_block_is_done_again(start, out, tmp_path, said, damage, word)
     assert contents(out) == contents(tmp_path / "alone") and only(out)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]\n[]\n", b"\0\xff\n{}\n"])
+@pytest.mark.parametrize("text", [b"[]\n[]\n", b"\0\xff\n{}\n"])
+def test_a_journal_that_does_not_say_of_which_run_it_is(start, out, text):
+    start(cut=2)
+    (room(out) / "journal.jsonl").write_bytes(text)
+    with pytest.raises(OutputError, match="the first line of .*, is damaged") as refused:
+        start()
+    assert "--restart" in refused.value.remedy
+    assert {*start(restart=True)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("text", [b"", b"{"])
 def test_a_journal_of_which_nothing_is_left(start, out, tmp_path, said, text):
     start(at=tmp_path / "alone")
     start(cut=2)

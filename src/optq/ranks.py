@@ -24,7 +24,7 @@ from optq.errors import OptqError, PeerError
 
 # The longest that one rank may wait for another: while rank 0 reads the text, or writes. A process
 # that dies closes its connections, which the others see at once.
-PATIENCE = timedelta(hours=24)
+PATIENCE = timedelta(hours=2)
 GRACE = 2  # seconds in which a process that fails tells why, before the others end
 UNIT = 64  # rows of a weight that stay together: what vector units sum side by side
 
