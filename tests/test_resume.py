@@ -453,7 +453,7 @@ def test_a_damaged_block_is_done_again(start, out, tmp_path, said, damage, word)
 def test_a_journal_that_does_not_say_of_which_run_it_is(start, out, text):
     start(cut=2)
     (room(out) / "journal.jsonl").write_bytes(text)
-    with pytest.raises(OutputError, match="the first line of .*, is damaged") as refused:
+    with pytest.raises(OutputError, match=r"the first line of .*, is damaged") as refused:
         start()
     assert "--restart" in refused.value.remedy
     assert {*start(restart=True)} == {0, 1, 2}
