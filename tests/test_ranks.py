@@ -35,7 +35,7 @@ def torchrun(processes, command, **options):
 
 
 def done(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-4000:]
     return out
 
