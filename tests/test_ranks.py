@@ -35,7 +35,7 @@ def torchrun(processes, command, **options):
 
 
 def done(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-4000:]
     return out
 
@@ -132,6 +132,23 @@ def test_a_process_that_is_killed_takes_the_others_along(models, of_one, tmp_pat
     os.kill(int(children[-1]), signal.SIGKILL)
     done(run)
     assert hashes(tmp_path / "out") == of_one
+
+
+RESTARTED = """
+import os, signal, time, torch
+from optq.ranks import together
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    time.sleep(3)  # the other one waits for this meanwhile
+    os.kill(os.getpid(), signal.SIGKILL)
+with together(torch.device("cpu")) as ranks:
+    print("together", ranks.total(1))
+"""
+
+
+def test_a_process_that_died_before_its_run_meets_the_others_after_a_restart(tmp_path):
+    (tmp_path / "script.py").write_text(RESTARTED)
+    nodes = ["--standalone", "--max-restarts=1"]
+    assert done(torchrun(2, [tmp_path / "script.py"], nodes=nodes)).count("together 2") == 2
 
 
 def test_shares_are_whole_units_and_all_there_is():

@@ -182,8 +182,10 @@ def together(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
-    # The store is as old as the processes: each of their runs has keys of its own in it.
-    store = dist.PrefixStore(f"optq {store.add(f'runs of {rank}', 1)}", store)
+    # The store is older than the processes, which torchrun may have started again: each of their
+    # runs has keys of its own in it, counted from when they were started.
+    started = f"optq, restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    store = dist.PrefixStore(f"{started}, run {store.add(f'{started}: runs of {rank}', 1)}", store)
     own = Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]))
     with own._together():
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
