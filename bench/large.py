@@ -17,12 +17,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 from machine import append, machine
-from memory import KINDS, now
+from memory import KINDS, now, watched
 
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results" / "large.jsonl"
@@ -89,24 +88,14 @@ def run(folder: str, out: str, limit: float, plain: bool) -> None:
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (SAMPLES, SEQLEN), generator=generator)
-    before, peak, done = now(), dict.fromkeys(KINDS, 0.0), threading.Event()
+    before, peak = now(), dict[str, float]()
     by = confine(int(limit * 1e9)) if limit else None
-
-    def sample() -> None:
-        while not done.wait(0.005):
-            peak.update({kind: max(peak[kind], value) for kind, value in now().items()})
-
-    watch = threading.Thread(target=sample)
-    watch.start()
+    quantizer = GPTQ.plain(4, 128) if plain else GPTQ(4, 128)
+    runner = Runner(ModelConfig(folder, "cpu"), quantizer, not plain, tokens, out)
     start = time.perf_counter()
-    try:
-        quantizer = GPTQ.plain(4, 128) if plain else GPTQ(4, 128)
-        runner = Runner(ModelConfig(folder, "cpu"), quantizer, not plain, tokens, out)
+    with watched(peak):
         result = runner.run()
-    finally:
-        seconds = time.perf_counter() - start
-        done.set()
-        watch.join()
+    seconds = time.perf_counter() - start
     found = {kind: round(peak[kind] - before[kind], 3) for kind in KINDS}
     phases = {name: round(value, 1) for name, value in result.seconds.items()}
     found |= {"confined_by": by, "seconds": round(seconds, 1), "phases": phases}

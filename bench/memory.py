@@ -17,6 +17,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from machine import append, machine
@@ -49,6 +51,25 @@ def now() -> dict[str, float]:
     return {kind: int(values[field].split()[0]) / 1e6 for kind, field in KINDS.items()}
 
 
+@contextmanager
+def watched(peak: dict[str, float]) -> Iterator[None]:
+    """Inside, what this process holds at most goes into ``peak``, by kind, in GB."""
+    done = threading.Event()
+    peak.update(dict.fromkeys(KINDS, 0.0))
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            peak.update({kind: max(peak[kind], value) for kind, value in now().items()})
+
+    watch = threading.Thread(target=sample)
+    watch.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watch.join()
+
+
 def run(folder: str, method: str) -> None:
     """Quantize, and print what it took, in GB."""
     import torch
@@ -59,19 +80,10 @@ def run(folder: str, method: str) -> None:
     quantizer = {"rtn": RTN, "gptq": GPTQ}[method](4, 128)
     form, out = "compressed-tensors", f"{folder}-out"
     runner = Runner(ModelConfig(folder, "cpu"), quantizer, calib=tokens, format=form, output=out)
-    before, peak, done = now(), dict.fromkeys(KINDS, 0.0), threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.005):
-            peak.update({kind: max(peak[kind], value) for kind, value in now().items()})
-
-    watch = threading.Thread(target=sample)
-    watch.start()
-    start = time.perf_counter()
-    result = runner.run()
+    before, peak, start = now(), dict[str, float](), time.perf_counter()
+    with watched(peak):
+        result = runner.run()
     seconds = time.perf_counter() - start
-    done.set()
-    watch.join()
     found = {kind: round(peak[kind] - before[kind], 3) for kind in KINDS}
     found |= {"seconds": round(seconds, 1), "load_seconds": round(result.seconds["load"], 1)}
     print(json.dumps(found | {"packed": round(result.bytes / 1e9, 3)}))

@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,21 +62,12 @@ def run(folder: str, name: str, method: str) -> None:
     runner = Runner(ModelConfig(folder, "cpu"), quantizer, method == "gptq", tokens, out)
     start = time.perf_counter()
     plan, libraries = runner.plan(), resident()
-    planned, before, peak = time.perf_counter() - start, memory.now()["anonymous"], [0.0]
-    done = threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], memory.now()["anonymous"])
-
-    watch = threading.Thread(target=sample)
-    watch.start()
+    planned, before, peak = time.perf_counter() - start, memory.now(), dict[str, float]()
     start = time.perf_counter()
-    result = runner.run()
+    with memory.watched(peak):
+        result = runner.run()
     seconds = time.perf_counter() - start
-    done.set()
-    watch.join()
-    foretold, found = (plan.memory - libraries) / 1e9, peak[0] - before
+    foretold, found = (plan.memory - libraries) / 1e9, peak["anonymous"] - before["anonymous"]
     record = {
         "memory_foretold": round(foretold, 3),
         "memory": round(found, 3),

@@ -34,6 +34,7 @@ from optq.model.memory import free
 from optq.model.shapes import outside, shape_of, sites_of
 from optq.model.source import empty_model, sequence_length, unloadable
 from optq.quantize import names_on_disk
+from optq.report.tables import size
 
 IN_HEADER = 160  # bytes of a tensor in a header and in the index, beside its name in both
 
@@ -120,15 +121,6 @@ class Plan:
                     f"the run may need {size(needed)} of {where}, and {size(there)} is available:"
                     " fewer --nsamples or a shorter --seqlen take less"
                 )
-
-
-def size(count: float) -> str:
-    """Bytes for people, to two digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if count >= 10 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def make_plan(
