@@ -148,6 +148,16 @@ def label(model: str) -> str:
     return Path(model).name
 
 
+def quantize(model: str, variant: str, wbits: int, seed: int, groupsize: int):
+    """The model as a variant makes it."""
+    build, qep, *tune = VARIANTS[variant]
+    options = {"calib": texts(model)[0], "nsamples": SAMPLES, "seqlen": SEQLEN, "seed": seed}
+    if tune:
+        options["tune"] = tune[0]
+    quantizer = build(wbits, groupsize, True)
+    return Runner(ModelConfig(model, "cpu"), quantizer, qep, **options).run().model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
@@ -164,9 +174,8 @@ def main() -> None:
     names = list(dict.fromkeys([arguments.of, *arguments.variants.split(",")]))
     part, done = choosing if arguments.choosing else final, read(arguments.results)
     for model in arguments.models:
-        config, (calib, text) = ModelConfig(model, "cpu"), texts(model)
-        loaded, tokenizer = config.load()
-        windows = part(evaluation_tokens(text, tokenizer, SEQLEN))
+        loaded, tokenizer = ModelConfig(model, "cpu").load()
+        windows = part(evaluation_tokens(texts(model)[1], tokenizer, SEQLEN))
         runs = [("none", 16, 0)]
         for wbits in map(int, arguments.wbits.split(",")):
             for seed in range(arguments.seeds):
@@ -178,12 +187,7 @@ def main() -> None:
             start = time.perf_counter()
             quantized = loaded
             if variant != "none":
-                build, qep, *tune = VARIANTS[variant]
-                options = {"calib": calib, "nsamples": SAMPLES, "seqlen": SEQLEN, "seed": seed}
-                if tune:
-                    options["tune"] = tune[0]
-                quantizer = build(wbits, groupsize(loaded), True)
-                quantized = Runner(config, quantizer, qep, **options).run().model
+                quantized = quantize(model, variant, wbits, seed, groupsize(loaded))
                 quantizing = time.perf_counter() - start
             row = dict(zip(("model", "variant", "wbits", "seed"), key, strict=True))
             row["perplexity"] = round(perplexity(quantized, windows).perplexity, 5)
