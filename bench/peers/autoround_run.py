@@ -1,7 +1,7 @@
 """Quantize the benchmark's model with AutoRound, under AutoRound's own Python.
 
-Its settings are its defaults, 200 steps a block among them, on all the tokens given; what it
-compiles is left out, for it would count as time. Quantizing and packing are one in it.
+Its settings are its defaults, 200 steps a block among them (``--iters``), on all the tokens given;
+it compiles nothing, and packs while saving.
 """
 
 import torch
