@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,10 +57,11 @@ class Sink(Protocol):
 
 
 class Quantization:
-    """One model, one quantizer: each site is solved, and each block handed to ``sink``.
+    """One model: each site is solved, and each block handed to ``sink``.
 
-    ``names`` are those of :func:`names_on_disk`. With ``keep`` the weights of finished blocks stay.
-    ``shards`` have those that are not in the model yet.
+    ``names`` are those of :func:`names_on_disk`, ``quantizers`` those of the layers: all of a site
+    have one. With ``keep`` the weights of finished blocks stay. ``shards`` have those that are not
+    in the model yet.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Quantization:
         model: Any,
         blocks: list[Block],
         names: dict[str, str],
-        quantizer: Solver,
+        quantizers: Mapping[str, Solver],
         qep: QEP | None,
         storage: Storage,
         sink: Sink,
@@ -78,9 +79,8 @@ class Quantization:
         ranks: Ranks = Ranks(),
     ) -> None:
         self.model, self.blocks, self.names, self.keep = model, blocks, names, keep
-        self.solving = Solving(quantizer, qep, storage, ranks)
+        self.solving = Solving(quantizers, qep, storage, ranks)
         self.sink, self.progress, self.shards, self.ranks = sink, progress, shards, ranks
-        self.scheme = quantizer.scheme()
         self.solved: dict[str, tuple[QuantizedWeight, LayerScheme]] = {}  # of the current block
         self.records: list[LayerRecord] = []
         self.restoring = False  # the current block is finished already
@@ -130,7 +130,7 @@ class Quantization:
         for layer, part, energy in zip(site.layers, parts, energies, strict=True):
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
-            self.solved[name] = part, self.scheme
+            self.solved[name] = part, self.solving.quantizer(site).scheme()
             records.append(_record(layer, part, energy, outcome, sum(rows)))
         self.records += records
         for stage, seconds in outcome.seconds.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,12 +61,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Solving:
-    """How sites are solved, and by whom."""
+    """How sites are solved, and by whom; ``quantizers`` by layer, one for all of a site."""
 
-    quantizer: Solver
+    quantizers: Mapping[str, Solver]
     qep: QEP | None
     storage: Storage
     ranks: Ranks
+
+    def quantizer(self, site: Site) -> Solver:
+        return self.quantizers[site.layers[0].name]
 
     def solve(self, some: list[tuple[Site, SiteSums | None]]) -> list[Outcome]:
         """What becomes of sites of one shape, as many as :func:`together` allows on each rank.
@@ -88,11 +91,8 @@ class Solving:
         """These ``rows`` of each site, a portion at a time."""
         if not some:
             return []
-        problems = [self.quantizer.problem(sums.H) for _, sums in some]
-        start, stop, _ = rows.indices(sum(layer.shape[0] for layer in some[0][0].layers))
-        most = max(LEAST, PORTION // (40 * len(problems[0].H)) // UNIT * UNIT)
-        portions = [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
-        parts = [self._portion(some, problems, portion) for portion in portions]
+        problems = [self.quantizer(site).problem(sums.H) for site, sums in some]
+        parts = [self._portion(some, problems, few) for few in portions(some[0][0], rows)]
         return [Outcome.cat(of_one) for of_one in zip(*parts, strict=True)]
 
     def _portion(
@@ -100,19 +100,13 @@ class Solving:
     ) -> list[Outcome]:
         weights, aims = [], []
         for (site, sums), problem in zip(some, problems, strict=True):
-            for layer in site.layers:
-                if not torch.isfinite(layer.weight).all():
-                    raise NumericsError(
-                        f"the weight of {layer.name} (block {site.block.index}) holds NaN or"
-                        " infinity",
-                        "copy the model again, or train it again",
-                    )
-            weights.append(weight := torch.cat([layer.weight for layer in site.layers])[rows])
+            weights.append(weight := stacked(site)[rows])
             start, factor, qep = time.perf_counter(), problem.seconds["factor"], self.qep
             aims.append(None if qep is None else _aim(qep, problem, site, sums, weight, rows))
             factor -= problem.seconds["factor"]
             problem.seconds["solve"] += elapsed(start, weight) + factor
-        solutions = self.quantizer.solve_together(problems, weights, aims, self.storage)
+        quantizer = self.quantizer(some[0][0])
+        solutions = quantizer.solve_together(problems, weights, aims, self.storage)
         return [
             Outcome(
                 solution,
@@ -128,6 +122,24 @@ class Solving:
                 some, weights, problems, solutions, strict=True
             )
         ]
+
+
+def stacked(site: Site) -> Tensor:
+    """The weights of a site's layers, one above the other. Raises ``NumericsError`` for NaN."""
+    for layer in site.layers:
+        if not torch.isfinite(layer.weight).all():
+            raise NumericsError(
+                f"the weight of {layer.name} (block {site.block.index}) holds NaN or infinity",
+                "copy the model again, or train it again",
+            )
+    return torch.cat([layer.weight for layer in site.layers])
+
+
+def portions(site: Site, rows: slice) -> list[slice]:
+    """Of these ``rows`` of a site's stacked weights, those that are solved at a time."""
+    start, stop, _ = rows.indices(sum(layer.shape[0] for layer in site.layers))
+    most = max(LEAST, PORTION // (40 * site.layers[0].shape[1]) // UNIT * UNIT)
+    return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
 
 
 def together(site: Site) -> int:

@@ -36,7 +36,11 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """``[rows, columns]``: a view of the parameter."""
-        weight = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        return self.of(self.parameter.data)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The layer's part, ``[rows, columns]``, of a tensor like its parameter: a view."""
+        weight = whole if self.expert is None else whole[self.expert]
         weight = weight.T if self.transposed else weight
         return weight if self.rows is None else weight[self.rows]
 
