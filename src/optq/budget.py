@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from optq.core.gptq import OPTIONS, PLAIN, GPTQ
+from optq.core.gptq import GPTQ, OPTIONS, PLAIN
 from optq.core.grid import BITS
 from optq.core.order import ActOrder
 from optq.core.weight import LayerScheme
@@ -62,11 +62,15 @@ class Mixed:
             raise SettingError(f"the budget is {given[0]!r}", "give a number above 0")
         self.at(BITS[0])  # refuses the other options
 
-    def at(self, wbits: int) -> GPTQ:
-        """The quantizer of the layers that get ``wbits``."""
+    def at(self, wbits: int | None) -> GPTQ:
+        """The quantizer of the layers that get ``wbits``; None: of those that no part has."""
         own = {field.name for field in fields(GPTQ)} & {field.name for field in fields(self)}
         given = {name: getattr(self, name) for name in own if getattr(self, name) is not None}
-        return GPTQ(wbits, **given)
+        return GPTQ(wbits or BITS[-1], **given)
+
+    def scheme(self) -> LayerScheme:
+        """What a file says of a layer, but for its width: at the one that every format holds."""
+        return self.at(None).scheme()
 
     @property
     def flag(self) -> str:
@@ -90,7 +94,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Budget:
-    """``bytes`` for all ``parts``, of ``weights`` in all; ``beside`` is what the files hold else."""
+    """``bytes`` for all ``parts``, which have ``weights``; ``beside``: what the files hold else."""
 
     parts: tuple[Part, ...]
     weights: int
@@ -150,9 +154,18 @@ class Budget:
         cause = f"{mixed.flag} is {'below' if below else 'above'} what any choice of widths takes"
         raise SettingError(cause, f"choose {ends}")
 
+    def uniform(self) -> int:
+        """The least width at which all parts would take as much or more."""
+        return next(b for b in BITS if self.bytes <= sum(_at(part.bytes, b) for part in self.parts))
+
     def choose(self, costs: Sequence[Mapping[int, float]]) -> list[int]:
         """The width of each part: the least sum of ``costs`` within the budget."""
         return knapsack([part.bytes for part in self.parts], costs, self.bytes)
+
+
+def _at(sizes: Mapping[int, int], wbits: int) -> int:
+    """The size at this width, or at the next that there is."""
+    return sizes[min((b for b in sizes if b >= wbits), default=max(sizes))]
 
 
 def part_of(block: Block, first: Layer) -> str:

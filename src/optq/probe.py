@@ -21,9 +21,10 @@ from optq.budget import Budget, Mixed, part_of
 from optq.core.error import output_energy
 from optq.core.grid import BITS, Storage
 from optq.core.precision import exact_products
+from optq.formats.journal import Journal
 from optq.formats.scheme import Format
 from optq.model.activations import Activations
-from optq.model.blocks import Site, find_blocks
+from optq.model.blocks import Block, Site
 from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow
 from optq.model.inputs import SiteSums
@@ -85,9 +86,11 @@ class Probe:
         own = [(site, sums) for site, sums in some if sums is not None]
         # Widths differ in what the order of the sweep does not depend on.
         problems = [self.quantizers[BITS[0]].problem(sums.H) for _, sums in own]
-        measured = [(sums.H.trace().item(), [], {b: [] for b in BITS}) for _, sums in own]
+        measured: list[Any] = [
+            (sums.H.trace().item(), [], {b: [] for b in BITS}) for _, sums in own
+        ]
         for few in portions(first, rows) if own else []:
-            weights = [stacked(site)[few] for site, _ in own]
+            weights = [stacked(site, few) for site, _ in own]
             for (_, sums), weight, (_, energy, _) in zip(own, weights, measured, strict=True):
                 energy.append(output_energy(weight, sums.H).cpu())
             for wbits, quantizer in self.quantizers.items():
@@ -116,40 +119,61 @@ class Probe:
 
 def choose(
     mixed: Mixed,
+    blocks: list[Block],
+    journal: Journal | None,
     checkpoint: Checkpoint,
-    skip: str | None,
+    find: Callable[[Any], list[Block]],
     form: Format,
     tokens: Tensor,
     held: Activations,
     progress: Callable[[Progress], None],
     ranks: Ranks,
 ) -> list[Choice]:
-    """The width of each part of the model, and why. ``held`` keeps what ``tokens`` hold.
+    """Give each layer of ``blocks`` its width; which ones, and why.
 
-    Raises ``SettingError`` for a budget that no choice meets, ``NumericsError`` for values that are
-    not finite.
+    As the ``journal`` of a run that was cut off has it; else it is measured on a model of its own,
+    whose blocks ``find`` finds, with ``tokens`` of which ``held`` keeps what they hold. Raises
+    ``SettingError`` for a budget that no choice meets, ``NumericsError`` for values that are not
+    finite.
     """
-    device = held.device
-    model, blocks, shards = open_model(checkpoint, lambda m: find_blocks(m, skip))
-    few = list(tokens[:SAMPLES, :LENGTH].split(max(1, AT_ONCE // min(LENGTH, tokens.shape[1]))))
-    felt = ranks.share(lambda: _felt(gradients(model, blocks, shards, few, device)))
-    dtype = model.dtype
-    probe = Probe(mixed, form.storage(dtype), ranks, len(blocks), progress)
-    batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
-    weights = Weights(model, blocks, device, False, shards)
-    Flow(
-        model,
-        blocks,
-        batches,
-        weights,
-        probe.solve,
-        activations=held,
-        ranks=ranks,
-        together=together,
-    ).run()
-    names = disk_names(model, checkpoint.files)
-    sites = [seen.site for seen in probe.seen]
-    budget = Budget.of(mixed, sites, form, dtype, checkpoint, names)
+    known = ranks.share(lambda: journal.choices if journal else None)
+    if known is None:
+        choices = _measured(mixed, checkpoint, find, form, tokens, held, progress, ranks)
+        if journal is not None:
+            journal.choices = [choice.model_dump() for choice in choices]
+    else:
+        choices = [Choice.model_validate(choice) for choice in known]
+    widths = {name: choice.wbits for choice in choices for name in choice.layers}
+    for block in blocks:
+        # An expert that no token came to, as those beside it.
+        of_part = {part_of(block, x): widths[x.name] for x in block.layers if x.name in widths}
+        for layer in block.layers:
+            layer.wbits = widths.get(layer.name, of_part.get(part_of(block, layer)))
+    return choices
+
+
+def _measured(
+    mixed: Mixed,
+    checkpoint: Checkpoint,
+    find: Callable[[Any], list[Block]],
+    form: Format,
+    tokens: Tensor,
+    held: Activations,
+    progress: Callable[[Progress], None],
+    ranks: Ranks,
+) -> list[Choice]:
+    model, blocks, shards = open_model(checkpoint, find)
+    few = tokens[:SAMPLES, :LENGTH]
+    batches = few.split(max(1, AT_ONCE // few.shape[1]))
+    felt = ranks.share(lambda: _felt(gradients(model, blocks, shards, batches, held.device)))
+    probe = Probe(mixed, form.storage(model.dtype), ranks, len(blocks), progress)
+    every = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
+    weights = Weights(model, blocks, held.device, False, shards)
+    flow = Flow(model, blocks, every, weights, probe.solve, activations=held, ranks=ranks)
+    flow.together = together
+    flow.run()
+    sites, names = [seen.site for seen in probe.seen], disk_names(model, checkpoint.files)
+    budget = Budget.of(mixed, sites, form, model.dtype, checkpoint, names)
     return ranks.share(lambda: _choices(budget, probe.seen, felt))
 
 
@@ -163,28 +187,24 @@ def _choices(budget: Budget, seen: list[Seen], felt: dict[str, Tensor]) -> list[
     energies: dict[str, float] = {}
     for each in seen:
         layers = each.site.layers
-        part = part_of(each.site.block, layers[0])
-        none = [torch.zeros(layer.shape[0]) for layer in layers]
-        pairs = zip(layers, none, strict=True)
-        weigh = torch.cat([felt.get(layer.name, zero) for layer, zero in pairs])
-        energies[part] = energies.get(part, 0.0) + each.energy.sum().item()
+        name = part_of(each.site.block, layers[0])
+        weigh = [felt.get(layer.name, torch.zeros(layer.shape[0])) for layer in layers]
+        feel = torch.cat(weigh).double() / (each.trace or 1.0)
+        energies[name] = energies.get(name, 0.0) + each.energy.sum().item()
+        cost = costs.setdefault(name, dict.fromkeys(BITS, 0.0))
+        total = errors.setdefault(name, dict.fromkeys(BITS, 0.0))
         for wbits, error in each.errors.items():
-            of_part = costs.setdefault(part, dict.fromkeys(BITS, 0.0))
-            if each.trace:
-                of_part[wbits] += (weigh.double() @ error.double()).item() / each.trace
-            errors.setdefault(part, dict.fromkeys(BITS, 0.0))[wbits] += error.sum().item()
-    widths = budget.choose([costs[name] for name in costs])
-    choices = []
-    for name, part, wbits in zip(costs, budget.parts, widths, strict=True):
-        energy = energies[name] or 1.0
-        choices.append(
-            Choice(
-                layers=[layer.name for layer in part.layers],
-                weights=part.weights,
-                wbits=wbits,
-                bytes=part.bytes[wbits],
-                errors={b: errors[name][b] / energy for b in part.bytes},
-                divergence={b: costs[name][b] for b in part.bytes},
-            )
+            cost[wbits] += (feel @ error.double()).item()
+            total[wbits] += error.sum().item()
+    widths = budget.choose([*costs.values()])
+    return [
+        Choice(
+            layers=[layer.name for layer in part.layers],
+            weights=part.weights,
+            wbits=wbits,
+            bytes=part.bytes[wbits],
+            errors={b: errors[name][b] / (energies[name] or 1.0) for b in part.bytes},
+            divergence={b: costs[name][b] for b in part.bytes},
         )
-    return choices
+        for name, part, wbits in zip(costs, budget.parts, widths, strict=True)
+    ]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from optq.budget import Mixed
 from optq.core.grid import Storage
 from optq.core.qep import QEP
 from optq.core.solution import Solution
 from optq.core.solver import Solver
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError
-from optq.formats.fit import check_layers
+from optq.formats.fit import check_layers, of_layer
 from optq.formats.scheme import Format, Solved
 from optq.model.activations import Activations
 from optq.model.blocks import Block, Site
@@ -57,11 +58,10 @@ class Sink(Protocol):
 
 
 class Quantization:
-    """One model: each site is solved, and each block handed to ``sink``.
+    """One model, one quantizer: each site is solved, and each block handed to ``sink``.
 
-    ``names`` are those of :func:`names_on_disk`, ``quantizers`` those of the layers: all of a site
-    have one. With ``keep`` the weights of finished blocks stay. ``shards`` have those that are not
-    in the model yet.
+    ``names`` are those of :func:`names_on_disk`. With ``keep`` the weights of finished blocks stay.
+    ``shards`` have those that are not in the model yet.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Quantization:
         model: Any,
         blocks: list[Block],
         names: dict[str, str],
-        quantizers: Mapping[str, Solver],
+        quantizer: Solver | Mixed,
         qep: QEP | None,
         storage: Storage,
         sink: Sink,
@@ -79,8 +79,9 @@ class Quantization:
         ranks: Ranks = Ranks(),
     ) -> None:
         self.model, self.blocks, self.names, self.keep = model, blocks, names, keep
-        self.solving = Solving(quantizers, qep, storage, ranks)
+        self.solving = Solving(quantizer, qep, storage, ranks)
         self.sink, self.progress, self.shards, self.ranks = sink, progress, shards, ranks
+        self.scheme = quantizer.scheme()
         self.solved: dict[str, tuple[QuantizedWeight, LayerScheme]] = {}  # of the current block
         self.records: list[LayerRecord] = []
         self.restoring = False  # the current block is finished already
@@ -130,7 +131,7 @@ class Quantization:
         for layer, part, energy in zip(site.layers, parts, energies, strict=True):
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
-            self.solved[name] = part, self.solving.quantizer(site).scheme()
+            self.solved[name] = part, of_layer(self.scheme, layer)
             records.append(_record(layer, part, energy, outcome, sum(rows)))
         self.records += records
         for stage, seconds in outcome.seconds.items():
@@ -178,7 +179,7 @@ class Quantization:
 
 
 def names_on_disk(
-    model: Any, blocks: list[Block], checkpoint: Checkpoint, quantizer: Solver, form: Format
+    model: Any, blocks: list[Block], checkpoint: Checkpoint, quantizer: Solver | Mixed, form: Format
 ) -> dict[str, str]:
     """The names on disk of the model's tensors. Refuses a layer that cannot be written."""
     names = disk_names(model, checkpoint.files)

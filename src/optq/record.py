@@ -15,6 +15,7 @@ from optq.errors import ModelError
 
 FILE = "optq.json"
 VERSION = 1  # of the document; files without one are of the first
+MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
 class LayerRecord(BaseModel):
@@ -40,6 +41,19 @@ class LayerRecord(BaseModel):
     tokens: int = 0  # that the layer read in calibration
     borrowed: int = 0  # of its block that stood in for tokens that an expert lacked
     calls: int = 1  # of the layer in one forward; it is calibrated on the first
+
+
+def without_tokens(layers: list[LayerRecord]) -> str | None:
+    """A word about layers that calibration has not reached in many of their columns."""
+    blind = [layer for layer in layers if layer.dead_columns > MANY * layer.cols]
+    if not blind:
+        return None
+    worst = max(blind, key=lambda layer: layer.dead_columns / layer.cols)
+    return (
+        f"{len(blind)} layers have inputs that no calibration token reached, {worst.name}"
+        f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
+        " More, or more varied, text would reach them"
+    )
 
 
 class Choice(BaseModel):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from optq.budget import Mixed
 from optq.core.clock import elapsed
 from optq.core.error import output_energy
 from optq.core.grid import Storage
@@ -61,15 +62,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Solving:
-    """How sites are solved, and by whom; ``quantizers`` by layer, one for all of a site."""
+    """How sites are solved, and by whom."""
 
-    quantizers: Mapping[str, Solver]
+    quantizer: Solver | Mixed  # each layer knows its width where there are several
     qep: QEP | None
     storage: Storage
     ranks: Ranks
-
-    def quantizer(self, site: Site) -> Solver:
-        return self.quantizers[site.layers[0].name]
 
     def solve(self, some: list[tuple[Site, SiteSums | None]]) -> list[Outcome]:
         """What becomes of sites of one shape, as many as :func:`together` allows on each rank.
@@ -91,21 +89,26 @@ class Solving:
         """These ``rows`` of each site, a portion at a time."""
         if not some:
             return []
-        problems = [self.quantizer(site).problem(sums.H) for site, sums in some]
-        parts = [self._portion(some, problems, few) for few in portions(some[0][0], rows)]
+        quantizer = self.quantizer.at(some[0][0].layers[0].wbits)
+        problems = [quantizer.problem(sums.H) for _, sums in some]
+        few = portions(some[0][0], rows)
+        parts = [self._portion(quantizer, some, problems, portion) for portion in few]
         return [Outcome.cat(of_one) for of_one in zip(*parts, strict=True)]
 
     def _portion(
-        self, some: list[tuple[Site, SiteSums]], problems: list[Problem], rows: slice
+        self,
+        quantizer: Solver,
+        some: list[tuple[Site, SiteSums]],
+        problems: list[Problem],
+        rows: slice,
     ) -> list[Outcome]:
         weights, aims = [], []
         for (site, sums), problem in zip(some, problems, strict=True):
-            weights.append(weight := stacked(site)[rows])
+            weights.append(weight := stacked(site, rows))
             start, factor, qep = time.perf_counter(), problem.seconds["factor"], self.qep
             aims.append(None if qep is None else _aim(qep, problem, site, sums, weight, rows))
             factor -= problem.seconds["factor"]
             problem.seconds["solve"] += elapsed(start, weight) + factor
-        quantizer = self.quantizer(some[0][0])
         solutions = quantizer.solve_together(problems, weights, aims, self.storage)
         return [
             Outcome(
@@ -124,24 +127,6 @@ class Solving:
         ]
 
 
-def stacked(site: Site) -> Tensor:
-    """The weights of a site's layers, one above the other. Raises ``NumericsError`` for NaN."""
-    for layer in site.layers:
-        if not torch.isfinite(layer.weight).all():
-            raise NumericsError(
-                f"the weight of {layer.name} (block {site.block.index}) holds NaN or infinity",
-                "copy the model again, or train it again",
-            )
-    return torch.cat([layer.weight for layer in site.layers])
-
-
-def portions(site: Site, rows: slice) -> list[slice]:
-    """Of these ``rows`` of a site's stacked weights, those that are solved at a time."""
-    start, stop, _ = rows.indices(sum(layer.shape[0] for layer in site.layers))
-    most = max(LEAST, PORTION // (40 * site.layers[0].shape[1]) // UNIT * UNIT)
-    return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
-
-
 def together(site: Site) -> int:
     """How many sites of this shape are solved at a time."""
     rows, columns = sum(layer.shape[0] for layer in site.layers), site.layers[0].shape[1]
@@ -151,6 +136,28 @@ def together(site: Site) -> int:
 
 def is_expert(site: Site) -> bool:
     return site.layers[0].expert is not None
+
+
+def portions(site: Site, rows: slice) -> list[slice]:
+    """Of these ``rows`` of a site's stacked weights, those that are solved at a time."""
+    start, stop, _ = rows.indices(sum(layer.shape[0] for layer in site.layers))
+    most = max(LEAST, PORTION // (40 * site.layers[0].shape[1]) // UNIT * UNIT)
+    return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
+
+
+def stacked(site: Site, some: slice) -> Tensor:
+    """These rows of the site's layers, one below the other, and no copy of the others."""
+    parts, first = [], 0
+    for layer in site.layers:
+        part = layer.weight[max(some.start - first, 0) : max(some.stop - first, 0)]
+        first += layer.shape[0]
+        if not torch.isfinite(part).all():
+            raise NumericsError(
+                f"the weight of {layer.name} (block {site.block.index}) holds NaN or infinity",
+                "copy the model again, or train it again",
+            )
+        parts.append(part)
+    return torch.cat(parts)
 
 
 def _aim(
