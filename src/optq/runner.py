@@ -182,8 +182,10 @@ class Runner:
         choices = None
         try:
             if isinstance(quantizer, Mixed):
+                start = time.perf_counter()
                 around = form, tokens, held, progress, ranks
                 choices = choose(quantizer, blocks, journal, checkpoint, self._blocks, *around)
+                work.seconds["choose"] = time.perf_counter() - start
                 for line in of_widths(form, banks) if ranks.first else ():
                     self.notice(line)
             work.calibrate(tokens, held)
@@ -242,6 +244,7 @@ class Runner:
             seconds={"total": total, "load": loaded, **work.seconds},
             bits_per_weight=record.bits_per_weight,
             bytes=record.bytes,
+            choices=record.choices,
             record=record,
             output=None if self.output is None else Path(self.output),
             activations=held.most,
