@@ -178,7 +178,7 @@ def quantize(
     if as_json:
         timed = [layer.model_dump() | {"seconds": layer.seconds} for layer in result.layers]
         settings = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
-        settings |= {"actorder": False, "percdamp": None} | asdict(quantizer)
+        settings |= {"wbits": None, "actorder": False, "percdamp": None} | asdict(quantizer)
         sizes = {"bits_per_weight": result.bits_per_weight, "bytes": result.bytes}
         chosen = {} if result.choices is None else {"choices": tables.chosen(result.choices)}
         print_json(settings | sizes | chosen | {"seconds": result.seconds, "layers": timed})
