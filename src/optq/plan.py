@@ -11,16 +11,19 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from optq.budget import Budget, Mixed
+from optq.core.grid import BITS
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.errors import OutputError, SettingError
 from optq.forecast import Run, resident, speed_of
+from optq.formats.fit import of_layer
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.writer import SHARD_BYTES
@@ -126,7 +129,7 @@ class Plan:
 def make_plan(
     skeleton: Skeleton,
     form: Format,
-    quantizer: Solver,
+    quantizer: Solver | Mixed,
     streams: int,
     samples: int,
     seqlen: int,
@@ -137,21 +140,36 @@ def make_plan(
 ) -> Plan:
     """The plan of a run; ``timed``: with an estimate of its time, which takes a moment."""
     checkpoint, model, blocks = skeleton.checkpoint, skeleton.model, skeleton.blocks
-    names, scheme = names_on_disk(model, blocks, checkpoint, quantizer, form), quantizer.scheme()
+    names = names_on_disk(model, blocks, checkpoint, quantizer, form)
     if not checkpoint.whole:
         _check_fit(checkpoint, model, blocks, names)
     banks = [bank for block in blocks for bank in block.banks]
     skipped = [bank for block in blocks for bank in block.dense]
-    said = [*notices(form, scheme, model, banks, skipped, names), *_of_files(checkpoint)]
+    said = [*_of_files(checkpoint)]
     sites, held, counted = sites_of(model, blocks, seqlen, said)
+    mixed, budget = quantizer, None
+    if isinstance(mixed, Mixed):
+        flat = (site for block in blocks for site in sites[block])
+        budget = Budget.of(mixed, flat, form, model.dtype, checkpoint, names)
+        quantizer = mixed.at(budget.uniform())
+        said.insert(0, "the run measures first which layers need their bits, and tells them")
+    assert not isinstance(quantizer, Mixed)
+    scheme = quantizer.scheme()
+    if budget is None:
+        said = [*notices(form, scheme, model, banks, skipped, names), *said]
     layers = [layer for block in blocks for site in sites[block] for layer in site.layers]
-    shapes = Counter(layer.shape for layer in layers)
+    shapes = Counter((layer.shape, of_layer(scheme, layer)) for layer in layers)
     packed_of = {
-        shape: sum(each.nbytes for each in form.layout(*shape, scheme, model.dtype).values())
-        for shape in shapes
+        (shape, own): sum(each.nbytes for each in form.layout(*shape, own, model.dtype).values())
+        for shape, own in shapes
     }
-    packed = sum(packed_of[shape] * count for shape, count in shapes.items())
-    weights = sum(rows * columns * count for (rows, columns), count in shapes.items())
+    packed = sum(packed_of[kind] * count for kind, count in shapes.items())
+    packed = packed if budget is None else budget.bytes
+    weights = sum(rows * columns * count for ((rows, columns), _), count in shapes.items())
+
+    def bytes_of(layer: Layer) -> int:
+        return packed_of[layer.shape, of_layer(scheme, layer)]
+
     quantized = {layer.name for layer in layers}
     why = reasons(model, blocks, skeleton.skip, names, checkpoint.layout, quantized)
     dense = list(_dense(checkpoint, why))
@@ -159,7 +177,7 @@ def make_plan(
     cpu, apart = torch.device("cpu"), device.type != "cpu"
     run = Run(
         blocks=tuple(
-            shape_of(block, sites[block], packed_of, names, checkpoint) for block in blocks
+            shape_of(block, sites[block], bytes_of, names, checkpoint) for block in blocks
         ),
         held=held,
         samples=samples,
@@ -173,6 +191,11 @@ def make_plan(
         host_limit=int(SHARE * free(cpu)) if apart else 0,
     )
     peak, libraries = run.peak(), resident()
+    seconds = run.seconds(speed := speed_of(device), packed + kept) if timed else 0.0
+    if timed and budget is not None:  # the pass before: one stream, and a sweep for each width
+        probe = replace(run, streams=1)
+        seconds += probe.seconds(speed, 0)
+        seconds += (len(BITS) - 1) * replace(probe, samples=0).seconds(speed, 0)
     return Plan(
         blocks=len(blocks),
         sites=counted,
@@ -193,7 +216,7 @@ def make_plan(
         else 0,
         files=peak.files,
         disk_free=_free(output) if output else 0,
-        seconds=run.seconds(speed_of(device), packed + kept) if timed else 0.0,
+        seconds=seconds,
         notices=said,
     )
 

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from optq.budget import Mixed
 from optq.core.grid import Storage
 from optq.core.qep import QEP
 from optq.core.solution import Solution
 from optq.core.solver import Solver
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError
-from optq.formats.fit import check_layers
+from optq.formats.fit import check_layers, of_layer
 from optq.formats.scheme import Format, Solved
 from optq.model.activations import Activations
 from optq.model.blocks import Block, Site
@@ -68,7 +69,7 @@ class Quantization:
         model: Any,
         blocks: list[Block],
         names: dict[str, str],
-        quantizer: Solver,
+        quantizer: Solver | Mixed,
         qep: QEP | None,
         storage: Storage,
         sink: Sink,
@@ -130,7 +131,7 @@ class Quantization:
         for layer, part, energy in zip(site.layers, parts, energies, strict=True):
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
-            self.solved[name] = part, self.scheme
+            self.solved[name] = part, of_layer(self.scheme, layer)
             records.append(_record(layer, part, energy, outcome, sum(rows)))
         self.records += records
         for stage, seconds in outcome.seconds.items():
@@ -178,7 +179,7 @@ class Quantization:
 
 
 def names_on_disk(
-    model: Any, blocks: list[Block], checkpoint: Checkpoint, quantizer: Solver, form: Format
+    model: Any, blocks: list[Block], checkpoint: Checkpoint, quantizer: Solver | Mixed, form: Format
 ) -> dict[str, str]:
     """The names on disk of the model's tensors. Refuses a layer that cannot be written."""
     names = disk_names(model, checkpoint.files)

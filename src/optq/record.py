@@ -15,6 +15,7 @@ from optq.errors import ModelError
 
 FILE = "optq.json"
 VERSION = 1  # of the document; files without one are of the first
+MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
 class LayerRecord(BaseModel):
@@ -42,6 +43,43 @@ class LayerRecord(BaseModel):
     calls: int = 1  # of the layer in one forward; it is calibrated on the first
 
 
+def without_tokens(layers: list[LayerRecord]) -> str | None:
+    """A word about layers that calibration has not reached in many of their columns."""
+    blind = [layer for layer in layers if layer.dead_columns > MANY * layer.cols]
+    if not blind:
+        return None
+    worst = max(blind, key=lambda layer: layer.dead_columns / layer.cols)
+    return (
+        f"{len(blind)} layers have inputs that no calibration token reached, {worst.name}"
+        f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
+        " More, or more varied, text would reach them"
+    )
+
+
+class Choice(BaseModel):
+    """The width of layers that have one, within a budget, and why.
+
+    By the widths that the format can hold: ``errors`` are relative to the output, as a layer's
+    ``relative_error``; ``divergence`` is the estimate of how far the model's predictions would go
+    from full precision's because of these layers alone, in nats a token.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    layers: list[str]
+    weights: int
+    wbits: int
+    bytes: int  # in the file
+    errors: dict[int, float]
+    divergence: dict[int, float]
+
+    @property
+    def sensitivity(self) -> float:
+        """Nats a token for each unit of relative error."""
+        error = self.errors[self.wbits]
+        return self.divergence[self.wbits] / error if error else 0.0
+
+
 class RunRecord(BaseModel):
     """One run: its settings, what it was calibrated on, and what became of each layer."""
 
@@ -55,6 +93,7 @@ class RunRecord(BaseModel):
     bytes: int  # of the quantized layers in the file
     dense: list[str]  # linear layers inside the blocks that stay as they were
     layers: list[LayerRecord]
+    choices: list[Choice] | None = None  # of widths, where there was a budget
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
@@ -73,4 +112,5 @@ class RunRecord(BaseModel):
 
     def text(self) -> str:
         """What the file says."""
-        return json.dumps(self.model_dump(), indent=2) + "\n"
+        nothing = {"choices"} if self.choices is None else None
+        return json.dumps(self.model_dump(exclude=nothing), indent=2) + "\n"

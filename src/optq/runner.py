@@ -22,7 +22,9 @@ from torch import Tensor
 
 from optq import __version__
 from optq.boundary import short
+from optq.budget import Mixed
 from optq.config import ModelConfig
+from optq.core.gptq import GPTQ
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
@@ -31,22 +33,21 @@ from optq.data.text import Text
 from optq.errors import NumericsError, SettingError
 from optq.formats import FORMATS
 from optq.formats.journal import Journal, settings
-from optq.formats.notices import notices
+from optq.formats.notices import notices, of_widths
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
 from optq.formats.writer import Dropped, Kept, Writer, place_of
 from optq.model.activations import Activations
-from optq.model.blocks import find_blocks
+from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.shards import open_model
 from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
+from optq.probe import choose
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.ranks import Ranks, together
-from optq.record import LayerRecord, RunRecord
+from optq.record import RunRecord, without_tokens
 from optq.result import Result
-
-MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Runner:
     """
 
     model_config: ModelConfig
-    quantizer: Solver
+    quantizer: Solver | Mixed
     qep: bool | QEP | None = False
     calib: str | Path | Tensor | Iterable[Any] | None = None
     output: str | Path | None = None
@@ -148,7 +149,7 @@ class Runner:
         ranks: Ranks,
     ) -> Result:
         device, quantizer, calib = self.model_config.torch_device(), self.quantizer, self._calib()
-        model, blocks, shards = open_model(checkpoint, lambda m: find_blocks(m, self.skip))
+        model, blocks, shards = open_model(checkpoint, self._blocks)
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
         banks = [bank for block in blocks for bank in block.banks]
         skipped = [bank for block in blocks for bank in block.dense]
@@ -165,6 +166,7 @@ class Runner:
         tokens = ranks.share(lambda: self._tokens(calib, checkpoint, model))
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink: Kept
+        journal = None
         if place is None:
             sink = Kept(form, dtype) if ranks.first else Dropped(form, dtype)
         else:
@@ -172,12 +174,20 @@ class Runner:
             journal = Journal(place, what, len(blocks), self.restart)
             sink = Writer(place, checkpoint, form, dtype, journal)
         progress: Callable[[Progress], None] = self.progress if ranks.first else lambda _: None
-        around = (storage, sink, self.output is None, progress, shards, ranks)
-        work = Quantization(model, blocks, names, quantizer, qep, *around)
+        rest = (storage, sink, self.output is None, progress, shards, ranks)
+        work = Quantization(model, blocks, names, quantizer, qep, *rest)
         loaded = time.perf_counter() - started
         beside = None if place is None else place.part.parent
         held = Activations(device, self.activation_memory, beside, ranks.here)
+        choices = None
         try:
+            if isinstance(quantizer, Mixed):
+                start = time.perf_counter()
+                around = form, tokens, held, progress, ranks
+                choices = choose(quantizer, blocks, journal, checkpoint, self._blocks, *around)
+                work.seconds["choose"] = time.perf_counter() - start
+                for line in of_widths(form, banks) if ranks.first else ():
+                    self.notice(line)
             work.calibrate(tokens, held)
         except torch.OutOfMemoryError as error:
             raise SettingError(
@@ -192,27 +202,28 @@ class Runner:
             record.model_copy(update={"calls": most[record.name] or record.calls})
             for record in sink.records
         ]
-        self._tell_of_columns_without_tokens(layers)
+        if blind := without_tokens(layers):
+            self.notice(blind)
         solved = {layer.name for layer in layers}
         record = RunRecord(
             optq=__version__,
-            method=type(quantizer).__name__.lower(),
-            quantizer=asdict(quantizer),  # type: ignore[call-overload]
+            **_told(quantizer),
             qep=None if qep is None else asdict(qep),
             calibration=self._calibration(calib, tokens),
             bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
             bytes=sink.bytes,
             dense=[name for block in blocks for name in block.linears if name not in solved],
             layers=layers,
+            choices=choices,
         )
         finishing, percdamp = time.perf_counter(), quantizer.percdamp
         dense, outside = dense_layers(checkpoint, names, model, blocks, sink.layers)
         of_experts = (x for bank in banks if bank.layers[0].solved for x in bank.layers)
         fused = {f"{x.name.rsplit('.', 2)[0]}.{x.attribute}" for x in of_experts}
         replaced = [names[name] for name in fused if name in names]
-        rest = dense, percdamp, record, outside, replaced
+        last = dense, percdamp, record, outside, replaced
         if isinstance(sink, Writer):
-            sink.finish(*rest)
+            sink.finish(*last)
         record = ranks.share(lambda: record)
         work.seconds["write"] += time.perf_counter() - finishing
 
@@ -224,7 +235,7 @@ class Runner:
             with place_of(path, checkpoint, force, self.notice) as other:
                 writer = Writer(other, checkpoint, form, dtype)
                 writer.take(sink)
-                writer.finish(*rest)
+                writer.finish(*last)
 
         total = time.perf_counter() - started
         return Result(
@@ -233,6 +244,7 @@ class Runner:
             seconds={"total": total, "load": loaded, **work.seconds},
             bits_per_weight=record.bits_per_weight,
             bytes=record.bytes,
+            choices=record.choices,
             record=record,
             output=None if self.output is None else Path(self.output),
             activations=held.most,
@@ -240,6 +252,9 @@ class Runner:
             _model=model if self.output is None else None,
             _write=save,
         )
+
+    def _blocks(self, model: Any) -> list[Block]:
+        return find_blocks(model, self.skip)
 
     def _settings(
         self,
@@ -254,8 +269,7 @@ class Runner:
             checkpoint,
             device,
             tokens,
-            method=type(self.quantizer).__name__.lower(),
-            quantizer=asdict(self.quantizer),  # type: ignore[call-overload]
+            **_told(self.quantizer),
             qep=None if qep is None else asdict(qep),
             format=self.format,
             skip=self.skip,
@@ -268,16 +282,6 @@ class Runner:
             default = "demo" if self.model_config.is_demo else "c4"
             return default if self.calib is None else str(self.calib)
         return given(self.calib, self.chat)
-
-    def _tell_of_columns_without_tokens(self, layers: list[LayerRecord]) -> None:
-        blind = [layer for layer in layers if layer.dead_columns > MANY * layer.cols]
-        if blind:
-            worst = max(blind, key=lambda layer: layer.dead_columns / layer.cols)
-            self.notice(
-                f"{len(blind)} layers have inputs that no calibration token reached, {worst.name}"
-                f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
-                " More, or more varied, text would reach them"
-            )
 
     def _tokens(self, calib: str | Text | Tensor, checkpoint: Checkpoint, model: Any) -> Tensor:
         if isinstance(calib, Tensor):
@@ -298,3 +302,9 @@ class Runner:
         name = calib.name if isinstance(calib, Text) else calib
         text = Path(name).name if Path(name).is_file() else name
         return {"text": text, **size, "seed": self.seed, "chat": self.chat}
+
+
+def _told(quantizer: Solver | Mixed) -> dict[str, Any]:
+    kind = GPTQ if isinstance(quantizer, Mixed) else type(quantizer)
+    options = asdict(quantizer)  # type: ignore[arg-type]
+    return {"method": kind.__name__.lower(), "quantizer": options}

@@ -30,6 +30,7 @@ from optq.core.packing import pack, unpack
 from optq.core.weight import LayerScheme, QuantizedWeight, group_index
 from optq.errors import ModelError, OtherMethodError, SettingError
 from optq.formats.scheme import (
+    EXPERT,
     SCALES,
     Detected,
     Format,
@@ -155,6 +156,10 @@ class CompressedTensorsFormat(Format):
         groups: dict[LayerScheme, list[str]] = {}
         for name, layer in layers.items():
             groups.setdefault(layer, []).append(name)
+            if experts := EXPERT.fullmatch(name):  # asked for by these names here, too
+                first = [f"{experts[1]}.0.{part}_proj" for part in ("gate", "up", "down")]
+                groups[layer] += [each for each in first if each not in layers]
+        groups = {layer: [*dict.fromkeys(names)] for layer, names in groups.items()}
         return {
             "quant_method": self.name,
             "format": PACKED,

@@ -58,6 +58,11 @@ def check_layers(
     raise SettingError(cause, ", or ".join(ways) or "give another model: no options fit this one")
 
 
+def of_layer(scheme: LayerScheme, layer: Layer) -> LayerScheme:
+    """The run's scheme, with the bits that the layer has of its own."""
+    return scheme if layer.wbits is None else replace(scheme, wbits=layer.wbits)
+
+
 def _sized(scheme: LayerScheme, groupsize: int) -> LayerScheme:
     """One group to a row has no order to follow."""
     return replace(scheme, groupsize=groupsize, actorder=scheme.actorder and groupsize != -1)
@@ -67,7 +72,7 @@ def _refused(form: Format, scheme: LayerScheme, layers: Sequence[Layer]) -> dict
     found = {}
     for layer in layers:
         try:
-            form.check(layer.name, *layer.shape, scheme, layer.conv1d)
+            form.check(layer.name, *layer.shape, of_layer(scheme, layer), layer.conv1d)
         except SettingError as error:
             found[layer.name] = error
     return found

@@ -21,6 +21,7 @@ class Layer:
     attribute: str = "weight"
     expert: int | None = None
     rows: slice | None = None
+    wbits: int | None = None  # of its own, where that is not the run's
     calls: int = 0  # in one forward, at most; a layer belongs to its first call
     solved: bool = False
 
@@ -36,7 +37,11 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """``[rows, columns]``: a view of the parameter."""
-        weight = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        return self.of(self.parameter.data)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The layer's part, ``[rows, columns]``, of a tensor like its parameter: a view."""
+        weight = whole if self.expert is None else whole[self.expert]
         weight = weight.T if self.transposed else weight
         return weight if self.rows is None else weight[self.rows]
 
