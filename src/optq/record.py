@@ -15,6 +15,7 @@ from optq.errors import ModelError
 
 FILE = "optq.json"
 VERSION = 1  # of the document; files without one are of the first
+MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
 class LayerRecord(BaseModel):
@@ -42,6 +43,38 @@ class LayerRecord(BaseModel):
     calls: int = 1  # of the layer in one forward; it is calibrated on the first
 
 
+def without_tokens(layers: list[LayerRecord]) -> str | None:
+    """A word about layers that calibration has not reached in many of their columns."""
+    blind = [layer for layer in layers if layer.dead_columns > MANY * layer.cols]
+    if not blind:
+        return None
+    worst = max(blind, key=lambda layer: layer.dead_columns / layer.cols)
+    return (
+        f"{len(blind)} layers have inputs that no calibration token reached, {worst.name}"
+        f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
+        " More, or more varied, text would reach them"
+    )
+
+
+class DistillRecord(BaseModel):
+    """What the end-to-end tuning of the scales gave.
+
+    ``before`` and ``after`` are the mean divergence, in nats per token, of the predictions on
+    ``held_back`` samples of the calibration text from the full-precision model's, both of scales as
+    the file has them; None: not finite. What layers' records say is of the scales before it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: dict[str, Any]
+    held_back: int
+    steps: int  # that were taken
+    before: float | None
+    after: float | None
+    kept: bool  # else the scales are as they were
+    note: str = ""  # why it ended early
+
+
 class RunRecord(BaseModel):
     """One run: its settings, what it was calibrated on, and what became of each layer."""
 
@@ -55,6 +88,7 @@ class RunRecord(BaseModel):
     bytes: int  # of the quantized layers in the file
     dense: list[str]  # linear layers inside the blocks that stay as they were
     layers: list[LayerRecord]
+    distilled: DistillRecord | None = None
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:

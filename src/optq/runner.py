@@ -28,25 +28,25 @@ from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.given import given
 from optq.data.text import Text
+from optq.distill import Distill, tuned
 from optq.errors import NumericsError, SettingError
 from optq.formats import FORMATS
 from optq.formats.journal import Journal, settings
 from optq.formats.notices import notices
+from optq.formats.place import place_of
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
-from optq.formats.writer import Dropped, Kept, Writer, place_of
+from optq.formats.writer import Dropped, Kept, Writer
 from optq.model.activations import Activations
-from optq.model.blocks import find_blocks
+from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.shards import open_model
 from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.ranks import Ranks, together
-from optq.record import LayerRecord, RunRecord
+from optq.record import RunRecord, without_tokens
 from optq.result import Result
-
-MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
 @dataclass
@@ -83,6 +83,8 @@ class Runner:
     progress: Callable[[Progress], None] = lambda _: None
     notice: Callable[[str], None] = lambda _: None
     reading: Callable[[int, int], None] | None = None
+    distill: Distill | None = None
+    tuning: Callable[[int, int, float], None] = lambda *_: None
 
     def run(self) -> Result:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
@@ -117,6 +119,8 @@ class Runner:
         self, skeleton: Skeleton, form: Format, size: tuple[int, int], timed: bool = True
     ) -> Plan:
         device, output = self.model_config.torch_device(), self.output and Path(self.output)
+        if self.distill is not None:
+            self.distill.check(size[0])
         what = skeleton, form, self.quantizer, 2 if self.qep else 1, *size
         return make_plan(*what, device, output or None, self.activation_memory, timed)
 
@@ -148,7 +152,7 @@ class Runner:
         ranks: Ranks,
     ) -> Result:
         device, quantizer, calib = self.model_config.torch_device(), self.quantizer, self._calib()
-        model, blocks, shards = open_model(checkpoint, lambda m: find_blocks(m, self.skip))
+        model, blocks, shards = open_model(checkpoint, self._blocks)
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
         banks = [bank for block in blocks for bank in block.banks]
         skipped = [bank for block in blocks for bank in block.dense]
@@ -172,13 +176,21 @@ class Runner:
             journal = Journal(place, what, len(blocks), self.restart)
             sink = Writer(place, checkpoint, form, dtype, journal)
         progress: Callable[[Progress], None] = self.progress if ranks.first else lambda _: None
-        around = (storage, sink, self.output is None, progress, shards, ranks)
-        work = Quantization(model, blocks, names, quantizer, qep, *around)
+        keep = self.output is None and self.distill is None  # which reads the model once more
+        around = (storage, sink, keep, progress, shards, ranks)
+        work, whole, distilled = (
+            Quantization(model, blocks, names, quantizer, qep, *around),
+            model,
+            None,
+        )
         loaded = time.perf_counter() - started
         beside = None if place is None else place.part.parent
         held = Activations(device, self.activation_memory, beside, ranks.here)
         try:
             work.calibrate(tokens, held)
+            if self.distill is not None:
+                how = tokens, storage, self.distill, self.seed, self.tuning
+                whole, distilled = tuned(checkpoint, self._blocks, names, sink, device, *how)
         except torch.OutOfMemoryError as error:
             raise SettingError(
                 f"{device} has too little memory for {tokens.shape[0]} x {tokens.shape[1]} tokens",
@@ -192,7 +204,8 @@ class Runner:
             record.model_copy(update={"calls": most[record.name] or record.calls})
             for record in sink.records
         ]
-        self._tell_of_columns_without_tokens(layers)
+        if blind := without_tokens(layers):
+            self.notice(blind)
         solved = {layer.name for layer in layers}
         record = RunRecord(
             optq=__version__,
@@ -204,6 +217,7 @@ class Runner:
             bytes=sink.bytes,
             dense=[name for block in blocks for name in block.linears if name not in solved],
             layers=layers,
+            distilled=distilled,
         )
         finishing, percdamp = time.perf_counter(), quantizer.percdamp
         dense, outside = dense_layers(checkpoint, names, model, blocks, sink.layers)
@@ -237,9 +251,12 @@ class Runner:
             output=None if self.output is None else Path(self.output),
             activations=held.most,
             sent=dict(ranks.sent),
-            _model=model if self.output is None else None,
+            _model=whole if self.output is None else None,
             _write=save,
         )
+
+    def _blocks(self, model: Any) -> list[Block]:
+        return find_blocks(model, self.skip)
 
     def _settings(
         self,
@@ -257,6 +274,7 @@ class Runner:
             method=type(self.quantizer).__name__.lower(),
             quantizer=asdict(self.quantizer),  # type: ignore[call-overload]
             qep=None if qep is None else asdict(qep),
+            distill=self.distill and asdict(self.distill) | {"seed": self.seed},
             format=self.format,
             skip=self.skip,
             dtype=self.model_config.dtype,
@@ -268,16 +286,6 @@ class Runner:
             default = "demo" if self.model_config.is_demo else "c4"
             return default if self.calib is None else str(self.calib)
         return given(self.calib, self.chat)
-
-    def _tell_of_columns_without_tokens(self, layers: list[LayerRecord]) -> None:
-        blind = [layer for layer in layers if layer.dead_columns > MANY * layer.cols]
-        if blind:
-            worst = max(blind, key=lambda layer: layer.dead_columns / layer.cols)
-            self.notice(
-                f"{len(blind)} layers have inputs that no calibration token reached, {worst.name}"
-                f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
-                " More, or more varied, text would reach them"
-            )
 
     def _tokens(self, calib: str | Text | Tensor, checkpoint: Checkpoint, model: Any) -> Tensor:
         if isinstance(calib, Tensor):
