@@ -200,29 +200,32 @@ def test_killed_while_the_tuned_scales_are_written(run, tmp_path, monkeypatch, s
     run(at="alone")
     alone, out = contents(tmp_path / "alone"), tmp_path / "place" / "out"
     assert ("model.safetensors" in alone) is not shards
-    moment, rename, finished = 0, Path.rename, 0
+    rename, finished, moment = Path.rename, 0, 0
+    left: list[int] = []  # renames until it dies, once all steps are done
+
+    def dying(path, place):
+        if left:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Cut
+        return rename(path, place)
+
     while True:
         moment += 1
-        left, tuned = moment, False
+        left.clear()
 
-        def dying(path, target):
-            nonlocal left
-            left -= tuned
-            if left == 0:
-                raise Cut
-            return rename(path, target)
-
-        def tuning(step, steps, divergence):
-            nonlocal tuned
-            tuned = step == steps
+        def tuning(step, steps, divergence, moment=moment):
+            if step == steps:
+                left.append(moment)
 
         with monkeypatch.context() as patch:
             patch.setattr(Whole, "_clear", lambda _: None)  # nobody tidies up after a kill
             patch.setattr(Path, "rename", dying)
             with suppress(Cut):
                 run(at=out, tuning=tuning)
-        if left > 0:
+        if left[0] > 0:
             break
+        left.clear()
         if not (out.exists() and [*out.iterdir()]):
             finished += 1
             run(at=out)

@@ -153,8 +153,9 @@ def tuned(
     every = [layer for block in blocks for layer in block.layers]
     layers = {names[f"{layer.name}.weight"].removesuffix(".weight"): layer for layer in every}
     weights = {layers[name]: weight for name, weight in sink.solved()}
-    for parameter in {layer.parameter for layer in weights}:
-        parameter.data = parameter.data.clone()  # not pages of the file
+    if device.type == "cpu":  # as in Weights.fetch: what is written to is no page of a file
+        for parameter in {layer.parameter for layer in weights}:
+            parameter.data = parameter.data.clone()
     scales, record = distill(model.to(device), blocks, weights, *how)
     if record.kept:
         sink.rescale(

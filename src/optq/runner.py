@@ -26,7 +26,7 @@ from optq.config import ModelConfig
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
-from optq.data.given import given
+from optq.data.given import described, given
 from optq.data.text import Text
 from optq.distill import Distill, tuned
 from optq.errors import NumericsError, SettingError
@@ -62,8 +62,9 @@ class Runner:
     settings would go on; ``qep`` is True or a :class:`QEP` (off unless asked for, where the
     command's default below 8 bits is True); ``activation_memory`` is how many bytes batches may
     hold on the device (default: half of what is free): the rest goes to host memory, then to files;
-    ``progress`` is called after each site, ``reading(done, total)`` with the windows drawn from
-    ``c4``, ``notice`` with what a person should know.
+    ``distill`` tunes the scales of the result end to end; ``progress`` is called after each site,
+    ``tuning(step, steps, divergence)`` as :func:`optq.distill.distill` says, ``reading(done,
+    total)`` with the windows drawn from ``c4``, ``notice`` with what a person should know.
     """
 
     model_config: ModelConfig
@@ -122,7 +123,7 @@ class Runner:
         if self.distill is not None:
             self.distill.check(size[0])
         what = skeleton, form, self.quantizer, 2 if self.qep else 1, *size
-        return make_plan(*what, device, output or None, self.activation_memory, timed)
+        return make_plan(*what, device, output or None, self.activation_memory, timed, self.distill)
 
     def _form(self) -> Format:
         """The format, with all settings checked."""
@@ -162,7 +163,7 @@ class Runner:
         qep = QEP() if self.qep is True else self.qep or None
         if ranks.first:
             size = calibration_size(calib, model, self.nsamples, self.seqlen)
-            plan = self._plan(Skeleton.of(checkpoint, self.skip), form, size, timed=False)
+            plan = self._plan(Skeleton.of(checkpoint, self.skip), form, size, False)
             plan.check(self.output)
             for line in plan.warnings():
                 self.notice(line)
@@ -178,11 +179,8 @@ class Runner:
         progress: Callable[[Progress], None] = self.progress if ranks.first else lambda _: None
         keep = self.output is None and self.distill is None  # which reads the model once more
         around = (storage, sink, keep, progress, shards, ranks)
-        work, whole, distilled = (
-            Quantization(model, blocks, names, quantizer, qep, *around),
-            model,
-            None,
-        )
+        work = Quantization(model, blocks, names, quantizer, qep, *around)
+        whole, distilled = model, None
         loaded = time.perf_counter() - started
         beside = None if place is None else place.part.parent
         held = Activations(device, self.activation_memory, beside, ranks.here)
@@ -212,7 +210,7 @@ class Runner:
             method=type(quantizer).__name__.lower(),
             quantizer=asdict(quantizer),  # type: ignore[call-overload]
             qep=None if qep is None else asdict(qep),
-            calibration=self._calibration(calib, tokens),
+            calibration=described(calib, tokens, self.seed, self.chat),
             bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
             bytes=sink.bytes,
             dense=[name for block in blocks for name in block.linears if name not in solved],
@@ -278,7 +276,7 @@ class Runner:
             format=self.format,
             skip=self.skip,
             dtype=self.model_config.dtype,
-            calibration=self._calibration(calib, tokens),
+            calibration=described(calib, tokens, self.seed, self.chat),
         )
 
     def _calib(self) -> str | Text | Tensor:
@@ -297,12 +295,3 @@ class Runner:
             tokens = calibration_tokens(calib, tokenizer, *how)
         check_vocabulary(model, tokens)
         return tokens
-
-    def _calibration(self, calib: str | Text | Tensor, tokens: Tensor) -> dict[str, Any]:
-        """What the checkpoint says of its calibration: a file's name, not where it lay."""
-        size = {"samples": tokens.shape[0], "seqlen": tokens.shape[1]}
-        if isinstance(calib, Tensor):
-            return {"text": "token ids", **size}
-        name = calib.name if isinstance(calib, Text) else calib
-        text = Path(name).name if Path(name).is_file() else name
-        return {"text": text, **size, "seed": self.seed, "chat": self.chat}

@@ -158,6 +158,7 @@ class Student:
             with torch.set_grad_enabled(learn), self._beside(beside):
                 quantized, full = self._logits(tokens[some]).flatten(0, 1).chunk(2)
                 loss = Divergence.apply(quantized, full.detach())
+            del quantized, full  # whose memory the way back needs
             if learn:
                 loss.backward()
             total += loss.item()
