@@ -122,13 +122,14 @@ def test_the_same_seed_gives_the_same_bytes(run, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
-def test_scales_stay_where_nothing_is_won(run, tmp_path):
+def test_scales_stay_where_nothing_is_gained(run, tmp_path):
     """On samples that no step sees; here of a model that has learned nothing."""
     calib = zoo.token_ids(8, 24)
-    result = run(Distill(steps=3, lr=0.5, every=1), calib=calib)
+    result = run(Distill(steps=9, lr=0.5, every=1, patience=2), calib=calib)
     run(None, at="before", calib=calib)
     found = result.record.distilled
-    assert not found.kept and found.after == found.before and found.steps == 3
+    assert not found.kept and found.after == found.before and found.steps == 2
+    assert found.note == "nothing was gained after step 0"
     weights = [(tmp_path / at / "model.safetensors").read_bytes() for at in ("out", "before")]
     assert weights[0] == weights[1]
 

@@ -44,7 +44,7 @@ class Distill:
     their logarithm, which falls to 0 along a cosine.
 
     One of ``apart`` samples is held back, and one at least; they are looked at after every
-    ``every`` steps.
+    ``every`` steps, and ``patience`` looks without a gain end it.
     """
 
     steps: int = 200
@@ -52,6 +52,7 @@ class Distill:
     lr: float = 1e-2
     apart: int = 8
     every: int = 20
+    patience: int = 3
 
     def held_back(self, samples: int) -> int:
         """How many of the samples no step sees."""
@@ -103,12 +104,13 @@ def distill(
     with student.learning():
         before = after = student.divergence(held, wanted)
         progress(0, steps, before)
+        gained = 0  # the step of the best scales
         while taken < steps:
             some = next(turns)
             aim = [aims[sample] for sample in some.tolist()]
             loss = student.divergence(rest[some], aim, learn=True)
             if not (math.isfinite(loss) and math.isfinite(after) and slope.isfinite().all()):
-                note = f"the divergence was not finite at step {taken + 1}"
+                note = f"the divergence was not finite in step {taken + 1}"
                 break
             adam.param_groups[0]["lr"] = settings.lr * (1 + math.cos(math.pi * taken / steps)) / 2
             adam.step()
@@ -119,7 +121,10 @@ def distill(
                 now = student.divergence(held, wanted)
                 progress(taken, steps, now)
                 if now < after:
-                    after, best = now, moved.clone()
+                    after, best, gained = now, moved.clone(), taken
+                elif taken - gained >= settings.patience * settings.every:
+                    note = f"nothing was gained after step {gained}"
+                    break
     moved.copy_(best)
     student.put(storage)
     record = DistillRecord(
