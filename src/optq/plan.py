@@ -21,6 +21,7 @@ from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.errors import OutputError, SettingError
 from optq.forecast import Run, resident, speed_of
+from optq.formats.fit import of_layer
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.writer import SHARD_BYTES
@@ -49,10 +50,10 @@ class Skeleton:
     skip: str | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, skip: str | None) -> Skeleton:
+    def of(cls, checkpoint: Checkpoint, skip: str | None, head: int | None = None) -> Skeleton:
         model = empty_model(checkpoint).eval()
         model.to(model.config.dtype)  # it is made in float32
-        return cls(checkpoint, model, find_blocks(model, skip), skip)
+        return cls(checkpoint, model, find_blocks(model, skip, head), skip)
 
 
 @dataclass(frozen=True)
@@ -142,16 +143,21 @@ def make_plan(
         _check_fit(checkpoint, model, blocks, names)
     banks = [bank for block in blocks for bank in block.banks]
     skipped = [bank for block in blocks for bank in block.dense]
-    said = [*notices(form, scheme, model, banks, skipped, names), *_of_files(checkpoint)]
+    head = any(block.head for block in blocks)
+    said = [*notices(form, scheme, model, banks, skipped, names, head), *_of_files(checkpoint)]
     sites, held, counted = sites_of(model, blocks, seqlen, said)
     layers = [layer for block in blocks for site in sites[block] for layer in site.layers]
-    shapes = Counter(layer.shape for layer in layers)
+    shapes = Counter((layer.shape, of_layer(scheme, layer)) for layer in layers)
     packed_of = {
-        shape: sum(each.nbytes for each in form.layout(*shape, scheme, model.dtype).values())
-        for shape in shapes
+        (shape, own): sum(each.nbytes for each in form.layout(*shape, own, model.dtype).values())
+        for shape, own in shapes
     }
-    packed = sum(packed_of[shape] * count for shape, count in shapes.items())
-    weights = sum(rows * columns * count for (rows, columns), count in shapes.items())
+    packed = sum(packed_of[kind] * count for kind, count in shapes.items())
+    weights = sum(rows * columns * count for ((rows, columns), _), count in shapes.items())
+
+    def bytes_of(layer: Layer) -> int:
+        return packed_of[layer.shape, of_layer(scheme, layer)]
+
     quantized = {layer.name for layer in layers}
     why = reasons(model, blocks, skeleton.skip, names, checkpoint.layout, quantized)
     dense = list(_dense(checkpoint, why))
@@ -159,7 +165,7 @@ def make_plan(
     cpu, apart = torch.device("cpu"), device.type != "cpu"
     run = Run(
         blocks=tuple(
-            shape_of(block, sites[block], packed_of, names, checkpoint) for block in blocks
+            shape_of(block, sites[block], bytes_of, names, checkpoint) for block in blocks
         ),
         held=held,
         samples=samples,
@@ -174,7 +180,7 @@ def make_plan(
     )
     peak, libraries = run.peak(), resident()
     return Plan(
-        blocks=len(blocks),
+        blocks=sum(not block.head for block in blocks),
         sites=counted,
         layers=len(layers),
         weights=weights,

@@ -15,7 +15,7 @@ from optq.core.solution import Solution
 from optq.core.solver import Solver
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError
-from optq.formats.fit import check_layers
+from optq.formats.fit import check_layers, of_layer
 from optq.formats.scheme import Format, Solved
 from optq.model.activations import Activations
 from optq.model.blocks import Block, Site
@@ -130,7 +130,7 @@ class Quantization:
         for layer, part, energy in zip(site.layers, parts, energies, strict=True):
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
-            self.solved[name] = part, self.scheme
+            self.solved[name] = part, of_layer(self.scheme, layer)
             records.append(_record(layer, part, energy, outcome, sum(rows)))
         self.records += records
         for stage, seconds in outcome.seconds.items():

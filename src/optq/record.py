@@ -15,6 +15,7 @@ from optq.errors import ModelError
 
 FILE = "optq.json"
 VERSION = 1  # of the document; files without one are of the first
+MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
 class LayerRecord(BaseModel):
@@ -42,6 +43,19 @@ class LayerRecord(BaseModel):
     calls: int = 1  # of the layer in one forward; it is calibrated on the first
 
 
+def without_tokens(layers: list[LayerRecord]) -> str | None:
+    """A word about layers that calibration has not reached in many of their columns."""
+    blind = [layer for layer in layers if layer.dead_columns > MANY * layer.cols]
+    if not blind:
+        return None
+    worst = max(blind, key=lambda layer: layer.dead_columns / layer.cols)
+    return (
+        f"{len(blind)} layers have inputs that no calibration token reached, {worst.name}"
+        f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
+        " More, or more varied, text would reach them"
+    )
+
+
 class RunRecord(BaseModel):
     """One run: its settings, what it was calibrated on, and what became of each layer."""
 
@@ -53,6 +67,7 @@ class RunRecord(BaseModel):
     calibration: dict[str, Any]
     bits_per_weight: float  # of the quantized layers as stored, scales and all
     bytes: int  # of the quantized layers in the file
+    head: int | None = None  # bits of the head, where it is quantized
     dense: list[str]  # linear layers inside the blocks that stay as they were
     layers: list[LayerRecord]
 

@@ -36,17 +36,16 @@ from optq.formats.scheme import Format
 from optq.formats.whole import Whole
 from optq.formats.writer import Dropped, Kept, Writer, place_of
 from optq.model.activations import Activations
-from optq.model.blocks import find_blocks
+from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
+from optq.model.head import with_own_head
 from optq.model.shards import open_model
 from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.ranks import Ranks, together
-from optq.record import LayerRecord, RunRecord
+from optq.record import RunRecord, without_tokens
 from optq.result import Result
-
-MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
 @dataclass
@@ -57,11 +56,13 @@ class Runner:
     token ids ``[samples, tokens]``, or what :func:`optq.data.given.given` takes; ``output`` a
     folder to write as the run goes (without it the result keeps everything and can ``save``);
     ``seqlen`` defaults to 2048, or to the model's positions if those are fewer; ``skip`` is a
-    regular expression of layers to leave dense; ``chat`` passes the text through the tokenizer's
-    chat template; ``restart`` throws away what a run that was cut off has left, from which the same
-    settings would go on; ``qep`` is True or a :class:`QEP` (off unless asked for, where the
-    command's default below 8 bits is True); ``activation_memory`` is how many bytes batches may
-    hold on the device (default: half of what is free): the rest goes to host memory, then to files;
+    regular expression of layers to leave dense; ``head`` quantizes the output head too, to so many
+    bits, 8 or 4, and ``untie`` parts it from embeddings that are the head; ``chat`` passes the text
+    through the tokenizer's chat template; ``restart`` throws away what a run that was cut off has
+    left, from which the same settings would go on; ``qep`` is True or a :class:`QEP` (off unless
+    asked for, where the command's default below 8 bits is True); ``activation_memory`` is how many
+    bytes batches may hold on the device (default: half of what is free): the rest goes to host
+    memory, then to files;
     ``progress`` is called after each site, ``reading(done, total)`` with the windows drawn from
     ``c4``, ``notice`` with what a person should know.
     """
@@ -83,11 +84,13 @@ class Runner:
     progress: Callable[[Progress], None] = lambda _: None
     notice: Callable[[str], None] = lambda _: None
     reading: Callable[[int, int], None] | None = None
+    head: int | None = None
+    untie: bool = False
 
     def run(self) -> Result:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
         started = time.perf_counter()
-        form, checkpoint = self._form(), self.model_config.plain_checkpoint()
+        form, checkpoint = self._form(), self._checkpoint()
         with together(self.model_config.torch_device()) as ranks:
             if self.output is None or not ranks.first:
                 return self._run(checkpoint, form, None, started, ranks)
@@ -107,7 +110,7 @@ class Runner:
         """
         form = self._form()
         if skeleton is None:
-            skeleton = Skeleton.of(self.model_config.plain_checkpoint(whole=False), self.skip)
+            skeleton = Skeleton.of(self._checkpoint(whole=False), self.skip, self.head)
         if self.output is not None:
             place_of(Path(self.output), skeleton.checkpoint, self.force).check()
         what = self._calib(), skeleton.model, self.nsamples, self.seqlen
@@ -119,6 +122,9 @@ class Runner:
         device, output = self.model_config.torch_device(), self.output and Path(self.output)
         what = skeleton, form, self.quantizer, 2 if self.qep else 1, *size
         return make_plan(*what, device, output or None, self.activation_memory, timed)
+
+    def _checkpoint(self, whole: bool = True) -> Checkpoint:
+        return with_own_head(self.model_config.plain_checkpoint(whole), self.head, self.untie)
 
     def _form(self) -> Format:
         """The format, with all settings checked."""
@@ -148,17 +154,17 @@ class Runner:
         ranks: Ranks,
     ) -> Result:
         device, quantizer, calib = self.model_config.torch_device(), self.quantizer, self._calib()
-        model, blocks, shards = open_model(checkpoint, lambda m: find_blocks(m, self.skip))
+        model, blocks, shards = open_model(checkpoint, self._blocks)
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
         banks = [bank for block in blocks for bank in block.banks]
         skipped = [bank for block in blocks for bank in block.dense]
-        for line in notices(form, quantizer.scheme(), model, banks, skipped, names):
-            if ranks.first:
-                self.notice(line)
+        packed = quantizer.scheme(), model, banks, skipped, names, self.head is not None
+        for line in notices(form, *packed) if ranks.first else ():
+            self.notice(line)
         qep = QEP() if self.qep is True else self.qep or None
         if ranks.first:
             size = calibration_size(calib, model, self.nsamples, self.seqlen)
-            plan = self._plan(Skeleton.of(checkpoint, self.skip), form, size, timed=False)
+            plan = self._plan(Skeleton.of(checkpoint, self.skip, self.head), form, size, False)
             plan.check(self.output)
             for line in plan.warnings():
                 self.notice(line)
@@ -192,7 +198,8 @@ class Runner:
             record.model_copy(update={"calls": most[record.name] or record.calls})
             for record in sink.records
         ]
-        self._tell_of_columns_without_tokens(layers)
+        if blind := without_tokens(layers):
+            self.notice(blind)
         solved = {layer.name for layer in layers}
         record = RunRecord(
             optq=__version__,
@@ -202,6 +209,7 @@ class Runner:
             calibration=self._calibration(calib, tokens),
             bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
             bytes=sink.bytes,
+            head=self.head,
             dense=[name for block in blocks for name in block.linears if name not in solved],
             layers=layers,
         )
@@ -241,6 +249,9 @@ class Runner:
             _write=save,
         )
 
+    def _blocks(self, model: Any) -> list[Block]:
+        return find_blocks(model, self.skip, self.head)
+
     def _settings(
         self,
         checkpoint: Checkpoint,
@@ -259,6 +270,7 @@ class Runner:
             qep=None if qep is None else asdict(qep),
             format=self.format,
             skip=self.skip,
+            head=self.head,
             dtype=self.model_config.dtype,
             calibration=self._calibration(calib, tokens),
         )
@@ -268,16 +280,6 @@ class Runner:
             default = "demo" if self.model_config.is_demo else "c4"
             return default if self.calib is None else str(self.calib)
         return given(self.calib, self.chat)
-
-    def _tell_of_columns_without_tokens(self, layers: list[LayerRecord]) -> None:
-        blind = [layer for layer in layers if layer.dead_columns > MANY * layer.cols]
-        if blind:
-            worst = max(blind, key=lambda layer: layer.dead_columns / layer.cols)
-            self.notice(
-                f"{len(blind)} layers have inputs that no calibration token reached, {worst.name}"
-                f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
-                " More, or more varied, text would reach them"
-            )
 
     def _tokens(self, calib: str | Text | Tensor, checkpoint: Checkpoint, model: Any) -> Tensor:
         if isinstance(calib, Tensor):

@@ -88,31 +88,29 @@ class Solving:
         """These ``rows`` of each site, a portion at a time."""
         if not some:
             return []
-        problems = [self.quantizer.problem(sums.H) for _, sums in some]
+        quantizer = self.quantizer.at(some[0][0].layers[0].wbits)
+        problems = [quantizer.problem(sums.H) for _, sums in some]
         start, stop, _ = rows.indices(sum(layer.shape[0] for layer in some[0][0].layers))
         most = max(LEAST, PORTION // (40 * len(problems[0].H)) // UNIT * UNIT)
         portions = [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
-        parts = [self._portion(some, problems, portion) for portion in portions]
+        parts = [self._portion(quantizer, some, problems, portion) for portion in portions]
         return [Outcome.cat(of_one) for of_one in zip(*parts, strict=True)]
 
     def _portion(
-        self, some: list[tuple[Site, SiteSums]], problems: list[Problem], rows: slice
+        self,
+        quantizer: Solver,
+        some: list[tuple[Site, SiteSums]],
+        problems: list[Problem],
+        rows: slice,
     ) -> list[Outcome]:
         weights, aims = [], []
         for (site, sums), problem in zip(some, problems, strict=True):
-            for layer in site.layers:
-                if not torch.isfinite(layer.weight).all():
-                    raise NumericsError(
-                        f"the weight of {layer.name} (block {site.block.index}) holds NaN or"
-                        " infinity",
-                        "copy the model again, or train it again",
-                    )
-            weights.append(weight := torch.cat([layer.weight for layer in site.layers])[rows])
+            weights.append(weight := _stacked(site, rows))
             start, factor, qep = time.perf_counter(), problem.seconds["factor"], self.qep
             aims.append(None if qep is None else _aim(qep, problem, site, sums, weight, rows))
             factor -= problem.seconds["factor"]
             problem.seconds["solve"] += elapsed(start, weight) + factor
-        solutions = self.quantizer.solve_together(problems, weights, aims, self.storage)
+        solutions = quantizer.solve_together(problems, weights, aims, self.storage)
         return [
             Outcome(
                 solution,
@@ -139,6 +137,21 @@ def together(site: Site) -> int:
 
 def is_expert(site: Site) -> bool:
     return site.layers[0].expert is not None
+
+
+def _stacked(site: Site, some: slice) -> Tensor:
+    """These rows of the site's layers, one below the other, and no copy of the others."""
+    parts, first = [], 0
+    for layer in site.layers:
+        part = layer.weight[max(some.start - first, 0) : max(some.stop - first, 0)]
+        first += layer.shape[0]
+        if not torch.isfinite(part).all():
+            raise NumericsError(
+                f"the weight of {layer.name} (block {site.block.index}) holds NaN or infinity",
+                "copy the model again, or train it again",
+            )
+        parts.append(part)
+    return torch.cat(parts)
 
 
 def _aim(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -38,6 +39,10 @@ class Solver(ABC):
     def grid(self) -> Grid:
         """The values that weights can take."""
         return IntegerGrid(self.wbits, self.groupsize, self.sym, self.mse)
+
+    def at(self, wbits: int | None) -> Solver:
+        """The same with another number of bits; None: as it is."""
+        return self if wbits is None else replace(self, wbits=wbits)  # type: ignore[type-var]
 
     def scheme(self) -> LayerScheme:
         """What a file says of each layer."""

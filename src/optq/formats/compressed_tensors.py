@@ -36,6 +36,7 @@ from optq.formats.scheme import (
     Schemes,
     dense_experts,
     has_drafts,
+    outside_blocks,
     require_fit,
     require_groups,
 )
@@ -143,8 +144,9 @@ class CompressedTensorsFormat(Format):
         """The ``quantization_config``; the format has no field for ``percdamp``.
 
         Readers give every ``Linear`` of the model packed tensors unless ``ignore`` names it;
-        ``lm_head`` is named in any case. Of experts vLLM asks for three names of the first, also
-        where the disk has others. SGLang wants a pattern for multi-token layers.
+        ``lm_head`` is named in any case: there, or as a target, for vLLM's and SGLang's head is no
+        ``Linear``. Of experts vLLM asks for three names of the first, also where the disk has
+        others. SGLang wants a pattern for multi-token layers.
         """
         places = dict.fromkeys(dense_experts(layers, [*dense, *outside]).values())
         asked = [f"{place}.0.{part}_proj" for place in places for part in ("gate", "up", "down")]
@@ -152,9 +154,6 @@ class CompressedTensorsFormat(Format):
         ignore = [name for name in every if name not in layers]
         if has_drafts(layers, outside) and not any("mtp" in name for name in layers):
             ignore.append("re:.*mtp.*")
-        groups: dict[LayerScheme, list[str]] = {}
-        for name, layer in layers.items():
-            groups.setdefault(layer, []).append(name)
         return {
             "quant_method": self.name,
             "format": PACKED,
@@ -163,10 +162,7 @@ class CompressedTensorsFormat(Format):
             "ignore": ignore,
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
-            "config_groups": {
-                f"group_{index}": _group(layer, ["Linear"] if len(groups) == 1 else names)
-                for index, (layer, names) in enumerate(groups.items())
-            },
+            "config_groups": _groups(layers),
         }
 
     def detect(self, settings: dict[str, Any]) -> Detected | None:
@@ -221,6 +217,20 @@ def _shape(name: str, tensor: Tensor) -> tuple[int, int]:
         raise ModelError(f"{name}.weight_shape is {tensor.tolist()}, no rows and columns", TOGETHER)
     rows, columns = tensor.tolist()
     return rows, columns
+
+
+def _groups(layers: Schemes) -> dict[str, Any]:
+    """A group for each scheme; a head comes first, or the package misses its name at ``Linear``."""
+    heads = outside_blocks(layers)
+    inside = [name for name in layers if name not in heads]
+    same = {layers[name] for name in inside}
+    targets: dict[LayerScheme, list[str]] = {layer: [] for layer in layers.values()}
+    for name in (*heads, *(inside if len(same) > 1 else ())):
+        targets[layers[name]].append(name)
+    if len(same) == 1:
+        targets[same.pop()].append("Linear")
+    made = {f"group_{index}": _group(*each) for index, each in enumerate(targets.items())}
+    return dict(sorted(made.items(), key=lambda each: each[1]["targets"][0] not in heads))
 
 
 def _group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:

@@ -115,6 +115,11 @@ class Format(ABC):
         """
 
 
+def outside_blocks(layers: Iterable[str]) -> list[str]:
+    """Those of the layers that are in no block: a head, above all."""
+    return [name for name in layers if not BLOCK.match(name)]
+
+
 def dense_experts(layers: Iterable[str], dense: Iterable[str]) -> dict[str, str]:
     """For each projection of an expert that is ``dense``, where the experts of its block are.
 

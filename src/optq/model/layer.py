@@ -21,6 +21,7 @@ class Layer:
     attribute: str = "weight"
     expert: int | None = None
     rows: slice | None = None
+    wbits: int | None = None  # of its own, where that is not the run's
     calls: int = 0  # in one forward, at most; a layer belongs to its first call
     solved: bool = False
 

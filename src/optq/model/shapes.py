@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from optq.errors import ModelError
 from optq.model.blocks import Block, Site
 from optq.model.checkpoint import Checkpoint
+from optq.model.layer import Layer
 from optq.model.scout import Held, scout
 
 
@@ -65,7 +66,7 @@ def sites_of(
 def shape_of(
     block: Block,
     sites: list[Site],
-    packed: Mapping[tuple[int, int], int],
+    packed: Callable[[Layer], int],
     names: Mapping[str, str],
     checkpoint: Checkpoint,
 ) -> BlockShape:
@@ -78,12 +79,12 @@ def shape_of(
         stacked = site.bank and site.experts is site.bank.inner and len(problems[0]) > 1
         if stacked and names[f"{first.name}.weight"] in checkpoint.layout:
             merged += first.parameter.nbytes
-    layers = [layer.shape for site in sites for layer in site.layers]
+    layers = [layer for site in sites for layer in site.layers]
     return BlockShape(
         bytes=sum(parameter.nbytes for parameter in block.module.parameters()),
         stacked=merged,
-        largest=max((rows * columns for rows, columns in layers), default=0),
-        packed=sum(packed[shape] for shape in layers),
+        largest=max((layer.shape[0] * layer.shape[1] for layer in layers), default=0),
+        packed=sum(map(packed, layers)),
         sites=tuple(shapes),
     )
 
