@@ -36,13 +36,14 @@ from optq.formats.scheme import (
     Schemes,
     dense_experts,
     has_drafts,
-    outside_blocks,
+    heads_of,
     require_fit,
     require_groups,
 )
 from optq.model.checkpoint import TOGETHER
 
 PACKED = "pack-quantized"
+HEAD = "lm_head"  # what readers look for
 RELEASE = "0.20.0"  # of the package compressed-tensors whose layout this is
 OTHER_KIND = "give a checkpoint of integer weights alone, format pack-quantized"
 # Early releases (0.5) left "frozen" in the config of files that are compressed.
@@ -144,13 +145,14 @@ class CompressedTensorsFormat(Format):
         """The ``quantization_config``; the format has no field for ``percdamp``.
 
         Readers give every ``Linear`` of the model packed tensors unless ``ignore`` names it;
-        ``lm_head`` is named in any case: there, or as a target, for vLLM's and SGLang's head is no
-        ``Linear``. Of experts vLLM asks for three names of the first, also where the disk has
-        others. SGLang wants a pattern for multi-token layers.
+        ``lm_head`` is named in any case, there or as a target, whatever the disk calls it: vLLM's
+        and SGLang's is no ``Linear``. Of experts vLLM asks for three names of the first, also where
+        the disk has others. SGLang wants a pattern for multi-token layers.
         """
         places = dict.fromkeys(dense_experts(layers, [*dense, *outside]).values())
         asked = [f"{place}.0.{part}_proj" for place in places for part in ("gate", "up", "down")]
-        every = dict.fromkeys([*dense, *outside, *asked, "lm_head"])
+        head = [] if heads_of(layers) else [HEAD]
+        every = dict.fromkeys([*dense, *outside, *asked, *head])
         ignore = [name for name in every if name not in layers]
         if has_drafts(layers, outside) and not any("mtp" in name for name in layers):
             ignore.append("re:.*mtp.*")
@@ -221,11 +223,13 @@ def _shape(name: str, tensor: Tensor) -> tuple[int, int]:
 
 def _groups(layers: Schemes) -> dict[str, Any]:
     """A group for each scheme; a head comes first, or the package misses its name at ``Linear``."""
-    heads = outside_blocks(layers)
+    heads = heads_of(layers)
     inside = [name for name in layers if name not in heads]
     same = {layers[name] for name in inside}
     targets: dict[LayerScheme, list[str]] = {layer: [] for layer in layers.values()}
-    for name in (*heads, *(inside if len(same) > 1 else ())):
+    for name in heads:
+        targets[layers[name]] += dict.fromkeys([name, HEAD])
+    for name in inside if len(same) > 1 else ():
         targets[layers[name]].append(name)
     if len(same) == 1:
         targets[same.pop()].append("Linear")

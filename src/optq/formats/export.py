@@ -11,7 +11,7 @@ from optq.errors import ModelError
 from optq.formats import detect, quantization
 from optq.formats.notices import notices
 from optq.formats.reader import packed_tensors, quantized_layers, read_layer
-from optq.formats.scheme import Format, outside_blocks
+from optq.formats.scheme import Format, heads_of
 from optq.formats.writer import Writer, place_of
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import TOGETHER, Checkpoint
@@ -52,7 +52,7 @@ def export(
     skipped = [bank for bank in every if bank not in banks.values()]
     with place_of(target, checkpoint, force, notice) as place:
         if layer := next(map(scheme.layer, [*banks, *names]), None):
-            head = bool(outside_blocks(names))
+            head = bool(heads_of(names))
             for line in notices(form, layer, skeleton, [*banks.values()], skipped, on_disk, head):
                 notice(line)
         writer = Writer(place, checkpoint, form, skeleton.config.dtype)

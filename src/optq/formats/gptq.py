@@ -35,7 +35,7 @@ from optq.formats.scheme import (
     Schemes,
     dense_experts,
     has_drafts,
-    outside_blocks,
+    heads_of,
     require_fit,
     require_groups,
 )
@@ -135,7 +135,7 @@ class GPTQFormat(Format):
         (``mtp``, ``model.layers.61``): readers fuse layers, and then look for other names. vLLM
         leaves layers for multi-token prediction dense only where a rule says ``mtp``.
         """
-        base, heads = Counter(layers.values()).most_common(1)[0][0], outside_blocks(layers)
+        base, heads = Counter(layers.values()).most_common(1)[0][0], heads_of(layers)
         config: dict[str, Any] = {
             **_settings(base),
             "lm_head": bool(heads),  # whatever its name

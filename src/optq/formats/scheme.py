@@ -115,9 +115,9 @@ class Format(ABC):
         """
 
 
-def outside_blocks(layers: Iterable[str]) -> list[str]:
-    """Those of the layers that are in no block: a head, above all."""
-    return [name for name in layers if not BLOCK.match(name)]
+def heads_of(layers: Iterable[str]) -> list[str]:
+    """The output head, if it is among these layers: no other stands beside the model itself."""
+    return [name for name in layers if "." not in name or name.endswith(".lm_head")]
 
 
 def dense_experts(layers: Iterable[str], dense: Iterable[str]) -> dict[str, str]:
