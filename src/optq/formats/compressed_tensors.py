@@ -222,19 +222,18 @@ def _shape(name: str, tensor: Tensor) -> tuple[int, int]:
 
 
 def _groups(layers: Schemes) -> dict[str, Any]:
-    """A group for each scheme; a head comes first, or the package misses its name at ``Linear``."""
+    """A group for each scheme; a head's is the last: transformers takes the first for experts."""
     heads = heads_of(layers)
     inside = [name for name in layers if name not in heads]
     same = {layers[name] for name in inside}
-    targets: dict[LayerScheme, list[str]] = {layer: [] for layer in layers.values()}
+    targets: dict[LayerScheme, list[str]] = {layers[name]: [] for name in (*inside, *heads)}
     for name in heads:
         targets[layers[name]] += dict.fromkeys([name, HEAD])
     for name in inside if len(same) > 1 else ():
         targets[layers[name]].append(name)
     if len(same) == 1:
         targets[same.pop()].append("Linear")
-    made = {f"group_{index}": _group(*each) for index, each in enumerate(targets.items())}
-    return dict(sorted(made.items(), key=lambda each: each[1]["targets"][0] not in heads))
+    return {f"group_{index}": _group(*each) for index, each in enumerate(targets.items())}
 
 
 def _group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:
