@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import optq
 import optq.solving
 from optq import GPTQ, RTN, ModelConfig, Runner
+from optq.budget import Mixed
 from optq.cli import app
 from optq.errors import ModelError, NumericsError, OptqError, SettingError
 from optq.formats import FORMATS
@@ -312,6 +313,8 @@ def test_what_contradicts_the_model_is_refused(tmp_path, monkeypatch):
             with pytest.raises(SettingError) as refusal:
                 act(runner(folder, out=tmp_path / "out", calib="no-such-text", **options))
             assert cause in refusal.value.cause and remedy in refusal.value.remedy
+    with pytest.raises(SettingError, match="--bits-per-weight 3.5 are those of the blocks'"):
+        runner(own, Mixed(3.5)).run()
     for head in (None, nn.Embedding(8, 8)):
         kind = transformers.LlamaForCausalLM
         monkeypatch.setattr(kind, "get_output_embeddings", lambda _, head=head: head)

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from optq import __version__
+from optq.budget import Mixed
 from optq.config import ModelConfig
 from optq.core.gptq import BEST, GPTQ
 from optq.core.qep import QEP
@@ -34,11 +36,12 @@ DEMO_SAMPLES = 64
 Update = Callable[[float, float, str], None]  # done, total, note
 
 # What `optq compare --methods` names; "gptq" propagates errors where that is the default.
-COMPARED: dict[str, Callable[[int, int], Solver]] = {
+COMPARED: dict[str, Callable[[Any, int], Solver | Mixed]] = {
     "rtn": RTN,
     "plain": GPTQ.plain,
     "no-qep": GPTQ,
     "gptq": GPTQ,
+    "budget": lambda bits, groupsize: Mixed(bits_per_weight=bits, groupsize=groupsize),
 }
 
 
@@ -47,7 +50,7 @@ class Row:
     """One quantizer on one model; ``method`` is ``none`` for the model as it is."""
 
     method: str
-    wbits: int
+    wbits: float  # or bits per weight, of a budget
     groupsize: int
     bits_per_weight: float
     bytes: int  # of the layers that are quantized, or would be
@@ -58,7 +61,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared on what. ``calib`` and ``text`` are SPECs of :mod:`optq.data`."""
+    """What is compared on what. ``calib`` and ``text`` are SPECs of :mod:`optq.data`.
+
+    ``budgets`` are bits per weight within which each layer has a width of its own.
+    """
 
     config: ModelConfig
     methods: Sequence[str]
@@ -70,6 +76,7 @@ class Comparison:
     seqlen: int | None = None
     seed: int = 0
     skip: str | None = None
+    budgets: Sequence[float] = ()
 
     def run(self, results: Path | None = None, progress: Update = lambda *_: None) -> list[Row]:
         """All rows, the full-precision model first.
@@ -78,7 +85,9 @@ class Comparison:
         there already, of the same model, texts and settings, is not measured again. Raises
         ``SettingError`` before any work for a method, width or group size that cannot be.
         """
+        settings: list[tuple[str, float, int]]
         settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in self.methods]
+        settings += [("budget", bits, g) for bits in self.budgets for g in self.groupsizes]
         quantizers = {setting: self._quantizer(*setting) for setting in settings}
         common = self._key(self.config.plain_checkpoint())
         kept = Rows(results)
@@ -114,8 +123,8 @@ class Comparison:
 
     def _measure(
         self,
-        setting: tuple[str, int, int],
-        quantizer: Solver,
+        setting: tuple[str, float, int],
+        quantizer: Solver | Mixed,
         tokens: Tensor,
         windows: Tensor,
         full: Row,
@@ -129,13 +138,15 @@ class Comparison:
         rise = measured - full.perplexity
         return Row(*setting, result.bits_per_weight, result.bytes, measured, rise, seconds)
 
-    def _quantizer(self, method: str, wbits: int, groupsize: int) -> Solver:
-        if method not in COMPARED:
-            raise SettingError(f"the method {method} is unknown", f"choose {', '.join(COMPARED)}")
+    def _quantizer(self, method: str, wbits: float, groupsize: int) -> Solver | Mixed:
+        named = [name for name in COMPARED if name != "budget"]
+        if method not in (*named, *(["budget"] if wbits in self.budgets else [])):
+            raise SettingError(f"the method {method} is unknown", f"choose {', '.join(named)}")
         return COMPARED[method](wbits, groupsize)
 
-    def _propagates(self, setting: tuple[str, int, int]) -> bool:
-        return setting[0] == "gptq" and BEST[setting[1]].qep
+    def _propagates(self, setting: tuple[str, float, int]) -> bool:
+        method, wbits, _ = setting
+        return method == "budget" or (method == "gptq" and BEST[int(wbits)].qep)
 
     def _key(self, checkpoint: Checkpoint) -> str:
         """Of everything but the setting that a row depends on."""

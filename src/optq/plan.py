@@ -11,14 +11,17 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from optq.budget import Budget, Mixed
+from optq.core.grid import BITS
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
+from optq.distill import Distill
 from optq.errors import OutputError, SettingError
 from optq.forecast import Run, resident, speed_of
 from optq.formats.fit import of_layer
@@ -127,7 +130,7 @@ class Plan:
 def make_plan(
     skeleton: Skeleton,
     form: Format,
-    quantizer: Solver,
+    quantizer: Solver | Mixed,
     streams: int,
     samples: int,
     seqlen: int,
@@ -135,17 +138,28 @@ def make_plan(
     output: Path | None,
     activation_memory: int | None = None,
     timed: bool = True,
+    distill: Distill | None = None,
 ) -> Plan:
     """The plan of a run; ``timed``: with an estimate of its time, which takes a moment."""
     checkpoint, model, blocks = skeleton.checkpoint, skeleton.model, skeleton.blocks
-    names, scheme = names_on_disk(model, blocks, checkpoint, quantizer, form), quantizer.scheme()
+    names = names_on_disk(model, blocks, checkpoint, quantizer, form)
     if not checkpoint.whole:
         _check_fit(checkpoint, model, blocks, names)
     banks = [bank for block in blocks for bank in block.banks]
     skipped = [bank for block in blocks for bank in block.dense]
-    head = any(block.head for block in blocks)
-    said = [*notices(form, scheme, model, banks, skipped, names, head), *_of_files(checkpoint)]
+    said = [*_of_files(checkpoint)]
     sites, held, counted = sites_of(model, blocks, seqlen, said)
+    mixed, budget = quantizer, None
+    if isinstance(mixed, Mixed):
+        flat = (site for block in blocks for site in sites[block])
+        budget = Budget.of(mixed, flat, form, model.dtype, checkpoint, names)
+        quantizer = mixed.at(budget.uniform())
+        said.insert(0, "the run measures first which layers need their bits, and tells them")
+    assert not isinstance(quantizer, Mixed)
+    scheme = quantizer.scheme()
+    if budget is None:
+        head = any(block.head for block in blocks)
+        said = [*notices(form, scheme, model, banks, skipped, names, head), *said]
     layers = [layer for block in blocks for site in sites[block] for layer in site.layers]
     shapes = Counter((layer.shape, of_layer(scheme, layer)) for layer in layers)
     packed_of = {
@@ -153,6 +167,7 @@ def make_plan(
         for shape, own in shapes
     }
     packed = sum(packed_of[kind] * count for kind, count in shapes.items())
+    packed = packed if budget is None else budget.bytes
     weights = sum(rows * columns * count for ((rows, columns), _), count in shapes.items())
 
     def bytes_of(layer: Layer) -> int:
@@ -177,8 +192,17 @@ def make_plan(
         device=device,
         limit=int(SHARE * free(device)) if activation_memory is None else activation_memory,
         host_limit=int(SHARE * free(cpu)) if apart else 0,
+        head=_head(model),
+        distill=distill,
     )
     peak, libraries = run.peak(), resident()
+    seconds = run.seconds(speed := speed_of(device), packed + kept) if timed else 0.0
+    if timed and budget is not None:  # the pass before: one stream, and a sweep for each width
+        probe = replace(run, streams=1)
+        seconds += probe.seconds(speed, 0)
+        seconds += (len(BITS) - 1) * replace(probe, samples=0).seconds(speed, 0)
+    # What batches hold, or all that is packed once more, before the dense tensors come.
+    beside = packed + (peak.files if distill is None else max(peak.files, packed + kept))
     return Plan(
         blocks=sum(not block.head for block in blocks),
         sites=counted,
@@ -194,14 +218,17 @@ def make_plan(
         device=str(device),
         device_memory=peak.device,
         device_memory_available=free(device) if apart else 0,
-        disk=_disk(checkpoint, form, layers, packed + kept, packed + peak.files, why)
-        if output
-        else 0,
+        disk=_disk(checkpoint, form, layers, packed + kept, beside, why) if output else 0,
         files=peak.files,
         disk_free=_free(output) if output else 0,
-        seconds=run.seconds(speed_of(device), packed + kept) if timed else 0.0,
+        seconds=seconds,
         notices=said,
     )
+
+
+def _head(model: Any) -> tuple[int, int]:
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return (0, 0) if weight is None else tuple(weight.shape)
 
 
 def calibration_size(

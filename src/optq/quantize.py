@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from optq.budget import Mixed
 from optq.core.grid import Storage
 from optq.core.qep import QEP
 from optq.core.solution import Solution
@@ -68,7 +69,7 @@ class Quantization:
         model: Any,
         blocks: list[Block],
         names: dict[str, str],
-        quantizer: Solver,
+        quantizer: Solver | Mixed,
         qep: QEP | None,
         storage: Storage,
         sink: Sink,
@@ -178,7 +179,7 @@ class Quantization:
 
 
 def names_on_disk(
-    model: Any, blocks: list[Block], checkpoint: Checkpoint, quantizer: Solver, form: Format
+    model: Any, blocks: list[Block], checkpoint: Checkpoint, quantizer: Solver | Mixed, form: Format
 ) -> dict[str, str]:
     """The names on disk of the model's tensors. Refuses a layer that cannot be written."""
     names = disk_names(model, checkpoint.files)

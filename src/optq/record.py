@@ -56,6 +56,49 @@ def without_tokens(layers: list[LayerRecord]) -> str | None:
     )
 
 
+class Choice(BaseModel):
+    """The width of layers that have one, within a budget, and why.
+
+    By the widths that the format can hold: ``errors`` are relative to the output, as a layer's
+    ``relative_error``; ``divergence`` is the estimate of how far the model's predictions would go
+    from full precision's because of these layers alone, in nats a token.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    layers: list[str]
+    weights: int
+    wbits: int
+    bytes: int  # in the file
+    errors: dict[int, float]
+    divergence: dict[int, float]
+
+    @property
+    def sensitivity(self) -> float:
+        """Nats a token for each unit of relative error."""
+        error = self.errors[self.wbits]
+        return self.divergence[self.wbits] / error if error else 0.0
+
+
+class DistillRecord(BaseModel):
+    """What the end-to-end tuning of the scales gave.
+
+    ``before`` and ``after`` are the mean divergence, in nats per token, of the predictions on
+    ``held_back`` samples of the calibration text from the full-precision model's, both of scales as
+    the file has them; None: not finite. What layers' records say is of the scales before it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: dict[str, Any]
+    held_back: int
+    steps: int  # that were taken
+    before: float | None
+    after: float | None
+    kept: bool  # else the scales are as they were
+    note: str = ""  # why it ended early
+
+
 class RunRecord(BaseModel):
     """One run: its settings, what it was calibrated on, and what became of each layer."""
 
@@ -70,6 +113,8 @@ class RunRecord(BaseModel):
     head: int | None = None  # bits of the head, where it is quantized
     dense: list[str]  # linear layers inside the blocks that stay as they were
     layers: list[LayerRecord]
+    choices: list[Choice] | None = None  # of widths, where there was a budget
+    distilled: DistillRecord | None = None
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
@@ -88,4 +133,5 @@ class RunRecord(BaseModel):
 
     def text(self) -> str:
         """What the file says."""
-        return json.dumps(self.model_dump(), indent=2) + "\n"
+        nothing = {"choices"} if self.choices is None else None
+        return json.dumps(self.model_dump(exclude=nothing), indent=2) + "\n"

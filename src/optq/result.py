@@ -10,7 +10,7 @@ from typing import Any
 
 from optq.formats import reader
 from optq.model.checkpoint import Checkpoint
-from optq.record import LayerRecord, RunRecord
+from optq.record import Choice, LayerRecord, RunRecord
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Result:
     seconds: dict[str, float]
     bits_per_weight: float  # of the quantized layers, scales and all
     bytes: int  # of the quantized layers in the file
+    choices: list[Choice] | None  # of widths, where there was a budget
     record: RunRecord  # what goes into the checkpoint's optq.json
     output: Path | None
     activations: dict[str, int]  # the most bytes that batches held: memory, host, files

@@ -22,19 +22,23 @@ from torch import Tensor
 
 from optq import __version__
 from optq.boundary import short
+from optq.budget import Mixed
 from optq.config import ModelConfig
+from optq.core.gptq import GPTQ
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
-from optq.data.given import given
+from optq.data.given import described, given
 from optq.data.text import Text
+from optq.distill import Distill, tuned
 from optq.errors import NumericsError, SettingError
 from optq.formats import FORMATS
 from optq.formats.journal import Journal, settings
-from optq.formats.notices import notices
+from optq.formats.notices import notices, of_widths
+from optq.formats.place import place_of
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
-from optq.formats.writer import Dropped, Kept, Writer, place_of
+from optq.formats.writer import Dropped, Kept, Writer
 from optq.model.activations import Activations
 from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
@@ -42,6 +46,7 @@ from optq.model.head import with_own_head
 from optq.model.shards import open_model
 from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
+from optq.probe import choose
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.ranks import Ranks, together
 from optq.record import RunRecord, without_tokens
@@ -56,19 +61,20 @@ class Runner:
     token ids ``[samples, tokens]``, or what :func:`optq.data.given.given` takes; ``output`` a
     folder to write as the run goes (without it the result keeps everything and can ``save``);
     ``seqlen`` defaults to 2048, or to the model's positions if those are fewer; ``skip`` is a
-    regular expression of layers to leave dense; ``head`` quantizes the output head too, to so many
-    bits, 8 or 4, and ``untie`` parts it from embeddings that are the head; ``chat`` passes the text
-    through the tokenizer's chat template; ``restart`` throws away what a run that was cut off has
-    left, from which the same settings would go on; ``qep`` is True or a :class:`QEP` (off unless
-    asked for, where the command's default below 8 bits is True); ``activation_memory`` is how many
-    bytes batches may hold on the device (default: half of what is free): the rest goes to host
-    memory, then to files;
-    ``progress`` is called after each site, ``reading(done, total)`` with the windows drawn from
-    ``c4``, ``notice`` with what a person should know.
+    regular expression of layers to leave dense; ``chat`` passes the text through the tokenizer's
+    chat template; ``restart`` throws away what a run that was cut off has left, from which the same
+    settings would go on; ``qep`` is True or a :class:`QEP` (off unless asked for, where the
+    command's default below 8 bits is True); ``activation_memory`` is how many bytes batches may
+    hold on the device (default: half of what is free): the rest goes to host memory, then to files;
+    ``distill`` tunes the scales of the result end to end; ``progress`` is called after each site,
+    ``tuning(step, steps, divergence)`` as :func:`optq.distill.distill` says, ``reading(done,
+    total)`` with the windows drawn from ``c4``, ``notice`` with what a person should know; ``head``
+    quantizes the output head too, to so many bits, 8 or 4, and ``untie`` parts it from embeddings
+    that are the head.
     """
 
     model_config: ModelConfig
-    quantizer: Solver
+    quantizer: Solver | Mixed
     qep: bool | QEP | None = False
     calib: str | Path | Tensor | Iterable[Any] | None = None
     output: str | Path | None = None
@@ -84,6 +90,8 @@ class Runner:
     progress: Callable[[Progress], None] = lambda _: None
     notice: Callable[[str], None] = lambda _: None
     reading: Callable[[int, int], None] | None = None
+    distill: Distill | None = None
+    tuning: Callable[[int, int, float], None] = lambda *_: None
     head: int | None = None
     untie: bool = False
 
@@ -120,8 +128,10 @@ class Runner:
         self, skeleton: Skeleton, form: Format, size: tuple[int, int], timed: bool = True
     ) -> Plan:
         device, output = self.model_config.torch_device(), self.output and Path(self.output)
+        if self.distill is not None:
+            self.distill.check(size[0])
         what = skeleton, form, self.quantizer, 2 if self.qep else 1, *size
-        return make_plan(*what, device, output or None, self.activation_memory, timed)
+        return make_plan(*what, device, output or None, self.activation_memory, timed, self.distill)
 
     def _checkpoint(self, whole: bool = True) -> Checkpoint:
         return with_own_head(self.model_config.plain_checkpoint(whole), self.head, self.untie)
@@ -129,6 +139,9 @@ class Runner:
     def _form(self) -> Format:
         """The format, with all settings checked."""
         self._check_types()
+        if self.head is not None and isinstance(self.quantizer, Mixed):
+            cause = f"the widths within {self.quantizer.flag} are those of the blocks' layers"
+            raise SettingError(cause, "leave out --head")
         if self.format not in FORMATS:
             raise SettingError(
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
@@ -171,6 +184,7 @@ class Runner:
         tokens = ranks.share(lambda: self._tokens(calib, checkpoint, model))
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink: Kept
+        journal = None
         if place is None:
             sink = Kept(form, dtype) if ranks.first else Dropped(form, dtype)
         else:
@@ -178,13 +192,26 @@ class Runner:
             journal = Journal(place, what, len(blocks), self.restart)
             sink = Writer(place, checkpoint, form, dtype, journal)
         progress: Callable[[Progress], None] = self.progress if ranks.first else lambda _: None
-        around = (storage, sink, self.output is None, progress, shards, ranks)
+        keep = self.output is None and self.distill is None  # which reads the model once more
+        around = (storage, sink, keep, progress, shards, ranks)
         work = Quantization(model, blocks, names, quantizer, qep, *around)
+        whole, distilled = model, None
         loaded = time.perf_counter() - started
         beside = None if place is None else place.part.parent
         held = Activations(device, self.activation_memory, beside, ranks.here)
+        choices = None
         try:
+            if isinstance(quantizer, Mixed):
+                start = time.perf_counter()
+                how = form, tokens, held, progress, ranks
+                choices = choose(quantizer, blocks, journal, checkpoint, self._blocks, *how)
+                work.seconds["choose"] = time.perf_counter() - start
+                for line in of_widths(form, banks) if ranks.first else ():
+                    self.notice(line)
             work.calibrate(tokens, held)
+            if self.distill is not None:
+                tuning = tokens, storage, self.distill, self.seed, self.tuning
+                whole, distilled = tuned(checkpoint, self._blocks, names, sink, device, *tuning)
         except torch.OutOfMemoryError as error:
             raise SettingError(
                 f"{device} has too little memory for {tokens.shape[0]} x {tokens.shape[1]} tokens",
@@ -203,24 +230,25 @@ class Runner:
         solved = {layer.name for layer in layers}
         record = RunRecord(
             optq=__version__,
-            method=type(quantizer).__name__.lower(),
-            quantizer=asdict(quantizer),  # type: ignore[call-overload]
+            **_told(quantizer),
             qep=None if qep is None else asdict(qep),
-            calibration=self._calibration(calib, tokens),
+            calibration=described(calib, tokens, self.seed, self.chat),
             bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
             bytes=sink.bytes,
             head=self.head,
             dense=[name for block in blocks for name in block.linears if name not in solved],
             layers=layers,
+            choices=choices,
+            distilled=distilled,
         )
         finishing, percdamp = time.perf_counter(), quantizer.percdamp
         dense, outside = dense_layers(checkpoint, names, model, blocks, sink.layers)
         of_experts = (x for bank in banks if bank.layers[0].solved for x in bank.layers)
         fused = {f"{x.name.rsplit('.', 2)[0]}.{x.attribute}" for x in of_experts}
         replaced = [names[name] for name in fused if name in names]
-        rest = dense, percdamp, record, outside, replaced
+        last = dense, percdamp, record, outside, replaced
         if isinstance(sink, Writer):
-            sink.finish(*rest)
+            sink.finish(*last)
         record = ranks.share(lambda: record)
         work.seconds["write"] += time.perf_counter() - finishing
 
@@ -232,7 +260,7 @@ class Runner:
             with place_of(path, checkpoint, force, self.notice) as other:
                 writer = Writer(other, checkpoint, form, dtype)
                 writer.take(sink)
-                writer.finish(*rest)
+                writer.finish(*last)
 
         total = time.perf_counter() - started
         return Result(
@@ -241,11 +269,12 @@ class Runner:
             seconds={"total": total, "load": loaded, **work.seconds},
             bits_per_weight=record.bits_per_weight,
             bytes=record.bytes,
+            choices=record.choices,
             record=record,
             output=None if self.output is None else Path(self.output),
             activations=held.most,
             sent=dict(ranks.sent),
-            _model=model if self.output is None else None,
+            _model=whole if self.output is None else None,
             _write=save,
         )
 
@@ -265,14 +294,14 @@ class Runner:
             checkpoint,
             device,
             tokens,
-            method=type(self.quantizer).__name__.lower(),
-            quantizer=asdict(self.quantizer),  # type: ignore[call-overload]
+            **_told(self.quantizer),
             qep=None if qep is None else asdict(qep),
+            distill=self.distill and asdict(self.distill) | {"seed": self.seed},
             format=self.format,
             skip=self.skip,
             head=self.head,
             dtype=self.model_config.dtype,
-            calibration=self._calibration(calib, tokens),
+            calibration=described(calib, tokens, self.seed, self.chat),
         )
 
     def _calib(self) -> str | Text | Tensor:
@@ -292,11 +321,8 @@ class Runner:
         check_vocabulary(model, tokens)
         return tokens
 
-    def _calibration(self, calib: str | Text | Tensor, tokens: Tensor) -> dict[str, Any]:
-        """What the checkpoint says of its calibration: a file's name, not where it lay."""
-        size = {"samples": tokens.shape[0], "seqlen": tokens.shape[1]}
-        if isinstance(calib, Tensor):
-            return {"text": "token ids", **size}
-        name = calib.name if isinstance(calib, Text) else calib
-        text = Path(name).name if Path(name).is_file() else name
-        return {"text": text, **size, "seed": self.seed, "chat": self.chat}
+
+def _told(quantizer: Solver | Mixed) -> dict[str, Any]:
+    kind = GPTQ if isinstance(quantizer, Mixed) else type(quantizer)
+    options = asdict(quantizer)  # type: ignore[arg-type]
+    return {"method": kind.__name__.lower(), "quantizer": options}

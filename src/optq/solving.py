@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from optq.budget import Mixed
 from optq.core.clock import elapsed
 from optq.core.error import output_energy
 from optq.core.grid import Storage
@@ -63,7 +64,7 @@ class Outcome:
 class Solving:
     """How sites are solved, and by whom."""
 
-    quantizer: Solver
+    quantizer: Solver | Mixed  # each layer knows its width where there are several
     qep: QEP | None
     storage: Storage
     ranks: Ranks
@@ -90,10 +91,8 @@ class Solving:
             return []
         quantizer = self.quantizer.at(some[0][0].layers[0].wbits)
         problems = [quantizer.problem(sums.H) for _, sums in some]
-        start, stop, _ = rows.indices(sum(layer.shape[0] for layer in some[0][0].layers))
-        most = max(LEAST, PORTION // (40 * len(problems[0].H)) // UNIT * UNIT)
-        portions = [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
-        parts = [self._portion(quantizer, some, problems, portion) for portion in portions]
+        few = portions(some[0][0], rows)
+        parts = [self._portion(quantizer, some, problems, portion) for portion in few]
         return [Outcome.cat(of_one) for of_one in zip(*parts, strict=True)]
 
     def _portion(
@@ -105,7 +104,7 @@ class Solving:
     ) -> list[Outcome]:
         weights, aims = [], []
         for (site, sums), problem in zip(some, problems, strict=True):
-            weights.append(weight := _stacked(site, rows))
+            weights.append(weight := stacked(site, rows))
             start, factor, qep = time.perf_counter(), problem.seconds["factor"], self.qep
             aims.append(None if qep is None else _aim(qep, problem, site, sums, weight, rows))
             factor -= problem.seconds["factor"]
@@ -139,7 +138,14 @@ def is_expert(site: Site) -> bool:
     return site.layers[0].expert is not None
 
 
-def _stacked(site: Site, some: slice) -> Tensor:
+def portions(site: Site, rows: slice) -> list[slice]:
+    """Of these ``rows`` of a site's stacked weights, those that are solved at a time."""
+    start, stop, _ = rows.indices(sum(layer.shape[0] for layer in site.layers))
+    most = max(LEAST, PORTION // (40 * site.layers[0].shape[1]) // UNIT * UNIT)
+    return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
+
+
+def stacked(site: Site, some: slice) -> Tensor:
     """These rows of the site's layers, one below the other, and no copy of the others."""
     parts, first = [], 0
     for layer in site.layers:

@@ -263,3 +263,27 @@ def test_detect(tmp_path):
     ):
         with pytest.raises(ModelError, match=message):
             declared(tmp_path, config)
+
+
+def test_mixed_widths_have_one_rule_each_that_matches_what_readers_fuse():
+    """vLLM asks a rule for ``qkv_proj``, ``gate_up_proj`` and all ``experts``, not for their parts"""
+    widths = {"self_attn.q_proj": 4, "self_attn.k_proj": 4, "self_attn.v_proj": 4}
+    widths |= {"self_attn.o_proj": 3, "mlp.gate_proj": 2, "mlp.up_proj": 2, "mlp.down_proj": 4}
+    names = {f"model.layers.0.{name}": bits for name, bits in widths.items()}
+    names |= {f"model.layers.1.self_attn.{part}_proj": 2 for part in "qkvo"}
+    names |= {f"model.layers.10.self_attn.{part}_proj": 3 for part in "qkvo"}
+    names |= {"model.layers.2.fc1": 4, "model.layers.2.fc2": 4, "model.layers.2.self_attn.q": 3}
+    for part in ("gate", "up", "down"):
+        names |= {f"model.layers.3.mlp.experts.{e}.{part}_proj": 2 for e in range(12)}
+        names[f"model.layers.3.mlp.shared_expert.{part}_proj"] = 8
+    layers = {name: LayerScheme(bits, 128, True) for name, bits in names.items()}
+    config = GPTQ_V1.config(layers, ["model.layers.2.self_attn.dense"], 0.01)
+    rules = config["dynamic"]
+    assert config["bits"] == 2 and len(rules) == 4  # of 3, 4 and 8 bits; and of what is dense
+    scheme = GPTQ_V1.detect(config)
+    assert {name: scheme.layer(name).wbits for name in names} == names
+    asked = {"0.self_attn.qkv_proj": 4, "0.mlp.gate_up_proj": 2, "1.self_attn.qkv_proj": 2}
+    asked |= {"10.self_attn.qkv_proj": 3, "3.mlp.experts": 2, "3.mlp.shared_expert.gate_up_proj": 8}
+    for name, bits in asked.items():
+        assert scheme.layer(f"model.layers.{name}").wbits == bits, name
+    assert scheme.layer("model.layers.2.self_attn.dense") is None

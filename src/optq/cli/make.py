@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from optq.model.blocks import Block
 
 DEFAULT_GROUPSIZE = 128
+DEFAULT_WBITS = 4
 
 
 @app.command()
@@ -37,7 +38,15 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     method: Annotated[str, typer.Option(help="gptq, rtn (round to nearest) or obq.")] = "gptq",
-    wbits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    wbits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. Default: 4.")] = None,
+    bits_per_weight: Annotated[
+        float | None,
+        typer.Option(help="Each layer its own width: so many in the mean, as stored, 3.25 say."),
+    ] = None,
+    in_all: Annotated[
+        str | None,
+        typer.Option("--size", help="The same, for a checkpoint of at most this size, 4.2GB say."),
+    ] = None,
     groupsize: Annotated[
         int | None,
         typer.Option(help="Columns to a scale; -1: the row. Default: 128, or 64 or 32 if it fits."),
@@ -121,14 +130,15 @@ def quantize(
     options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
     options |= {"actorder": actorder, "static_groups": static_groups}
     asked = DEFAULT_GROUPSIZE if groupsize is None else groupsize
-    quantizer = _quantizer(method, wbits, asked, plain, options)
+    budget = {"bits_per_weight": bits_per_weight, "size": size("--size", in_all)}
+    quantizer = _quantizer(method, wbits, budget, asked, plain, options)
     if groupsize is None or dry_run:
         checkpoint = with_own_head(config.plain_checkpoint(not dry_run), head, untie)
         skeleton = Skeleton.of(checkpoint, skip, head)
     if groupsize is None and skeleton:
         quantizer = replace(quantizer, groupsize=_groupsize(skeleton.blocks))
     if qep is None:
-        qep = method == "gptq" and not plain and BEST[wbits].qep
+        qep = method == "gptq" and not plain and BEST[wbits or DEFAULT_WBITS].qep
     memory = size("--activation-memory", activation_memory)
     calib = ("demo" if config.is_demo else "c4") if calib is None else calib
     runner = Runner(
@@ -161,29 +171,37 @@ def quantize(
         bar(0, 1, "reading model and text")
 
         def solved(step: Progress) -> None:
+            if not step.layers:
+                return bar(step.block, step.blocks, f"{step.site} at each width")
             worst = max(step.layers, key=lambda layer: layer.relative_error)
             note = f"{step.site} error {worst.relative_error:.2%}"
             bar(step.block, step.blocks, note)
 
         runner.progress = solved
+        runner.tuning = lambda step, steps, far: bar(step, steps, f"tuning: divergence {far:.4f}")
         runner.reading = lambda done, of: bar(0, 1, f"reading text: {done} of {of}")
         result = runner.run()
     if not reports():
         return
     if groupsize is None:
         _tell(quantizer.groupsize)
-    made = result.record.calibration
+    made, distilled = result.record.calibration, result.record.model_dump()["distilled"]
     if as_json:
         timed = [layer.model_dump() | {"seconds": layer.seconds} for layer in result.layers]
         settings = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
-        settings |= {"head": head, "actorder": False, "percdamp": None} | asdict(quantizer)
+        settings |= {"head": head, "wbits": None, "actorder": False, "percdamp": None}
+        settings |= asdict(quantizer)
         sizes = {"bits_per_weight": result.bits_per_weight, "bytes": result.bytes}
-        print_json(settings | sizes | {"seconds": result.seconds, "layers": timed})
+        chosen = {} if result.choices is None else {"choices": tables.chosen(result.choices)}
+        rest = {"seconds": result.seconds, "distilled": distilled, "layers": timed}
+        print_json(settings | sizes | chosen | rest)
         return
     weights = sum(layer.rows * layer.cols for layer in result.layers)
     total, rounding = (
         sum(getattr(layer, name) for layer in result.layers) for name in ("error", "rtn_error")
     )
+    if result.choices is not None:
+        tables.widths(tables.chosen(result.choices))
     tables.stages(result.seconds)
     tables.facts(
         {
@@ -193,6 +211,7 @@ def quantize(
             "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
             **tables.short_of_tokens([layer.model_dump() for layer in result.layers]),
             **tables.held(result.activations),
+            **tables.tuned(distilled),
             "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
             "next": f"optq eval {out}{' --text demo' if calib == 'demo' else ''}"
             f"    optq inspect {out}    optq generate {out} PROMPT",
@@ -207,6 +226,9 @@ def compare(
         str, typer.Option(help="Of rtn, plain (the paper's GPTQ), no-qep, gptq.")
     ] = "rtn,plain,no-qep,gptq",
     wbits: Annotated[str, typer.Option(help="Of 2, 3, 4, 8.")] = "4,3,2",
+    bits_per_weight: Annotated[
+        str | None, typer.Option(help="Budgets too: each layer its own width.")
+    ] = None,
     groupsize: Annotated[str | None, typer.Option(help="One or more; as of quantize.")] = None,
     calib: Annotated[str | None, typer.Option(help="As of quantize.")] = None,
     text: Annotated[str | None, typer.Option(help="Held-out text, as --text of eval.")] = None,
@@ -247,6 +269,7 @@ def compare(
         seqlen,
         seed,
         skip,
+        () if bits_per_weight is None else words("--bits-per-weight", bits_per_weight, float),
     )
     with progress.bar("optq compare") as bar:
         rows = [asdict(row) for row in comparison.run(results, bar)]
@@ -258,9 +281,15 @@ def compare(
 
 
 def _quantizer(
-    method: str, wbits: int, groupsize: int, plain: bool, options: dict[str, Any]
+    method: str,
+    wbits: int | None,
+    budget: dict[str, Any],
+    groupsize: int,
+    plain: bool,
+    options: dict[str, Any],
 ) -> Any:
     """The solver, with those options that it has; one that it lacks must not be asked for."""
+    from optq.budget import Mixed
     from optq.core.gptq import GPTQ
     from optq.core.methods import METHODS
 
@@ -273,8 +302,13 @@ def _quantizer(
             lacking | {"plain": plain or None}, method, "leave it out, or use --method gptq"
         )
     given = {name: value for name, value in options.items() if value is not None}
+    if any(value is not None for value in budget.values()):
+        if solver is not GPTQ:
+            refuse_given(budget, f"--method {method}", "leave it out, or use --method gptq")
+        refuse_given({"wbits": wbits}, "a run within a budget", "leave it out: widths are chosen")
+        return (Mixed.plain if plain else Mixed)(**budget, groupsize=groupsize, **given)
     build = GPTQ.plain if plain else solver
-    return build(wbits=wbits, groupsize=groupsize, **given)
+    return build(wbits=DEFAULT_WBITS if wbits is None else wbits, groupsize=groupsize, **given)
 
 
 def _groupsize(blocks: list[Block]) -> int:

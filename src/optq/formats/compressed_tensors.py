@@ -30,6 +30,7 @@ from optq.core.packing import pack, unpack
 from optq.core.weight import LayerScheme, QuantizedWeight, group_index
 from optq.errors import ModelError, OtherMethodError, SettingError
 from optq.formats.scheme import (
+    EXPERT,
     SCALES,
     Detected,
     Format,
@@ -231,9 +232,15 @@ def _groups(layers: Schemes) -> dict[str, Any]:
         targets[layers[name]] += dict.fromkeys([name, HEAD])
     for name in inside if len(same) > 1 else ():
         targets[layers[name]].append(name)
+        if experts := EXPERT.fullmatch(name):  # asked for by these names here, too
+            first = [f"{experts[1]}.0.{part}_proj" for part in ("gate", "up", "down")]
+            targets[layers[name]] += [each for each in first if each not in layers]
     if len(same) == 1:
         targets[same.pop()].append("Linear")
-    return {f"group_{index}": _group(*each) for index, each in enumerate(targets.items())}
+    return {
+        f"group_{index}": _group(layer, [*dict.fromkeys(names)])
+        for index, (layer, names) in enumerate(targets.items())
+    }
 
 
 def _group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:

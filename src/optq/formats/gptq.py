@@ -29,6 +29,7 @@ from optq.core.packing import pack, unpack
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, SettingError
 from optq.formats.scheme import (
+    EXPERT,
     SCALES,
     Detected,
     Format,
@@ -128,7 +129,7 @@ class GPTQFormat(Format):
     def config(
         self, layers: Schemes, dense: list[str], percdamp: float, outside: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """The ``quantization_config``: the commonest scheme, and a rule for each exception.
+        """The ``quantization_config``: the commonest scheme, and a rule for each other one.
 
         All dense experts of a block have one: vLLM asks for the name that they have together.
         Outside, a rule covers all that lies below the first name with nothing packed in it
@@ -159,9 +160,9 @@ class GPTQFormat(Format):
                 rules[rf"-:^{re.escape(whole)}(\.|$)"] = {}
         if has_drafts(layers, outside) and not any("mtp" in name for name in (*layers, *rules)):
             rules["-:.*mtp.*"] = {}
-        for name, layer in layers.items():
-            if layer != base:
-                rules[f"+:^{re.escape(name)}$"] = _settings(layer)
+        for layer, patterns in _others(layers, base).items():
+            every = patterns[0] if len(patterns) == 1 else f"(?:{'|'.join(patterns)})"
+            rules[f"+:^{every}$"] = _settings(layer)
         if any(rule.startswith("-:") for rule in rules):
             places = [name for name in layers if name not in heads]
             inside = {re.sub(r"^.*?\.\d+\.", "", name, count=1): None for name in places}
@@ -204,6 +205,35 @@ class GPTQFormat(Format):
             return base
 
         return Detected(self, layer)
+
+
+def _others(layers: Schemes, base: LayerScheme) -> dict[LayerScheme, list[str]]:
+    """What matches the layers of each scheme but ``base``, without its ends.
+
+    vLLM asks for the names of what it fuses, ``qkv_proj`` and all ``experts``: where several layers
+    of a module are alike, their pattern matches all names in it but those of the others.
+    """
+    inside: dict[str, dict[str, LayerScheme]] = {}
+    for name, layer in layers.items():
+        experts = EXPERT.fullmatch(name)
+        place, _, own = (experts[1] if experts else name).rpartition(".")
+        inside.setdefault(place, {})[own] = layer
+    found: dict[LayerScheme, list[str]] = {}
+    for place, members in inside.items():
+        for layer in dict.fromkeys(members.values()):
+            alike = [own for own, other in members.items() if other == layer]
+            if layer == base:
+                continue
+            pattern = re.escape(alike[0])
+            if alike == ["experts"]:
+                pattern += r"(?:\..+)?"
+            elif len(alike) > 1:
+                rest = "|".join(re.escape(own) for own in members if own not in alike)
+                pattern = (f"(?!(?:{rest})$)" if rest else "") + r"[^.]+"
+            found.setdefault(layer, []).append(
+                f"{re.escape(place)}\\.{pattern}" if place else pattern
+            )
+    return found
 
 
 def _settings(layer: LayerScheme) -> dict[str, Any]:

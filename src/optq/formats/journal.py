@@ -51,6 +51,7 @@ class Journal:
     """The blocks of ``place`` that are :attr:`done`, in the order in which they were finished.
 
     ``settings`` (see :func:`settings`) are those of this run, ``blocks`` how many it will finish.
+    :attr:`choices` are what the run has found out before its first block, for whoever goes on.
     With ``restart`` what an earlier run has left is thrown away. Raises :class:`OutputError` where
     that was another run.
     """
@@ -60,6 +61,7 @@ class Journal:
     ) -> None:
         self.place, self.settings, self.blocks = place, settings, blocks
         self.done: list[Done] = []
+        self.choices: list[Any] | None = None
         with writing(place.target):
             if place.keep and restart:
                 place.discard()
@@ -87,7 +89,8 @@ class Journal:
             sync(self.place.blocks)
             files = [path for path in (self.next_file, records) if path.exists()]
             line = {"sha256": {path.name: sha256(path) for path in files}}
-            lines = [line] if self.done else [self.settings, line]
+            known = {} if self.choices is None else {"choices": self.choices}
+            lines = [line] if self.done else [self.settings | known, line]
             with self.place.journal.open("ab" if self.done else "wb") as file:
                 file.write("".join(json.dumps(each) + "\n" for each in lines).encode())
                 file.flush()
@@ -110,6 +113,7 @@ class Journal:
                 f"--restart throws its {len(lines)} finished blocks away",
             )
         if lines and (then := _object(first)) is not None:
+            self.choices = then.pop("choices", None)
             self._compare(then, len(lines))
             named = [_sums(line) for line in lines]
             self._put_back([f"{i:05}.safetensors" for i, sums in enumerate(named) if len(sums) > 1])
@@ -120,6 +124,7 @@ class Journal:
                 found = _object(self.file(index, ".json").read_bytes())
                 self.done.append(Done.model_validate(found))
         if not self.done:
+            self.choices = None
             place.discard()
             place.notice(f"no block in {place.room} was whole: starting anew")
             return

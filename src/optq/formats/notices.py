@@ -74,6 +74,19 @@ def _of_experts(
     return [*lines, *_kernel(scheme.groupsize, banks)]
 
 
+def of_widths(form: Format, banks: list[Bank]) -> list[str]:
+    """The same of experts that have widths of their own, when these are known."""
+    widths = sorted({layer.wbits for bank in banks for layer in bank.layers if layer.wbits})
+    lines = []
+    if form is COMPRESSED_TENSORS and len(widths) > 1:  # it asks for one group of all of them
+        lines = ["transformers reads experts from these files only if all have the same width"]
+    if few := [str(wbits) for wbits in widths if wbits not in (4, 8)]:
+        lines.append(
+            f"vLLM does not run experts of {' and '.join(few)} bits: a larger budget would"
+        )
+    return lines
+
+
 def _becomes_another(bank: Bank, model: Any, names: dict[str, str]) -> bool:
     """Whether transformers makes other modules, or tensors, of an expert than are on disk."""
     first = bank.layers[0]

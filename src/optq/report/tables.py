@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from optq.record import Choice
+
 # What users call their files is not markup.
 stdout = Console(highlight=False, markup=False, emoji=False)
 if not stdout.is_terminal:  # a file or a pipe has no width: nothing is folded
@@ -22,6 +24,7 @@ TITLES = {
     "plain": "GPTQ, plain",
     "no-qep": "GPTQ, no QEP",
     "gptq": "GPTQ",
+    "budget": "GPTQ, within a budget",
 }
 
 
@@ -138,6 +141,37 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
     stdout.print(table)
 
 
+def chosen(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """What a program is told of a choice of widths."""
+    return [choice.model_dump() | {"sensitivity": choice.sensitivity} for choice in choices]
+
+
+def widths(choices: Sequence[Mapping[str, Any]]) -> None:
+    """Who got what width and why; the bar is the divergence that is left, in millinats a token."""
+    most = max(choice["divergence"][choice["wbits"]] for choice in choices) or 1.0
+    every = sorted({wbits for choice in choices for wbits in choice["divergence"]})
+    names = (f"at {wbits} bits" for wbits in every)
+    table = _table("layers", "weights", "bits", "error", "sensitivity", *names, "", left=(0,))
+    for choice in choices:
+        first, *more = choice["layers"]
+        found = _expert(first)
+        name = first if not more else f"{first}, {', '.join(x.rsplit('.', 1)[-1] for x in more)}"
+        left = choice["divergence"]
+        table.add_row(
+            f"{found[1]}: {len(choice['layers'])} layers of experts" if found else name,
+            f"{choice['weights'] / 1e6:.2f}M",
+            str(choice["wbits"]),
+            f"{choice['errors'][choice['wbits']]:.2%}",
+            f"{choice['sensitivity']:.3f}",
+            *(f"{1e3 * left[wbits]:.3f}" if wbits in left else "-" for wbits in every),
+            _bar(left[choice["wbits"]], most, width=20),
+        )
+    stdout.print(table)
+    stdout.print("at 2 bits ..: how far predictions diverge then, in millinats a token, estimated;")
+    stdout.print("sensitivity: nats a token for each unit of relative error")
+    stdout.print()
+
+
 def stages(seconds: Mapping[str, float]) -> None:
     """Where the time went."""
     total = seconds["total"] or 1.0
@@ -172,6 +206,19 @@ def held(most: Mapping[str, int]) -> dict[str, str]:
     places = {"memory": "in memory", "host": "in host memory", "files": "in files"}
     found = [f"{size(most[name])} {where}" for name, where in places.items() if most.get(name)]
     return {"activations": ", ".join(found)} if len(found) > 1 else {}
+
+
+def tuned(found: Mapping[str, Any] | None) -> dict[str, str]:
+    """What tuning the scales end to end has given; nothing where they were not tuned."""
+    if found is None:
+        return {}
+    ends = f"{found['steps']} steps" + (f" ({found['note']})" if found["note"] else "")
+    before, after = (
+        "no number" if found[n] is None else f"{found[n]:.4f}" for n in ("before", "after")
+    )
+    if not found["kept"]:
+        return {"scales": f"as they were: nothing was gained in {ends} on a divergence of {before}"}
+    return {"scales": f"tuned in {ends}: divergence {before} to {after} on samples held back"}
 
 
 def layers(records: Sequence[Mapping[str, Any]]) -> None:
