@@ -313,7 +313,7 @@ def test_what_contradicts_the_model_is_refused(tmp_path, monkeypatch):
             with pytest.raises(SettingError) as refusal:
                 act(runner(folder, out=tmp_path / "out", calib="no-such-text", **options))
             assert cause in refusal.value.cause and remedy in refusal.value.remedy
-    with pytest.raises(SettingError, match="--bits-per-weight 3.5 are those of the blocks'"):
+    with pytest.raises(SettingError, match=r"--bits-per-weight 3\.5 are those of the blocks'"):
         runner(own, Mixed(3.5)).run()
     for head in (None, nn.Embedding(8, 8)):
         kind = transformers.LlamaForCausalLM
