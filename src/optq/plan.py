@@ -53,10 +53,10 @@ class Skeleton:
     skip: str | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, skip: str | None) -> Skeleton:
+    def of(cls, checkpoint: Checkpoint, skip: str | None, head: int | None = None) -> Skeleton:
         model = empty_model(checkpoint).eval()
         model.to(model.config.dtype)  # it is made in float32
-        return cls(checkpoint, model, find_blocks(model, skip), skip)
+        return cls(checkpoint, model, find_blocks(model, skip, head), skip)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ def make_plan(
     assert not isinstance(quantizer, Mixed)
     scheme = quantizer.scheme()
     if budget is None:
-        said = [*notices(form, scheme, model, banks, skipped, names), *said]
+        head = any(block.head for block in blocks)
+        said = [*notices(form, scheme, model, banks, skipped, names, head), *said]
     layers = [layer for block in blocks for site in sites[block] for layer in site.layers]
     shapes = Counter((layer.shape, of_layer(scheme, layer)) for layer in layers)
     packed_of = {
@@ -203,7 +204,7 @@ def make_plan(
     # What batches hold, or all that is packed once more, before the dense tensors come.
     beside = packed + (peak.files if tune.model is None else max(peak.files, packed + kept))
     return Plan(
-        blocks=len(blocks),
+        blocks=sum(not block.head for block in blocks),
         sites=counted,
         layers=len(layers),
         weights=weights,
