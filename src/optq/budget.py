@@ -124,6 +124,8 @@ class Budget:
             for kind in {*kinds} - known.keys():
                 known[kind] = _sizes(kind, schemes, form, dtype)
             widths = [wbits for wbits in BITS if all(wbits in known[kind] for kind in kinds)]
+            if fixed := {layer.wbits for layer in layers if layer.wbits}:  # of a head, say
+                widths = [wbits for wbits in widths if wbits in fixed]
             sizes = {wbits: sum(known[kind][wbits] for kind in kinds) for wbits in widths}
             parts.append(Part(tuple(layers), sizes))
         weights = sum(part.weights for part in parts)
@@ -131,7 +133,7 @@ class Budget:
         beside = _beside(layers, form, checkpoint, names)
         if mixed.size is None:
             assert mixed.bits_per_weight is not None
-            most = int(mixed.bits_per_weight * weights / 8)
+            most = int(round(mixed.bits_per_weight * weights / 8, 3))
         else:
             most = mixed.size - beside
         budget = cls(tuple(parts), weights, beside, most)
@@ -194,20 +196,20 @@ def knapsack(
     one = csr_array((np.ones(len(options)), ([part for part, _ in options], columns)))
     cost = np.array([costs[part][wbits] for part, wbits in options])
     size = np.array([sizes[part][wbits] for part, wbits in options], dtype=float)
-    found = milp(
-        cost / (cost.max() or 1.0),
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        # In parts of the budget: what the solver takes for zero is 1e-6 of it, so a little less.
-        constraints=[
-            LinearConstraint(one, 1, 1),
-            LinearConstraint(size[None] / most, 0, 1 - 2e-6),
-        ],
-        options={"mip_rel_gap": 1e-4},
-    )
-    if found.x is None:  # but for that little there is one choice alone
-        return [min(size, key=size.__getitem__) for size in sizes]
-    return [wbits for (_, wbits), taken in zip(options, found.x, strict=True) if taken > 0.5]
+    for margin in (0, 2e-6):  # what the solver takes for zero is 1e-6
+        found = milp(
+            cost / (cost.max() or 1.0),
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one, 1, 1),
+                LinearConstraint(size[None] / most, 0, 1 - margin),
+            ],
+            options={"mip_rel_gap": 1e-4},
+        )
+        if found.x is not None and size @ (taken := found.x > 0.5) <= most:
+            return [options[index][1] for index in np.flatnonzero(taken)]
+    return [min(size, key=size.__getitem__) for size in sizes]  # nothing else is so small
 
 
 def _sizes(

@@ -140,23 +140,20 @@ def make_plan(
 ) -> Plan:
     """The plan of a run; ``timed``: with an estimate of its time, which takes a moment."""
     checkpoint, model, blocks = skeleton.checkpoint, skeleton.model, skeleton.blocks
-    names = names_on_disk(model, blocks, checkpoint, quantizer, form)
+    names, scheme = names_on_disk(model, blocks, checkpoint, quantizer, form), quantizer.scheme()
     if not checkpoint.whole:
         _check_fit(checkpoint, model, blocks, names)
     banks = [bank for block in blocks for bank in block.banks]
     skipped = [bank for block in blocks for bank in block.dense]
-    said = [*_of_files(checkpoint)]
+    said = [*notices(form, scheme, model, banks, skipped, names), *_of_files(checkpoint)]
     sites, held, counted = sites_of(model, blocks, seqlen, said)
-    mixed, budget = quantizer, None
-    if isinstance(mixed, Mixed):
+    budget = None
+    if isinstance(quantizer, Mixed):
         flat = (site for block in blocks for site in sites[block])
-        budget = Budget.of(mixed, flat, form, model.dtype, checkpoint, names)
-        quantizer = mixed.at(budget.uniform())
-        said.insert(0, "the run measures first which layers need their bits, and tells them")
-    assert not isinstance(quantizer, Mixed)
-    scheme = quantizer.scheme()
-    if budget is None:
-        said = [*notices(form, scheme, model, banks, skipped, names), *said]
+        budget = Budget.of(quantizer, flat, form, model.dtype, checkpoint, names)
+        quantizer = quantizer.at(budget.uniform())
+        scheme = quantizer.scheme()
+        said.append("a pass before the run finds out which layers get how many bits")
     layers = [layer for block in blocks for site in sites[block] for layer in site.layers]
     shapes = Counter((layer.shape, of_layer(scheme, layer)) for layer in layers)
     packed_of = {
