@@ -84,7 +84,7 @@ def quality(trial: Trial, bits: list[int], seeds: int, pythons: dict[str, str | 
     asked = [("none", 16, 0)]
     for wbits in bits:
         asked += [(way, wbits, seed) for seed in range(seeds) for way in WAYS]
-        asked += [(peer, wbits, 0) for peer, (tool, _) in PEERS.items() if pythons[tool]]
+        asked += [(peer, wbits, 0) for peer, (tool, _) in PEERS.items() if pythons.get(tool)]
     for key in asked:
         way, wbits, seed = key
         if key in done or (way == "rtn" and seed):

@@ -1,10 +1,12 @@
 """Held-out perplexity, paired over calibration seeds: ``python bench/quality.py MODEL...``.
 
-A model is ``demo`` or a folder of ``bench/english.py`` (with ``calibration.txt`` and
-``evaluation.txt``). For each model, number of bits and seed every variant is quantized on the same
-tokens (64 windows of 512, as the demo) and measured on the same held-out text. What counts is the
-rise over full precision, as a share of plain GPTQ's with the same seed: one number, its mean and
-its spread over seeds.
+A model is ``demo`` or a folder of ``bench/english.py`` or ``bench/smollm2.py`` (with
+``calibration.txt`` and ``evaluation.txt``). For each model, number of bits and seed every variant
+is quantized on the same tokens (64 windows of 512, as the demo) and measured on the same held-out
+text. What counts is the rise over full precision, as a share of plain GPTQ's (``--of``: of another
+variant's) with the same seed: one number, its mean and its spread over seeds. Groups are of 128
+columns, of 64 where 128 does not divide the hidden size. The table also takes the variants of
+``bench/quality_peers.py``, of what is in the results.
 
 Options were chosen with ``--choosing``, on the first windows of the held-out text; the numbers
 that count come from later ones. A rise of half a percent is mostly luck, good or bad (the part of
@@ -20,7 +22,7 @@ import json
 import math
 import statistics
 import time
-from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,14 +37,14 @@ CHOOSING, FINAL = 64, 192  # windows of the held-out text
 
 
 def gptq(**options):
-    return lambda wbits, sym: (GPTQ.plain if options else GPTQ)(wbits, GROUPSIZE, sym, **options)
+    return partial(GPTQ.plain if options else GPTQ, **options)
 
 
 STATIC = {"actorder": True, "static_groups": True}
-# name -> (quantizer of (wbits, sym), error propagation)
+# name -> (quantizer of (wbits, groupsize, sym), error propagation[, what is tuned afterwards])
 VARIANTS = {
-    "rtn": (lambda wbits, sym: RTN(wbits, GROUPSIZE, sym), False),
-    "plain": (lambda wbits, sym: GPTQ.plain(wbits, GROUPSIZE, sym), False),
+    "rtn": (RTN, False),
+    "plain": (GPTQ.plain, False),
     "static": (gptq(static_groups=True), False),
     "actorder": (gptq(**STATIC), False),
     "group-order": (gptq(actorder="group"), False),
@@ -83,6 +85,12 @@ VARIANTS = {
     "default+qep1.0-alpha1": (gptq(), QEP(1.0, 1.0)),
     "default+qep.1-alpha1": (gptq(), QEP(1.0, 0.1)),
     "default-mse+qep": (gptq(actorder="group", polish=2), True),
+    "blocks": (gptq(), True, "blocks"),
+    "model": (gptq(), True, "model"),
+}
+MEASURES = {
+    "perplexity": lambda value, full: value - full,
+    "divergence": lambda value, full: value,
 }
 
 
@@ -119,6 +127,17 @@ def split(full, quantized, rise: float, windows: torch.Tensor) -> dict[str, floa
     return {"square": round(500 * (rise + other), 3), "linear": round(500 * (rise - other), 3)}
 
 
+def groupsize(model) -> int:
+    return 64 if model.config.hidden_size % GROUPSIZE else GROUPSIZE
+
+
+def read(results: Path) -> dict[tuple, dict]:
+    """The rows of a results file by model, variant, bits and seed."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    rows = map(json.loads, lines)
+    return {(row["model"], row["variant"], row["wbits"], row["seed"]): row for row in rows}
+
+
 def texts(model: str) -> tuple[str, str]:
     if model == "demo":
         return "demo", "demo"
@@ -129,10 +148,21 @@ def label(model: str) -> str:
     return Path(model).name
 
 
+def quantize(model: str, variant: str, wbits: int, seed: int, groupsize: int):
+    """The model as a variant makes it."""
+    build, qep, *tune = VARIANTS[variant]
+    options = {"calib": texts(model)[0], "nsamples": SAMPLES, "seqlen": SEQLEN, "seed": seed}
+    if tune:
+        options["tune"] = tune[0]
+    quantizer = build(wbits, groupsize, True)
+    return Runner(ModelConfig(model, "cpu"), quantizer, qep, **options).run().model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--of", default="plain", help="the variant whose shares are printed")
     parser.add_argument("--wbits", default="4,3,2")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
@@ -141,20 +171,15 @@ def main() -> None:
     parser.add_argument("--split", action="store_true", help="rises into square and linear parts")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    names, part = arguments.variants.split(","), choosing if arguments.choosing else final
-    done = {}
-    if arguments.results.exists():
-        for line in arguments.results.read_text().splitlines():
-            row = json.loads(line)
-            done[row["model"], row["variant"], row["wbits"], row["seed"]] = row
+    names = list(dict.fromkeys([arguments.of, *arguments.variants.split(",")]))
+    part, done = choosing if arguments.choosing else final, read(arguments.results)
     for model in arguments.models:
-        config, (calib, text) = ModelConfig(model, "cpu"), texts(model)
-        loaded, tokenizer = config.load()
-        windows = part(evaluation_tokens(text, tokenizer, SEQLEN))
+        loaded, tokenizer = ModelConfig(model, "cpu").load()
+        windows = part(evaluation_tokens(texts(model)[1], tokenizer, SEQLEN))
         runs = [("none", 16, 0)]
         for wbits in map(int, arguments.wbits.split(",")):
             for seed in range(arguments.seeds):
-                runs += [(variant, wbits, seed) for variant in dict.fromkeys(["plain", *names])]
+                runs += [(variant, wbits, seed) for variant in names if variant in VARIANTS]
         for variant, wbits, seed in runs:
             key = (label(model), variant, wbits, seed)
             if key in done:
@@ -162,12 +187,12 @@ def main() -> None:
             start = time.perf_counter()
             quantized = loaded
             if variant != "none":
-                build, qep = VARIANTS[variant]
-                options = {"calib": calib, "nsamples": SAMPLES, "seqlen": SEQLEN, "seed": seed}
-                quantized = Runner(config, build(wbits, True), qep, **options).run().model
+                quantized = quantize(model, variant, wbits, seed, groupsize(loaded))
+                quantizing = time.perf_counter() - start
             row = dict(zip(("model", "variant", "wbits", "seed"), key, strict=True))
             row["perplexity"] = round(perplexity(quantized, windows).perplexity, 5)
             if variant != "none":
+                row["quantize_seconds"] = round(quantizing, 1)
                 row["divergence"] = round(divergence(loaded, quantized, windows[:CHOOSING]), 4)
                 if arguments.split:
                     rise = math.log(
@@ -183,24 +208,23 @@ def main() -> None:
 
 
 def print_table(done, model: str, wbits: int, names: list[str], seeds: int) -> None:
-    """Mean rise in perplexity, and the mean and spread of its share of plain GPTQ's."""
+    """Mean rise and divergence, and the mean and spread of their shares of the first name's."""
     full = done[model, "none", 16, 0]["perplexity"]
-    rises = defaultdict(list)
-    for variant in dict.fromkeys(["plain", *names]):
-        for seed in range(seeds):
-            rises[variant].append(done[model, variant, wbits, seed]["perplexity"] - full)
-    print(f"{model}, {wbits} bits, full precision {full:.3f}, {seeds} seeds")
-    for variant, found in rises.items():
-        shares = [rise / plain for rise, plain in zip(found, rises["plain"], strict=True)]
-        spread = statistics.stdev(shares) if seeds > 1 else 0.0
-        rows = [done[model, variant, wbits, seed] for seed in range(seeds)]
-        far = [row["divergence"] for row in rows if "divergence" in row]
-        print(
-            f"  {variant:26} +{statistics.mean(found):9.3f}   "
-            f"{statistics.mean(shares):6.3f} +- {spread:.3f} of plain"
-            + (f"   divergence {statistics.mean(far):.3f}" if far else ""),
-            flush=True,
-        )
+    print(f"{model}, {wbits} bits, full precision {full:.3f}, {seeds} seeds; shares of {names[0]}")
+    for variant in names:
+        line = f"  {variant:26}"
+        for what, measure in MEASURES.items():
+            pairs = []
+            for seed in range(seeds):  # a peer may have fewer
+                pair = [done.get((model, name, wbits, seed), {}) for name in (variant, names[0])]
+                if all(what in row for row in pair):
+                    pairs.append([measure(row[what], full) for row in pair])
+            if pairs:
+                shares = [own / other for own, other in pairs]
+                spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
+                mean = statistics.mean(own for own, _ in pairs)
+                line += f"   {what} {mean:+10.3f} {statistics.mean(shares):6.3f} +- {spread:.3f}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from optq import GPTQ, RTN, ModelConfig, Runner
 from optq.cli import app
+from optq.distill import Distill
 from optq.errors import ModelError, OutputError
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
@@ -253,3 +254,16 @@ def test_experts_are_tried_on_few_weights():
     small = block.banks[0]._small(torch.Generator().manual_seed(0))
     assert len(small.down_proj) == len(module.down_proj) == 300
     assert len(small.down_proj.unique(dim=0)) < 40
+
+
+def test_tuning_the_scales_is_in_the_plan(tmp_path):
+    """Its memory, its time, and the packed tensors once more beside those of the journal."""
+    folder, out = saved(tmp_path / "model", configs.llama()), tmp_path / "out"
+    plain, tuned = (
+        runner(folder, out, GPTQ(4, 32), distill=distill).plan() for distill in (None, Distill())
+    )
+    assert tuned.seconds > plain.seconds and tuned.memory >= plain.memory
+    assert tuned.packed_bytes == plain.packed_bytes
+    assert tuned.disk >= plain.disk >= 2 * plain.packed_bytes
+    short, long = (runner(folder, out, GPTQ(4, 32), distill=Distill(n)).plan() for n in (10, 100))
+    assert long.seconds > short.seconds

@@ -25,7 +25,7 @@ with measurement.seconds("load"):
         str(args.model),
         QuantizeConfig(
             bits=args.wbits,
-            group_size=128,
+            group_size=args.groupsize,
             sym=True,
             desc_act=args.best == "act",
             act_group_aware=args.best == "group",

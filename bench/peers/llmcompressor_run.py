@@ -20,7 +20,7 @@ dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
 
 weights = QuantizationArgs(
     num_bits=args.wbits,
-    group_size=128,
+    group_size=args.groupsize,
     strategy="group",
     symmetric=True,
     observer="mse" if args.best else "minmax",

@@ -59,7 +59,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=Path, required=True, help="int64 [sequences, length] .pt")
     parser.add_argument("--out", type=Path, required=True, help="where the quantized model goes")
     parser.add_argument("--wbits", type=int, default=4)
+    parser.add_argument("--groupsize", type=int, default=128)
     parser.add_argument("--best", help="the tool's settings for quality instead of speed, by name")
+    parser.add_argument(
+        "--iters", type=int, default=200, help="steps a block, of a tool that tunes"
+    )
     return parser.parse_args()
 
 

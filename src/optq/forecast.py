@@ -19,6 +19,9 @@ What is left dense is checked for finite values one tensor at a time. All of it 
 process has when the run begins: the libraries, measured. Mapped files do not count: the system
 drops their pages when others need the room.
 
+Tuning the scales of all blocks at once has the whole model in memory, with its codes, and of a
+portion of a batch what lies between blocks, one block's activations, and its logits five times.
+
 What batches hold is bounded by ``--activation-memory``: the rest goes from a GPU to main memory,
 and then to files.
 
@@ -44,14 +47,21 @@ from optq.core.hessian import TOKENS
 from optq.core.precision import exact_products, quick_dtype
 from optq.core.rtn import RTN
 from optq.core.solver import Solver
+from optq.distill import Distill
 from optq.model.scout import Held
 from optq.model.shapes import BlockShape, SiteShape
+from optq.model.student import CHUNK
+from optq.model.student import TOKENS as AT_ONCE
 from optq.quantize import BATCH_TOKENS
 from optq.solving import LEAST, MEMORY, PORTION
 
 # Of what a solver lets go, the allocator keeps a part until its site is done.
 SLACK = 1.5
 WORKING = 150 * 10**6  # bytes that the libraries take when their products are first used
+# Of what a block's forward has at a time without gradients, what it and its backward pass have with
+# them: 0.9 (OPT) to 3.5 (experts) is kept, and as much again is made.
+WITH_GRADIENTS = 5
+MOVING = 24  # bytes to a scale that is tuned: its start, factor, gradient, best, and Adam's two
 # What a run takes of the time that its products and passes would, each at the speed measured for
 # one: 2.1 to 4.2 in ``bench/plan.py``.
 SLOWER = 2.6
@@ -75,7 +85,8 @@ class Run:
     ``held`` is of one sample; ``item`` bytes of a number of the model's; ``outside`` bytes of what
     is needed all the time, embeddings above all, of which ``cast`` are not as they are on disk;
     ``dense`` numbers of the largest tensor that stays as it is. ``limit`` bounds what batches hold
-    on the device, ``host_limit`` beside a GPU in main memory.
+    on the device, ``host_limit`` beside a GPU in main memory. ``head`` are the rows and columns of
+    the head, whose weight ``outside`` leaves out.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -91,6 +102,8 @@ class Run:
     device: torch.device
     limit: int
     host_limit: int
+    head: tuple[int, int]
+    distill: Distill | None = None
 
     @property
     def propagates(self) -> bool:
@@ -98,6 +111,12 @@ class Run:
 
     def peak(self) -> Peak:
         """Bytes in main memory, on the device and in files, above those at the start."""
+        if self.distill is None:
+            return self._of_blocks()
+        blocks, (host, device) = self._of_blocks(), self._of_tuning(self.distill)
+        return Peak(max(blocks.host, host), max(blocks.device, device), blocks.files)
+
+    def _of_blocks(self) -> Peak:
         apart = self.device.type != "cpu"
         at_work = max(self._of_block(block) for block in self.blocks)
         # As a block comes, and as it goes to disk.
@@ -110,6 +129,22 @@ class Run:
             return Peak(always + host + max(there, goes, end), self.outside + at_work, files)
         coming = there + self._kept(self.held.between)[0]
         return Peak(always + max(at_work, coming, end), 0, host + files)
+
+    def _of_tuning(self, distill: Distill) -> tuple[int, int]:
+        """What :mod:`optq.distill` has in main memory and on a device of its own."""
+        rows, columns = self.head
+        weights = sum(site.weights for block in self.blocks for site in block.sites)
+        groupsize = max(1, self.quantizer.scheme().groupsize)
+        at_once = min(distill.batch, max(1, AT_ONCE // self.seqlen))
+        running = WITH_GRADIENTS * at_once * self.held.running
+        logits = 5 * at_once * self.seqlen * rows * self.item + 16 * CHUNK * rows
+        at_work = sum(block.bytes for block in self.blocks) + weights
+        at_work += MOVING * weights // groupsize + 16 * max(b.largest for b in self.blocks)
+        at_work += at_once * self.held.between * len(self.blocks) + max(running, logits)
+        host = WORKING + self.cast + self.samples * self.seqlen * columns * self.item
+        if self.device.type == "cpu":
+            return host + at_work, 0
+        return host, self.outside + rows * columns * self.item + at_work
 
     def _kept(self, of_sample: int) -> tuple[int, int, int]:
         """What batches hold on the device, in host memory and in files: they are filled in turn."""
@@ -182,8 +217,25 @@ class Run:
                 weights += site.weights
         passes = PASSES["rtn"] if not solved else PASSES["sweep"] + PASSES["polish"] * rounds
         passes += PASSES["search"] * self.quantizer.mse
+        quick += 0 if self.distill is None else self._products(self.distill, weights)
         moved = 4 * weights * passes + (written + sum(block.bytes for block in self.blocks)) * 4
         return SLOWER * (exact / speed.exact + quick / speed.quick + moved / speed.bytes)
+
+    def _products(self, distill: Distill, weights: float) -> float:
+        """Multiply-adds of tuning: a forward pass again and twice as much back, of each step."""
+        rows, columns = self.head
+        tokens, held_back = self.samples * self.seqlen, distill.held_back(self.samples)
+        seen = distill.steps * distill.batch * self.seqlen
+        looked = (1 + distill.steps // distill.every) * held_back * self.seqlen
+        once = sum(
+            site.weights * (min(1, self.held.experts / site.count) if site.count > 1 else 1)
+            for block in self.blocks
+            for site in block.sites
+        )
+        # The head reads both models' states; weights are made, and gradients reduced, by passes.
+        products = tokens * (once + rows * columns)
+        products += looked * (once + 2 * rows * columns) + seen * (4 * once + 3 * rows * columns)
+        return products + distill.steps * 256 * weights
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from optq.budget import Budget, Mixed
 from optq.core.grid import BITS
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
+from optq.distill import Distill
 from optq.errors import OutputError, SettingError
 from optq.forecast import Run, resident, speed_of
 from optq.formats.fit import of_layer
@@ -137,6 +138,7 @@ def make_plan(
     output: Path | None,
     activation_memory: int | None = None,
     timed: bool = True,
+    distill: Distill | None = None,
 ) -> Plan:
     """The plan of a run; ``timed``: with an estimate of its time, which takes a moment."""
     checkpoint, model, blocks = skeleton.checkpoint, skeleton.model, skeleton.blocks
@@ -186,6 +188,8 @@ def make_plan(
         device=device,
         limit=int(SHARE * free(device)) if activation_memory is None else activation_memory,
         host_limit=int(SHARE * free(cpu)) if apart else 0,
+        head=_head(model),
+        distill=distill,
     )
     peak, libraries = run.peak(), resident()
     seconds = run.seconds(speed := speed_of(device), packed + kept) if timed else 0.0
@@ -193,6 +197,8 @@ def make_plan(
         probe = replace(run, streams=1)
         seconds += probe.seconds(speed, 0)
         seconds += (len(BITS) - 1) * replace(probe, samples=0).seconds(speed, 0)
+    # What batches hold, or all that is packed once more, before the dense tensors come.
+    beside = packed + (peak.files if distill is None else max(peak.files, packed + kept))
     return Plan(
         blocks=len(blocks),
         sites=counted,
@@ -208,14 +214,17 @@ def make_plan(
         device=str(device),
         device_memory=peak.device,
         device_memory_available=free(device) if apart else 0,
-        disk=_disk(checkpoint, form, layers, packed + kept, packed + peak.files, why)
-        if output
-        else 0,
+        disk=_disk(checkpoint, form, layers, packed + kept, beside, why) if output else 0,
         files=peak.files,
         disk_free=_free(output) if output else 0,
         seconds=seconds,
         notices=said,
     )
+
+
+def _head(model: Any) -> tuple[int, int]:
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return (0, 0) if weight is None else tuple(weight.shape)
 
 
 def calibration_size(

@@ -80,6 +80,25 @@ class Choice(BaseModel):
         return self.divergence[self.wbits] / error if error else 0.0
 
 
+class DistillRecord(BaseModel):
+    """What the end-to-end tuning of the scales gave.
+
+    ``before`` and ``after`` are the mean divergence, in nats per token, of the predictions on
+    ``held_back`` samples of the calibration text from the full-precision model's, both of scales as
+    the file has them; None: not finite. What layers' records say is of the scales before it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: dict[str, Any]
+    held_back: int
+    steps: int  # that were taken
+    before: float | None
+    after: float | None
+    kept: bool  # else the scales are as they were
+    note: str = ""  # why it ended early
+
+
 class RunRecord(BaseModel):
     """One run: its settings, what it was calibrated on, and what became of each layer."""
 
@@ -94,6 +113,7 @@ class RunRecord(BaseModel):
     dense: list[str]  # linear layers inside the blocks that stay as they were
     layers: list[LayerRecord]
     choices: list[Choice] | None = None  # of widths, where there was a budget
+    distilled: DistillRecord | None = None
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:

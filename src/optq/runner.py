@@ -28,15 +28,17 @@ from optq.core.gptq import GPTQ
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
-from optq.data.given import given
+from optq.data.given import described, given
 from optq.data.text import Text
+from optq.distill import Distill, tuned
 from optq.errors import NumericsError, SettingError
 from optq.formats import FORMATS
 from optq.formats.journal import Journal, settings
 from optq.formats.notices import notices, of_widths
+from optq.formats.place import place_of
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
-from optq.formats.writer import Dropped, Kept, Writer, place_of
+from optq.formats.writer import Dropped, Kept, Writer
 from optq.model.activations import Activations
 from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
@@ -63,8 +65,9 @@ class Runner:
     settings would go on; ``qep`` is True or a :class:`QEP` (off unless asked for, where the
     command's default below 8 bits is True); ``activation_memory`` is how many bytes batches may
     hold on the device (default: half of what is free): the rest goes to host memory, then to files;
-    ``progress`` is called after each site, ``reading(done, total)`` with the windows drawn from
-    ``c4``, ``notice`` with what a person should know.
+    ``distill`` tunes the scales of the result end to end; ``progress`` is called after each site,
+    ``tuning(step, steps, divergence)`` as :func:`optq.distill.distill` says, ``reading(done,
+    total)`` with the windows drawn from ``c4``, ``notice`` with what a person should know.
     """
 
     model_config: ModelConfig
@@ -84,6 +87,8 @@ class Runner:
     progress: Callable[[Progress], None] = lambda _: None
     notice: Callable[[str], None] = lambda _: None
     reading: Callable[[int, int], None] | None = None
+    distill: Distill | None = None
+    tuning: Callable[[int, int, float], None] = lambda *_: None
 
     def run(self) -> Result:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
@@ -118,8 +123,10 @@ class Runner:
         self, skeleton: Skeleton, form: Format, size: tuple[int, int], timed: bool = True
     ) -> Plan:
         device, output = self.model_config.torch_device(), self.output and Path(self.output)
+        if self.distill is not None:
+            self.distill.check(size[0])
         what = skeleton, form, self.quantizer, 2 if self.qep else 1, *size
-        return make_plan(*what, device, output or None, self.activation_memory, timed)
+        return make_plan(*what, device, output or None, self.activation_memory, timed, self.distill)
 
     def _form(self) -> Format:
         """The format, with all settings checked."""
@@ -159,7 +166,7 @@ class Runner:
         qep = QEP() if self.qep is True else self.qep or None
         if ranks.first:
             size = calibration_size(calib, model, self.nsamples, self.seqlen)
-            plan = self._plan(Skeleton.of(checkpoint, self.skip), form, size, timed=False)
+            plan = self._plan(Skeleton.of(checkpoint, self.skip), form, size, False)
             plan.check(self.output)
             for line in plan.warnings():
                 self.notice(line)
@@ -174,8 +181,10 @@ class Runner:
             journal = Journal(place, what, len(blocks), self.restart)
             sink = Writer(place, checkpoint, form, dtype, journal)
         progress: Callable[[Progress], None] = self.progress if ranks.first else lambda _: None
-        rest = (storage, sink, self.output is None, progress, shards, ranks)
-        work = Quantization(model, blocks, names, quantizer, qep, *rest)
+        keep = self.output is None and self.distill is None  # which reads the model once more
+        around = (storage, sink, keep, progress, shards, ranks)
+        work = Quantization(model, blocks, names, quantizer, qep, *around)
+        whole, distilled = model, None
         loaded = time.perf_counter() - started
         beside = None if place is None else place.part.parent
         held = Activations(device, self.activation_memory, beside, ranks.here)
@@ -183,12 +192,15 @@ class Runner:
         try:
             if isinstance(quantizer, Mixed):
                 start = time.perf_counter()
-                around = form, tokens, held, progress, ranks
-                choices = choose(quantizer, blocks, journal, checkpoint, self._blocks, *around)
+                how = form, tokens, held, progress, ranks
+                choices = choose(quantizer, blocks, journal, checkpoint, self._blocks, *how)
                 work.seconds["choose"] = time.perf_counter() - start
                 for line in of_widths(form, banks) if ranks.first else ():
                     self.notice(line)
             work.calibrate(tokens, held)
+            if self.distill is not None:
+                tuning = tokens, storage, self.distill, self.seed, self.tuning
+                whole, distilled = tuned(checkpoint, self._blocks, names, sink, device, *tuning)
         except torch.OutOfMemoryError as error:
             raise SettingError(
                 f"{device} has too little memory for {tokens.shape[0]} x {tokens.shape[1]} tokens",
@@ -209,12 +221,13 @@ class Runner:
             optq=__version__,
             **_told(quantizer),
             qep=None if qep is None else asdict(qep),
-            calibration=self._calibration(calib, tokens),
+            calibration=described(calib, tokens, self.seed, self.chat),
             bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
             bytes=sink.bytes,
             dense=[name for block in blocks for name in block.linears if name not in solved],
             layers=layers,
             choices=choices,
+            distilled=distilled,
         )
         finishing, percdamp = time.perf_counter(), quantizer.percdamp
         dense, outside = dense_layers(checkpoint, names, model, blocks, sink.layers)
@@ -249,7 +262,7 @@ class Runner:
             output=None if self.output is None else Path(self.output),
             activations=held.most,
             sent=dict(ranks.sent),
-            _model=model if self.output is None else None,
+            _model=whole if self.output is None else None,
             _write=save,
         )
 
@@ -271,10 +284,11 @@ class Runner:
             tokens,
             **_told(self.quantizer),
             qep=None if qep is None else asdict(qep),
+            distill=self.distill and asdict(self.distill) | {"seed": self.seed},
             format=self.format,
             skip=self.skip,
             dtype=self.model_config.dtype,
-            calibration=self._calibration(calib, tokens),
+            calibration=described(calib, tokens, self.seed, self.chat),
         )
 
     def _calib(self) -> str | Text | Tensor:
@@ -293,15 +307,6 @@ class Runner:
             tokens = calibration_tokens(calib, tokenizer, *how)
         check_vocabulary(model, tokens)
         return tokens
-
-    def _calibration(self, calib: str | Text | Tensor, tokens: Tensor) -> dict[str, Any]:
-        """What the checkpoint says of its calibration: a file's name, not where it lay."""
-        size = {"samples": tokens.shape[0], "seqlen": tokens.shape[1]}
-        if isinstance(calib, Tensor):
-            return {"text": "token ids", **size}
-        name = calib.name if isinstance(calib, Text) else calib
-        text = Path(name).name if Path(name).is_file() else name
-        return {"text": text, **size, "seed": self.seed, "chat": self.chat}
 
 
 def _told(quantizer: Solver | Mixed) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from optq.formats import FORMATS, detect, reader, writer
 from optq.formats.describe import describe
 from optq.formats.export import export
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
+from optq.formats.place import place_of
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear
@@ -75,7 +76,7 @@ def commit(out, solutions):
 def write(folder, target, form=FORMATS["gptq"], force=False, skip=None):
     solutions, dense = solve_all(folder, form=form, skip=skip)
     source = Checkpoint.open(str(folder))
-    with writer.place_of(Path(target), source, force) as place:
+    with place_of(Path(target), source, force) as place:
         out = writer.Writer(place, source, form, torch.float32)
         commit(out, solutions)
         out.finish(dense, record=RECORD)
@@ -389,7 +390,7 @@ def test_a_failing_disk_leaves_nothing_behind(source, tmp_path, monkeypatch, pla
         patch.setattr(*where, fail)
         with (
             pytest.raises(OutputError, match=message) as caught,
-            writer.place_of(out, checkpoint, force) as place,
+            place_of(out, checkpoint, force) as place,
         ):
             made = writer.Writer(place, checkpoint, form, torch.float32)
             commit(made, solutions)
@@ -426,7 +427,7 @@ def test_an_error_of_the_caller_leaves_nothing_behind(source, tmp_path, monkeypa
     form, checkpoint = FORMATS["gptq"], Checkpoint.open(str(source))
     with (
         pytest.raises(type(error)),
-        writer.place_of(tmp_path / "out", checkpoint, False) as place,
+        place_of(tmp_path / "out", checkpoint, False) as place,
     ):
         commit(writer.Writer(place, checkpoint, form, torch.float32), solutions)
         assert len(everything_beside(source)) == 2  # under way, in a hidden folder

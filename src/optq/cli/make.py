@@ -168,20 +168,22 @@ def quantize(
             bar(step.block, step.blocks, note)
 
         runner.progress = solved
+        runner.tuning = lambda step, steps, far: bar(step, steps, f"tuning: divergence {far:.4f}")
         runner.reading = lambda done, of: bar(0, 1, f"reading text: {done} of {of}")
         result = runner.run()
     if not reports():
         return
     if groupsize is None:
         _tell(quantizer.groupsize)
-    made = result.record.calibration
+    made, distilled = result.record.calibration, result.record.model_dump()["distilled"]
     if as_json:
         timed = [layer.model_dump() | {"seconds": layer.seconds} for layer in result.layers]
         settings = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
         settings |= {"wbits": None, "actorder": False, "percdamp": None} | asdict(quantizer)
         sizes = {"bits_per_weight": result.bits_per_weight, "bytes": result.bytes}
         chosen = {} if result.choices is None else {"choices": tables.chosen(result.choices)}
-        print_json(settings | sizes | chosen | {"seconds": result.seconds, "layers": timed})
+        rest = {"seconds": result.seconds, "distilled": distilled, "layers": timed}
+        print_json(settings | sizes | chosen | rest)
         return
     weights = sum(layer.rows * layer.cols for layer in result.layers)
     total, rounding = (
@@ -198,6 +200,7 @@ def quantize(
             "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
             **tables.short_of_tokens([layer.model_dump() for layer in result.layers]),
             **tables.held(result.activations),
+            **tables.tuned(distilled),
             "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
             "next": f"optq eval {out}{' --text demo' if calib == 'demo' else ''}"
             f"    optq inspect {out}    optq generate {out} PROMPT",

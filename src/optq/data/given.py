@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ def given(calib: Iterable[Any], chat: bool = False) -> Text | Tensor:
         for number, row in enumerate(rows, start=1)
     ]
     return Text(name, documents, "\n\n")
+
+
+def described(calib: str | Text | Tensor, tokens: Tensor, seed: int, chat: bool) -> dict[str, Any]:
+    """What a checkpoint says of its calibration: a file's name, not where it lay."""
+    size = {"samples": tokens.shape[0], "seqlen": tokens.shape[1]}
+    if isinstance(calib, Tensor):
+        return {"text": "token ids", **size}
+    name = calib.name if isinstance(calib, Text) else calib
+    text = Path(name).name if Path(name).is_file() else name
+    return {"text": text, **size, "seed": seed, "chat": chat}
 
 
 def _ids(rows: list[Any]) -> Tensor:

@@ -10,9 +10,10 @@ from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError
 from optq.formats import detect, quantization
 from optq.formats.notices import notices
+from optq.formats.place import place_of
 from optq.formats.reader import packed_tensors, quantized_layers, read_layer
 from optq.formats.scheme import Format
-from optq.formats.writer import Writer, place_of
+from optq.formats.writer import Writer
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import TOGETHER, Checkpoint
 from optq.model.lacking import lacking

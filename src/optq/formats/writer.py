@@ -9,9 +9,9 @@ own as soon as it is done. A checkpoint that fits in one file is one all the sam
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from optq.core.weight import LayerScheme, QuantizedWeight
-from optq.errors import NumericsError, OutputError
+from optq.errors import NumericsError
 from optq.formats.journal import Done, Journal
 from optq.formats.scheme import Format, Solved
 from optq.formats.shard import save
@@ -43,10 +43,7 @@ class Kept:
 
     def commit(self, layers: Solved, records: Sequence[LayerRecord]) -> None:
         """Take the solved layers of one block, by name on disk."""
-        tensors: dict[str, Tensor] = {}
-        for name, (weight, scheme) in layers.items():
-            encoded = self.form.encode(weight, self.dtype, scheme.sym)
-            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
+        tensors = self._encode(layers)
         done = Done(
             tensors=list(tensors),
             layers={name: scheme for name, (_, scheme) in layers.items()},
@@ -64,6 +61,38 @@ class Kept:
     def restored(self) -> Iterator[tuple[str, QuantizedWeight]] | None:
         """The layers of the next block, by name on disk, if an earlier run has finished it."""
         return None
+
+    def solved(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """All layers, by name on disk, as they were encoded."""
+        for tensors in self._encoded():
+            yield from self._decode(tensors)
+
+    def rescale(self, scales: Mapping[str, Tensor]) -> None:
+        """Encode all layers anew, each with its ``scales [rows, groups]``."""
+        self._take_anew(
+            self._encode({n: (replace(w, scales=scales[n]), self.layers[n]) for n, w in found})
+            for found in map(self._decode, self._encoded())
+        )
+
+    def _encode(self, layers: Solved) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, (weight, scheme) in layers.items():
+            encoded = self.form.encode(weight, self.dtype, scheme.sym)
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
+        return tensors
+
+    def _decode(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, QuantizedWeight]]:
+        for name in dict.fromkeys(part.rpartition(".")[0] for part in tensors):
+            parts = [suffix for suffix in self.form.parts if f"{name}.{suffix}" in tensors]
+            own = {suffix: tensors[f"{name}.{suffix}"] for suffix in parts}
+            yield name, self.form.decode(name, own, self.layers[name])
+
+    def _encoded(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each block."""
+        return iter(self.blocks)
+
+    def _take_anew(self, blocks: Iterator[dict[str, Tensor]]) -> None:
+        self.blocks = list(blocks)
 
     def _count(self, done: Done) -> None:
         self.layers |= done.layers
@@ -185,6 +214,20 @@ class Writer(Kept):
         self._add_block(len(self.journal.done), done)
         self.journal.add(done)
 
+    def _encoded(self) -> Iterator[dict[str, Tensor]]:
+        from safetensors.torch import load_file
+
+        assert self.journal is not None
+        for index, done in enumerate(self.journal.done):
+            if done.tensors:
+                yield load_file(self.journal.file(index))
+
+    def _take_anew(self, blocks: Iterator[dict[str, Tensor]]) -> None:
+        """Into files beside those of the journal, from which a run that is cut off goes on."""
+        self._shards, self._total = [], 0
+        for tensors in blocks:
+            self._take(tensors)
+
     def _add_block(self, index: int, done: Done) -> None:
         assert self.journal is not None
         if done.tensors:
@@ -230,39 +273,3 @@ class Writer(Kept):
     def _write_json(self, file: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2) + "\n"
         (self.folder / file).write_text(text, encoding="utf-8")
-
-
-def place_of(
-    target: Path,
-    source: Checkpoint,
-    force: bool,
-    notice: Callable[[str], None] = lambda _: None,
-    goes_on: bool = False,
-) -> Whole:
-    """The place of a checkpoint of ``source``; ``notice`` is told of leftovers.
-
-    Raises :class:`OutputError` for a target that must not be, or cannot be, replaced.
-    """
-    elsewhere = "choose another folder"
-    if "\0" in str(target):
-        raise OutputError(f"no folder can be called {str(target)!r}", elsewhere)
-    with writing(target):
-        model, here, place = source.folder.resolve(), Path.cwd(), target.resolve()
-        if place in (model, *model.parents):
-            raise OutputError(f"{target} holds the model itself", elsewhere)
-        if place in (here, *here.parents):
-            raise OutputError(f"{target} holds the current folder", elsewhere)
-        if target.is_symlink() and not target.exists():
-            raise OutputError(f"{target} is a link to nowhere", elsewhere)
-        if os.path.ismount(target):  # the volume of a container, say
-            raise OutputError(
-                f"{target} is a mount point", f"give a folder inside, such as {target / 'model'}"
-            )
-        empty = target.is_dir() and not any(target.iterdir())
-        if target.exists() and not empty and not (target / "config.json").exists():
-            raise OutputError(
-                f"{target} exists and holds no checkpoint", f"move it away, or {elsewhere}"
-            )
-        if target.is_dir() and not os.access(target, os.W_OK):  # it could not be moved at the end
-            raise OutputError(f"{target} is read-only", f"make it writable, or {elsewhere}")
-    return Whole(target, force, notice, goes_on)

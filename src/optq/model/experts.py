@@ -89,6 +89,8 @@ class Bank:
         ]
         self.down = [[layer(e, "down_proj", "down_proj", None)] for e in range(count)]
         self.summed = ""  # whose dtype outputs are summed in: see :meth:`check`
+        # Each expert's slice as a tensor of its own, where each is to have its own gradient.
+        self.slices: dict[str, list[Tensor]] = {}
 
     def _flags(self) -> Iterator[bool]:
         return (getattr(self.module, flag) for flag in FLAGS)
@@ -117,6 +119,11 @@ class Bank:
         """Which experts each token goes to, and with what weights, both ``[tokens, top k]``."""
         index, weights = given
         return index.masked_fill(weights == 0, len(self.inner)), weights  # to no expert
+
+    def call(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What the module computes."""
+        routed = self.routed(index)
+        return self.combine(x, routed, self.inside(x, routed), weights)
 
     def every(self, x: Tensor) -> Tensor:
         """What the experts read, a row for each token: ``[tokens, hidden]``."""
@@ -209,7 +216,7 @@ class Bank:
         bias = getattr(self.module, f"{attribute}_bias")[expert] if self.has_bias else None
         if self.packed:
             return self.module.product(attribute, expert, x, bias)
-        weight = getattr(self.module, attribute)[expert]
+        weight = (self.slices.get(attribute) or getattr(self.module, attribute))[expert]
         if not self.transposed:
             return linear(x, weight, bias)
         return x @ weight if bias is None else x @ weight + bias
@@ -239,7 +246,7 @@ class Copies(Bank):
         return self._apart(x)[expert, tokens.to(x.device)]
 
     def inside(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
-        if self.packed:
+        if self.packed or self.slices:
             return super().inside(x, routed)
         # The bits of a row depend on how many are multiplied with it: all, as its own code does.
         inside = self._activate(torch.bmm(self._apart(x), self.module.gate_up_proj))
@@ -249,7 +256,7 @@ class Copies(Bank):
         self, like: Tensor, routed: Routed, inside: dict[int, Tensor], weights: Tensor
     ) -> Tensor:
         """The outputs, each in the place of its copy."""
-        if self.packed:
+        if self.packed or self.slices:
             total = torch.zeros_like(self._apart(like))
             for expert, (_, tokens) in routed.items():
                 total[expert, tokens] = self._product("down_proj", expert, inside[expert])

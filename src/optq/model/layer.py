@@ -37,12 +37,20 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """``[rows, columns]``: a view of the parameter."""
-        return self.of(self.parameter.data)
+        return self.part(self.whole)
 
-    def of(self, whole: Tensor) -> Tensor:
-        """The layer's part, ``[rows, columns]``, of a tensor like its parameter: a view."""
-        weight = whole if self.expert is None else whole[self.expert]
-        weight = weight.T if self.transposed else weight
+    @property
+    def whole(self) -> Tensor:
+        """The parameter's values; of experts, this one's slice."""
+        return self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+
+    def of(self, every: Tensor) -> Tensor:
+        """``[rows, columns]`` of a tensor like the parameter: a view."""
+        return self.part(every if self.expert is None else every[self.expert])
+
+    def part(self, whole: Tensor) -> Tensor:
+        """``[rows, columns]`` of a tensor like :attr:`whole`: a view."""
+        weight = whole.T if self.transposed else whole
         return weight if self.rows is None else weight[self.rows]
 
     @property

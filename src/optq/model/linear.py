@@ -74,9 +74,7 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, x: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Only experts that were chosen are multiplied."""
-        index, weights = self.bank.routing(x, *routing, *named.values())
-        routed = self.bank.routed(index)
-        return self.bank.combine(x, routed, self.bank.inside(x, routed), weights)
+        return self.bank.call(x, *self.bank.routing(x, *routing, *named.values()))
 
     def product(self, attribute: str, expert: int, x: Tensor, bias: Tensor | None) -> Tensor:
         """One projection: of gate and up together as the experts' own code has them."""

@@ -208,6 +208,19 @@ def held(most: Mapping[str, int]) -> dict[str, str]:
     return {"activations": ", ".join(found)} if len(found) > 1 else {}
 
 
+def tuned(found: Mapping[str, Any] | None) -> dict[str, str]:
+    """What tuning the scales end to end has given; nothing where they were not tuned."""
+    if found is None:
+        return {}
+    ends = f"{found['steps']} steps" + (f" ({found['note']})" if found["note"] else "")
+    before, after = (
+        "no number" if found[n] is None else f"{found[n]:.4f}" for n in ("before", "after")
+    )
+    if not found["kept"]:
+        return {"scales": f"as they were: nothing was gained in {ends} on a divergence of {before}"}
+    return {"scales": f"tuned in {ends}: divergence {before} to {after} on samples held back"}
+
+
 def layers(records: Sequence[Mapping[str, Any]]) -> None:
     """Errors by layer; the bar is the relative error, on the scale of the largest.
 
