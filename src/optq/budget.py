@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from optq.core.gptq import GPTQ, OPTIONS, PLAIN
 from optq.core.grid import BITS
 from optq.core.order import ActOrder
+from optq.core.solver import Solver
 from optq.core.weight import LayerScheme
 from optq.errors import SettingError
 from optq.formats.scheme import Format
@@ -78,6 +79,13 @@ class Mixed:
         if self.size is None:
             return f"--bits-per-weight {self.bits_per_weight:g}"
         return f"--size {self.size / 1e6:.6g}MB"
+
+
+def told(quantizer: Solver | Mixed) -> dict[str, Any]:
+    """What a record says of a run's quantizer."""
+    kind = GPTQ if isinstance(quantizer, Mixed) else type(quantizer)
+    options = asdict(quantizer)  # type: ignore[arg-type]
+    return {"method": kind.__name__.lower(), "quantizer": options}
 
 
 @dataclass(frozen=True)

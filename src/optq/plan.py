@@ -11,14 +11,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from optq.budget import Budget, Mixed
-from optq.core.grid import BITS
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.distill import Distill
@@ -162,8 +161,7 @@ def make_plan(
         (shape, own): sum(each.nbytes for each in form.layout(*shape, own, model.dtype).values())
         for shape, own in shapes
     }
-    packed = sum(packed_of[kind] * count for kind, count in shapes.items())
-    packed = packed if budget is None else budget.bytes
+    packed = budget.bytes if budget else sum(packed_of[kind] * n for kind, n in shapes.items())
     weights = sum(rows * columns * count for ((rows, columns), _), count in shapes.items())
 
     def bytes_of(layer: Layer) -> int:
@@ -193,10 +191,7 @@ def make_plan(
     )
     peak, libraries = run.peak(), resident()
     seconds = run.seconds(speed := speed_of(device), packed + kept) if timed else 0.0
-    if timed and budget is not None:  # the pass before: one stream, and a sweep for each width
-        probe = replace(run, streams=1)
-        seconds += probe.seconds(speed, 0)
-        seconds += (len(BITS) - 1) * replace(probe, samples=0).seconds(speed, 0)
+    seconds += run.probing(speed) if timed and budget else 0.0
     # What batches hold, or all that is packed once more, before the dense tensors come.
     beside = packed + (peak.files if distill is None else max(peak.files, packed + kept))
     return Plan(
