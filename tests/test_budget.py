@@ -199,7 +199,7 @@ def test_a_plan_says_what_the_budget_says(llama, tmp_path):
     def plan(quantizer):
         return Runner(ModelConfig(str(llama), "cpu"), quantizer, calib=CALIB).plan()
 
-    planned, above, below = plan(Mixed(3.6, groupsize=32)), plan(GPTQ(4, 32)), plan(GPTQ(3, 32))
+    planned, above, below = plan(Mixed(3.6, groupsize=32)), plan(GPTQ(3, 32)), plan(GPTQ(2, 32))
     assert 3.59 < planned.bits_per_weight <= 3.6
     assert below.packed_bytes < planned.packed_bytes < above.packed_bytes
     assert planned.seconds > below.seconds and planned.dense == above.dense
