@@ -26,7 +26,7 @@ from optq.model.blocks import Block, Site
 from optq.model.checkpoint import Checkpoint
 from optq.model.layer import Layer
 
-HEADER = 100  # bytes of a tensor in a file's header, at most, beside its name
+HEADER = 62  # bytes of a tensor in a file's header, beside its name and where it lies
 
 
 @dataclass(frozen=True)
@@ -248,5 +248,6 @@ def _beside(
     replaced = {names[name] for name in packed | fused if name in names}
     dense = [name for name in checkpoint.layout if name not in replaced]
     every = [*dense, *(f"{names[n][:-7]}.{s}" for n in packed for s in form.suffixes)]
-    headers = sum(len(name) + HEADER for name in every)
+    digits = len(str(sum(tensor.nbytes for tensor in checkpoint.layout.values())))
+    headers = sum(len(name) + HEADER + 2 * digits for name in every)
     return sum(checkpoint.layout[name].nbytes for name in dense) + headers
