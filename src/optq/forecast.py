@@ -50,18 +50,24 @@ from optq.core.rtn import RTN
 from optq.core.solver import Solver
 from optq.distill import Distill
 from optq.model.scout import Held
+from optq.model.sensitivity import LENGTH, SAMPLES
 from optq.model.shapes import BlockShape, SiteShape
 from optq.model.student import CHUNK
 from optq.model.student import TOKENS as AT_ONCE
 from optq.quantize import BATCH_TOKENS
 from optq.solving import LEAST, MEMORY, PORTION
+from optq.tune import Tune
+from optq.tuning import Tuning
 
+NOTHING = Tune(None)  # is tuned
 # Of what a solver lets go, the allocator keeps a part until its site is done.
 SLACK = 1.5
 WORKING = 150 * 10**6  # bytes that the libraries take when their products are first used
 # Of what a block's forward has at a time without gradients, what it and its backward pass have with
 # them: 0.9 (OPT) to 3.5 (experts) is kept, and as much again is made.
 WITH_GRADIENTS = 5
+TUNED = 25  # bytes to a weight of a block that is tuned: where it is, gradient, Adam's two, best
+TUNED_PASSES = 12  # over those, of a step
 MOVING = 24  # bytes to a scale that is tuned: its start, factor, gradient, best, and Adam's two
 # What a run takes of the time that its products and passes would, each at the speed measured for
 # one: 2.1 to 4.2 in ``bench/plan.py``.
@@ -104,7 +110,7 @@ class Run:
     limit: int
     host_limit: int
     head: tuple[int, int]
-    distill: Distill | None = None
+    tune: Tune = NOTHING
 
     @property
     def propagates(self) -> bool:
@@ -112,9 +118,9 @@ class Run:
 
     def peak(self) -> Peak:
         """Bytes in main memory, on the device and in files, above those at the start."""
-        if self.distill is None:
+        if self.tune.model is None:
             return self._of_blocks()
-        blocks, (host, device) = self._of_blocks(), self._of_tuning(self.distill)
+        blocks, (host, device) = self._of_blocks(), self._of_tuning(self.tune.model)
         return Peak(max(blocks.host, host), max(blocks.device, device), blocks.files)
 
     def _of_blocks(self) -> Peak:
@@ -170,6 +176,12 @@ class Run:
                 originals -= own
             solved += site.weights + site.weights // 16  # codes, and scales of some groups
         most = max(most, originals + solved + block.packed + 10 * block.largest)
+        if self.tune.blocks is not None:
+            batch = self.tune.blocks.batch(self.samples, self.seqlen)
+            moving = TUNED * sum(site.weights for site in block.sites)
+            moving += WITH_GRADIENTS * batch * self.held.running
+            metrics = 4 * len(self.blocks) * self.head[1] ** 2
+            most = max(most, originals + 2 * solved + moving) + metrics
         return block.bytes + most + self._kept(self.held.paused)[0]
 
     def _of_site(self, site: SiteShape) -> int:
@@ -218,7 +230,10 @@ class Run:
                 weights += site.weights
         passes = PASSES["rtn"] if not solved else PASSES["sweep"] + PASSES["polish"] * rounds
         passes += PASSES["search"] * self.quantizer.mse
-        quick += 0 if self.distill is None else self._products(self.distill, weights)
+        quick += 0 if self.tune.model is None else self._products(self.tune.model, weights)
+        if self.tune.blocks is not None:
+            quick += self._once() * self._seen(self.tune.blocks)
+            passes += TUNED_PASSES * self.tune.blocks.steps
         moved = 4 * weights * passes + (written + sum(block.bytes for block in self.blocks)) * 4
         return SLOWER * (exact / speed.exact + quick / speed.quick + moved / speed.bytes)
 
@@ -228,11 +243,7 @@ class Run:
         tokens, held_back = self.samples * self.seqlen, distill.held_back(self.samples)
         seen = distill.steps * distill.batch * self.seqlen
         looked = (1 + distill.steps // distill.every) * held_back * self.seqlen
-        once = sum(
-            site.weights * (min(1, self.held.experts / site.count) if site.count > 1 else 1)
-            for block in self.blocks
-            for site in block.sites
-        )
+        once = self._once()
         # The head reads both models' states; weights are made, and gradients reduced, by passes.
         products = tokens * (once + rows * columns)
         products += looked * (once + 2 * rows * columns) + seen * (4 * once + 3 * rows * columns)
@@ -240,9 +251,26 @@ class Run:
 
     def probing(self, speed: Speed) -> float:
         """Of the pass before a run within a budget: one stream, and a sweep for each width."""
-        probe = replace(self, streams=1, distill=None)
+        probe = replace(self, streams=1, tune=NOTHING)
         more = replace(probe, samples=0).seconds(speed, 0)
         return probe.seconds(speed, 0) + (len(BITS) - 1) * more
+
+    def _once(self) -> float:
+        """Multiply-adds of a token through all blocks."""
+        return sum(
+            site.weights * (min(1, self.held.experts / site.count) if site.count > 1 else 1)
+            for block in self.blocks
+            for site in block.sites
+        )
+
+    def _seen(self, tuning: Tuning) -> float:
+        """Tokens through a block to tune it, there and back; once more at the end; for the metric,
+        three times.
+        """
+        batch = tuning.batch(self.samples, self.seqlen)
+        looked = (1 + tuning.looks) * max(batch, self.samples // tuning.apart)
+        metric = 3 * min(self.samples, SAMPLES) * min(self.seqlen, LENGTH)
+        return self.seqlen * (3 * tuning.steps * batch + looked + self.samples) + metric
 
 
 @dataclass(frozen=True)

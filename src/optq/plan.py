@@ -20,9 +20,8 @@ import torch
 from optq.budget import Budget, Mixed
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
-from optq.distill import Distill
 from optq.errors import OutputError, SettingError
-from optq.forecast import Run, resident, speed_of
+from optq.forecast import NOTHING, Run, resident, speed_of
 from optq.formats.fit import of_layer
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
@@ -38,6 +37,7 @@ from optq.model.shapes import outside, shape_of, sites_of
 from optq.model.source import empty_model, sequence_length, unloadable
 from optq.quantize import names_on_disk
 from optq.report.tables import size
+from optq.tune import Tune
 
 IN_HEADER = 160  # bytes of a tensor in a header and in the index, beside its name in both
 
@@ -137,7 +137,7 @@ def make_plan(
     output: Path | None,
     activation_memory: int | None = None,
     timed: bool = True,
-    distill: Distill | None = None,
+    tune: Tune = NOTHING,
 ) -> Plan:
     """The plan of a run; ``timed``: with an estimate of its time, which takes a moment."""
     checkpoint, model, blocks = skeleton.checkpoint, skeleton.model, skeleton.blocks
@@ -187,13 +187,13 @@ def make_plan(
         limit=int(SHARE * free(device)) if activation_memory is None else activation_memory,
         host_limit=int(SHARE * free(cpu)) if apart else 0,
         head=_head(model),
-        distill=distill,
+        tune=tune,
     )
     peak, libraries = run.peak(), resident()
     seconds = run.seconds(speed := speed_of(device), packed + kept) if timed else 0.0
     seconds += run.probing(speed) if timed and budget else 0.0
     # What batches hold, or all that is packed once more, before the dense tensors come.
-    beside = packed + (peak.files if distill is None else max(peak.files, packed + kept))
+    beside = packed + (peak.files if tune.model is None else max(peak.files, packed + kept))
     return Plan(
         blocks=len(blocks),
         sites=counted,

@@ -31,16 +31,13 @@ from optq.model.flow import Flow
 from optq.model.inputs import SiteSums
 from optq.model.layer import Layer
 from optq.model.names import disk_names
-from optq.model.sensitivity import gradients
+from optq.model.sensitivity import gradients, some_of
 from optq.model.shards import open_model
 from optq.model.weights import Weights
 from optq.quantize import BATCH_TOKENS, Progress
 from optq.ranks import UNIT, Ranks
 from optq.record import Choice
 from optq.solving import is_expert, portions, stacked, together
-
-# Of the calibration text what gradients are taken on: more changes no choice (docs/log.md).
-SAMPLES, LENGTH, AT_ONCE = 16, 512, 1024  # of samples their first tokens, so many at a time
 
 
 @dataclass(frozen=True)
@@ -164,9 +161,8 @@ def _measured(
     ranks: Ranks,
 ) -> list[Choice]:
     model, blocks, shards = open_model(checkpoint, find)
-    few = tokens[:SAMPLES, :LENGTH]
-    batches = few.split(max(1, AT_ONCE // few.shape[1]))
-    felt = ranks.share(lambda: _felt(gradients(model, blocks, shards, batches, held.device)))
+    where = model, blocks, shards, some_of(tokens), held.device
+    felt = ranks.share(lambda: _felt(gradients(*where)))
     probe = Probe(mixed, form.storage(model.dtype), ranks, len(blocks), progress)
     every = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
     weights = Weights(model, blocks, held.device, False, shards)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from optq.errors import ModelError
 from optq.formats.fit import check_layers, of_layer
 from optq.formats.scheme import Format, Solved
 from optq.model.activations import Activations
+from optq.model.batch import Passed
 from optq.model.blocks import Block, Site
 from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow
@@ -28,20 +30,22 @@ from optq.model.names import disk_names
 from optq.model.shards import Shards
 from optq.model.weights import Weights
 from optq.ranks import Ranks
-from optq.record import LayerRecord
+from optq.record import LayerRecord, TunedBlock
 from optq.solving import Outcome, Solving, is_expert, together
+from optq.tuning import Tuner
 
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One site is solved, or one expert's part of it."""
+    """One site is solved, or one expert's part of it; or a block is ``tuned``."""
 
     block: int
     blocks: int
     site: str  # its first layer
     layers: list[LayerRecord]
+    tuned: TunedBlock | None = None
 
 
 class Sink(Protocol):
@@ -52,7 +56,9 @@ class Sink(Protocol):
 
     layers: dict[str, LayerScheme]  # all until now
 
-    def commit(self, layers: Solved, records: Sequence[LayerRecord]) -> None: ...
+    def commit(
+        self, layers: Solved, records: Sequence[LayerRecord], tuned: TunedBlock | None
+    ) -> None: ...
     def finished(self) -> int: ...
     def restored(self) -> Iterator[tuple[str, QuantizedWeight]] | None: ...
 
@@ -84,23 +90,29 @@ class Quantization:
         self.scheme = quantizer.scheme()
         self.solved: dict[str, tuple[QuantizedWeight, LayerScheme]] = {}  # of the current block
         self.records: list[LayerRecord] = []
+        self.tuned: TunedBlock | None = None
         self.restoring = False  # the current block is finished already
         every = [layer for block in blocks for layer in block.layers]
         self.layers = {names[f"{x.name}.weight"].removesuffix(".weight"): x for x in every}
         self.seconds = dict.fromkeys(("forward", "hessian", "factor", "solve", "write"), 0.0)
 
-    def calibrate(self, tokens: Tensor, activations: Activations) -> None:
+    def calibrate(
+        self, tokens: Tensor, activations: Activations, tuner: Tuner | None = None
+    ) -> None:
         """Take all calibration tokens ``[samples, tokens]`` through the model once.
 
-        ``activations`` keeps what they hold, and says on which device.
+        ``activations`` keeps what they hold, and says on which device. ``tuner`` tunes each block.
         """
         if self._nothing_left():
             return
-        batches = list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
+        size = max(1, BATCH_TOKENS // tokens.shape[1])
+        batches = list(tokens.split(tuner.settings.batch(*tokens.shape) if tuner else size))
         # What is on its way to disk leaves the memory, block by block.
         weights = Weights(self.model, self.blocks, activations.device, self.keep, self.shards)
         then = self.solve, self.done, self.solving.qep is not None, activations, self.restore
         flow = Flow(self.model, self.blocks, batches, weights, *then, self.ranks, together)
+        if tuner is not None:
+            flow.tune = partial(self.tune, tuner)
         flow.run()
         weights.complete()
         self.seconds |= flow.seconds
@@ -138,6 +150,21 @@ class Quantization:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self.progress(Progress(site.block.index, len(self.blocks), site.layers[0].name, records))
 
+    def tune(self, tuner: Tuner, block: Block, passages: list[tuple[Passed, Passed]]) -> bool:
+        """What is solved of a block is tuned; whether its weights are others now."""
+        start = time.perf_counter()
+        weights = {self.layers[name]: weight for name, (weight, _) in self.solved.items()}
+        if not weights:
+            return False
+        best, self.tuned = tuner.tune(block, weights, passages)
+        if best is not None:
+            for name, (_, scheme) in self.solved.items():
+                self.solved[name] = best[self.layers[name]], scheme
+        self.seconds["tune"] = self.seconds.get("tune", 0.0) + time.perf_counter() - start
+        done = block.index, len(self.blocks), block.name, self.records, self.tuned
+        self.progress(Progress(*done))
+        return best is not None
+
     def _nothing_left(self) -> bool:
         """Whether an earlier run has finished all blocks: nobody then needs what runs through them.
 
@@ -173,8 +200,8 @@ class Quantization:
             record.model_copy(update={"calls": calls.get(record.name, record.calls)})
             for record in self.records
         ]
-        self.sink.commit(self.solved, self.records)
-        self.solved, self.records = {}, []
+        self.sink.commit(self.solved, self.records, self.tuned)
+        self.solved, self.records, self.tuned = {}, [], None
         self.seconds["write"] += time.perf_counter() - start
 
 

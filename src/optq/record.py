@@ -99,6 +99,25 @@ class DistillRecord(BaseModel):
     note: str = ""  # why it ended early
 
 
+class TunedBlock(BaseModel):
+    """What tuning a block gave.
+
+    ``before`` and ``after`` are its error on samples held back, an estimate in nats a token of how
+    far the predictions diverge because of it, both of what the file has; None: not finite. What
+    layers' records say is of the codes and scales before it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    block: str
+    steps: int  # that were taken
+    before: float | None
+    after: float | None
+    moved: float  # of all codes
+    kept: bool  # else the block is as it was
+    note: str = ""  # why it ended early
+
+
 class RunRecord(BaseModel):
     """One run: its settings, what it was calibrated on, and what became of each layer."""
 
@@ -113,6 +132,7 @@ class RunRecord(BaseModel):
     dense: list[str]  # linear layers inside the blocks that stay as they were
     layers: list[LayerRecord]
     choices: list[Choice] | None = None  # of widths, where there was a budget
+    tuned: list[TunedBlock] = []
     distilled: DistillRecord | None = None
 
     @classmethod

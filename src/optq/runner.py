@@ -27,7 +27,7 @@ from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.given import described, given
 from optq.data.text import Text
-from optq.distill import Distill, tuned
+from optq.distill import tuned
 from optq.errors import NumericsError, SettingError
 from optq.formats import FORMATS
 from optq.formats.journal import Journal, settings
@@ -47,6 +47,8 @@ from optq.quantize import Progress, Quantization, names_on_disk
 from optq.ranks import Ranks, together
 from optq.record import RunRecord, without_tokens
 from optq.result import Result
+from optq.tune import Tune
+from optq.tuning import Tuner
 
 
 @dataclass
@@ -62,9 +64,10 @@ class Runner:
     settings would go on; ``qep`` is True or a :class:`QEP` (off unless asked for, where the
     command's default below 8 bits is True); ``activation_memory`` is how many bytes batches may
     hold on the device (default: half of what is free): the rest goes to host memory, then to files;
-    ``distill`` tunes the scales of the result end to end; ``progress`` is called after each site,
-    ``tuning(step, steps, divergence)`` as :func:`optq.distill.distill` says, ``reading(done,
-    total)`` with the windows drawn from ``c4``, ``notice`` with what a person should know.
+    ``tune`` is "blocks", "model" or a :class:`Tune`; ``progress`` is called after each site, and
+    each block that is tuned, ``tuning(step, steps, divergence)`` as :func:`optq.distill.distill`
+    says, ``reading(done, total)`` with the windows drawn from ``c4``, ``notice`` with what a person
+    should know.
     """
 
     model_config: ModelConfig
@@ -84,7 +87,7 @@ class Runner:
     progress: Callable[[Progress], None] = lambda _: None
     notice: Callable[[str], None] = lambda _: None
     reading: Callable[[int, int], None] | None = None
-    distill: Distill | None = None
+    tune: Tune | str | None = None
     tuning: Callable[[int, int, float], None] = lambda *_: None
 
     def run(self) -> Result:
@@ -120,10 +123,11 @@ class Runner:
         self, skeleton: Skeleton, form: Format, size: tuple[int, int], timed: bool = True
     ) -> Plan:
         device, output = self.model_config.torch_device(), self.output and Path(self.output)
-        if self.distill is not None:
-            self.distill.check(size[0])
-        what = skeleton, form, self.quantizer, 2 if self.qep else 1, *size
-        return make_plan(*what, device, output or None, self.activation_memory, timed, self.distill)
+        tune = self._tune
+        tune.check(size[0])
+        streams = 2 if self.qep or tune.blocks else 1
+        what = skeleton, form, self.quantizer, streams, *size
+        return make_plan(*what, device, output or None, self.activation_memory, timed, tune)
 
     def _form(self) -> Format:
         """The format, with all settings checked."""
@@ -168,7 +172,8 @@ class Runner:
             journal = Journal(place, what, len(blocks), self.restart)
             sink = Writer(place, checkpoint, form, dtype, journal)
         progress: Callable[[Progress], None] = self.progress if ranks.first else lambda _: None
-        keep = self.output is None and self.distill is None  # which reads the model once more
+        tune = self._tune
+        keep = self.output is None and tune.model is None  # which reads the model once more
         around = (storage, sink, keep, progress, shards, ranks)
         work = Quantization(model, blocks, names, quantizer, qep, *around)
         whole, distilled = model, None
@@ -184,9 +189,14 @@ class Runner:
                 work.seconds["choose"] = time.perf_counter() - start
                 for line in of_widths(form, banks) if ranks.first else ():
                     self.notice(line)
-            work.calibrate(tokens, held)
-            if self.distill is not None:
-                tuning = tokens, storage, self.distill, self.seed, self.tuning
+            tuner = None
+            if tune.blocks is not None:
+                start, where = time.perf_counter(), (checkpoint, self._blocks, tokens, device)
+                tuner = Tuner.of(tune.blocks, storage, self.seed, *where)
+                work.seconds["tune"] = time.perf_counter() - start
+            work.calibrate(tokens, held, tuner)
+            if tune.model is not None:
+                tuning = tokens, storage, tune.model, self.seed, self.tuning
                 whole, distilled = tuned(checkpoint, self._blocks, names, sink, device, *tuning)
         except torch.OutOfMemoryError as error:
             raise SettingError(
@@ -214,6 +224,7 @@ class Runner:
             dense=[name for block in blocks for name in block.linears if name not in solved],
             layers=layers,
             choices=choices,
+            tuned=sink.tuned,
             distilled=distilled,
         )
         finishing, percdamp = time.perf_counter(), quantizer.percdamp
@@ -256,6 +267,10 @@ class Runner:
     def _blocks(self, model: Any) -> list[Block]:
         return find_blocks(model, self.skip)
 
+    @property
+    def _tune(self) -> Tune:
+        return Tune.of(self.tune, self.quantizer)
+
     def _settings(
         self,
         checkpoint: Checkpoint,
@@ -271,7 +286,7 @@ class Runner:
             tokens,
             **told(self.quantizer),
             qep=None if qep is None else asdict(qep),
-            distill=self.distill and asdict(self.distill) | {"seed": self.seed},
+            tune=asdict(self._tune) | {"seed": self.seed} if self.tune else None,
             format=self.format,
             skip=self.skip,
             dtype=self.model_config.dtype,

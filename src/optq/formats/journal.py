@@ -30,7 +30,7 @@ from optq.core.weight import LayerScheme
 from optq.errors import ModelError, OutputError
 from optq.formats.whole import Whole, sync, writing
 from optq.model.checkpoint import Checkpoint
-from optq.record import LayerRecord
+from optq.record import LayerRecord, TunedBlock
 
 VERSION = 1
 PIECES, PIECE = 256, 2**14  # of a file of weights, and bytes of each
@@ -45,6 +45,7 @@ class Done(BaseModel):
     records: list[LayerRecord]
     bytes: int  # as encoded, and how many weights that is
     weights: int
+    tuned: TunedBlock | None = None
 
 
 class Journal:

@@ -25,7 +25,7 @@ from optq.formats.scheme import Format, Solved
 from optq.formats.shard import save
 from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import Checkpoint
-from optq.record import FILE, LayerRecord, RunRecord
+from optq.record import FILE, LayerRecord, RunRecord, TunedBlock
 
 SHARD_BYTES = 2**29  # at most, but for a tensor that has more
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,10 +38,13 @@ class Kept:
         self.form, self.dtype = form, dtype
         self.layers: dict[str, LayerScheme] = {}  # by name on disk
         self.records: list[LayerRecord] = []
+        self.tuned: list[TunedBlock] = []
         self.bytes = self.weights = 0  # as encoded, and how many weights that is
         self.blocks: list[dict[str, Tensor]] = []
 
-    def commit(self, layers: Solved, records: Sequence[LayerRecord]) -> None:
+    def commit(
+        self, layers: Solved, records: Sequence[LayerRecord], tuned: TunedBlock | None = None
+    ) -> None:
         """Take the solved layers of one block, by name on disk."""
         tensors = self._encode(layers)
         done = Done(
@@ -50,6 +53,7 @@ class Kept:
             records=list(records),
             bytes=sum(tensor.nbytes for tensor in tensors.values()),
             weights=sum(weight.codes.numel() for weight, _ in layers.values()),
+            tuned=tuned,
         )
         self._take_block(tensors, done)
         self._count(done)
@@ -99,6 +103,7 @@ class Kept:
         self.records += done.records
         self.bytes += done.bytes
         self.weights += done.weights
+        self.tuned += [done.tuned] if done.tuned else []
 
     def _take_block(self, tensors: dict[str, Tensor], done: Done) -> None:
         self.blocks.append(tensors)
@@ -107,7 +112,9 @@ class Kept:
 class Dropped(Kept):
     """What a process has that neither writes nor keeps: another one does."""
 
-    def commit(self, layers: Solved, records: Sequence[LayerRecord]) -> None:
+    def commit(
+        self, layers: Solved, records: Sequence[LayerRecord], tuned: TunedBlock | None = None
+    ) -> None:
         pass
 
 

@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ from torch import Tensor
 from optq.model.blocks import Block, Site
 from optq.model.inputs import Handed, HandedExperts
 from optq.model.layer import Layer
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a block was called with and what it made of that; ``whole``: it changed no argument."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    made: Any
+    whole: bool
 
 
 class Batch(greenlet):
@@ -33,6 +44,9 @@ class Batch(greenlet):
         self.calls: Counter[Layer] = Counter()
         self.again: set[Site] = set()  # handed over before the block under way began anew
         self.short: torch.OutOfMemoryError | None = None  # why it is paused inside the block
+        self.stays = False  # at the end of the next block, where it leaves behind:
+        self.passed: Passed | None = None
+        self.repeats = False  # the block, with other weights: nothing is to be found out
 
     def wait(self, block: Block) -> None:
         """Sleep, inside the coroutine, before ``block``."""
@@ -58,7 +72,17 @@ class Batch(greenlet):
         calls, handed = self.calls.copy(), dict(self.handed)
         while True:
             try:
-                return block(*args, **kwargs)
+                made = block(*args, **kwargs)
+                if self.stays:
+                    self.stays, whole = False, [x._version for x in tensors] == before
+                    self.passed = Passed(args, kwargs, made, whole)
+                    self._pause()
+                    self.passed = None
+                    if self.repeats:
+                        made = None  # makes room
+                        made = block(*args, **kwargs)
+                self.repeats = False
+                return made
             except torch.OutOfMemoryError as error:
                 if [each._version for each in tensors] != before:
                     raise  # it changes its own input: a second call would not do the same

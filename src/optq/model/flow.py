@@ -7,8 +7,8 @@ among them is solved from the inputs handed over, its quantized weights are put 
 those batches go on. So every layer sees the inputs of the model quantized so far, one pass is
 enough, and masks, rotary tables and layer patterns are right because the model itself makes them.
 
-With ``propagate`` every batch runs twice in lockstep: through the quantized weights, and through
-the original ones. What the two streams read at a site differs by the error made so far.
+With ``propagate`` or ``tune`` every batch runs twice in lockstep: through the quantized weights,
+and through the original ones. What the two read at a site differs by the error made so far.
 
 The rejected option is what other packages do: call block 0 with a stub to capture its arguments,
 then replay each block on them once per site. It costs several passes, and goes wrong where the
@@ -29,7 +29,7 @@ from torch import Tensor
 from optq.core.clock import elapsed
 from optq.errors import ModelError
 from optq.model.activations import Activations
-from optq.model.batch import Batch
+from optq.model.batch import Batch, Passed
 from optq.model.blocks import Block, Site
 from optq.model.inputs import Handed, SiteSums, gather
 from optq.model.layer import Layer
@@ -55,7 +55,9 @@ class Flow:
     ``done(block)`` is called when no batch needs the block any more, before its weights go.
     ``restore(block)`` gives the quantized weights of its layers where they are known: then nothing
     is solved in it.
-    ``activations`` keeps what the batches hold.
+    ``activations`` keeps what the batches hold. ``tune(block, passages)`` is called with what each
+    batch's two streams were given and made of it when all have passed a block, and says whether its
+    weights are others now: those that the quantized stream goes on with.
     """
 
     model: Any
@@ -69,6 +71,7 @@ class Flow:
     restore: Callable[[Block], Iterator[tuple[Layer, Tensor]] | None] = lambda block: None
     ranks: Ranks = field(default_factory=Ranks)
     together: Callable[[Site], int] = lambda site: 1
+    tune: Callable[[Block, list[tuple[Passed, Passed]]], bool] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0})
 
     def run(self) -> None:
@@ -78,7 +81,7 @@ class Flow:
         self._held.shared = {id(buffer) for buffer in self.model.buffers()}
         self._finished: set[Block] = set()
         everyone = [Batch(self._forward, self.batches[0][:1], 0, "scout")]
-        for kind in ["full", "quantized"] if self.propagate else ["quantized"]:
+        for kind in ["full", "quantized"] if self._twice else ["quantized"]:
             firsts = [0, *accumulate(map(len, self.batches))]
             own = self.ranks.own(len(self.batches))
             for ids, first in [*zip(self.batches, firsts, strict=False)][own]:
@@ -93,6 +96,11 @@ class Flow:
             finally:
                 for batch in everyone:
                     batch.unwind()
+
+    @property
+    def _twice(self) -> bool:
+        """Whether the full-precision stream runs too."""
+        return self.propagate or self.tune is not None
 
     def _forward(self, ids: Tensor) -> None:
         self.model(input_ids=ids.to(self.weights.device), use_cache=False)
@@ -110,19 +118,21 @@ class Flow:
         self._sites.arrange(block)
         if (known := self.restore(block)) is not None:
             for layer, weight in known:
-                if self.propagate:
+                if self._twice:
                     self.weights.hold_originals([layer])
                 layer.put(weight)
                 layer.solved = True
             self._sites.begin(block)  # there are no sites: batches run straight through
         batches = [batch for batch in waiting if batch.kind != "scout"]
+        for batch in batches:
+            batch.stays = self.tune is not None and known is None
         self._advance(batches)
         while site := self._next(batches):
             here = [batch for batch in batches if batch.site is site]
             self.ranks.site = site.layers[0].name
             if self.ranks.total(sum(batch.kind == "quantized" for batch in here)):
                 # Else there is nothing to go by.
-                if self.propagate:
+                if self._twice:
                     self.weights.hold_originals(site.layers)
                 self._solve(site, here)
                 for layer in site.layers:
@@ -130,9 +140,22 @@ class Flow:
             self._advance(here)
             if site.bank and site.layers[0].calls == 1 and len(here) == len(batches):
                 site.let_go = self.weights.let_originals_go(site.layers, block)
+        if self.tune is not None and known is None:
+            self._tune(self.tune, block, batches)
         self._finished.add(block)
         self.done(block)
         self.weights.drop(block)
+
+    def _tune(self, tune: Callable[..., bool], block: Block, batches: list[Batch]) -> None:
+        """All batches have passed the block: it is tuned, and the quantized stream repeats it."""
+        full = {batch.first_sample: batch for batch in batches if batch.kind == "full"}
+        quantized = [batch for batch in batches if batch.kind == "quantized"]
+        changed = tune(block, [(b.passed, full[b.first_sample].passed) for b in quantized])
+        trim()
+        self._held.read()
+        for batch in quantized:
+            batch.repeats = changed
+        self._advance(batches)
 
     def _next(self, batches: list[Batch]) -> Site | None:
         """The earliest site that any batch waits for, on this rank or another."""

@@ -1,4 +1,4 @@
-"""How much a model's predictions feel the error of each row of its layers: by gradients.
+"""How much a model's predictions feel errors, of each row of its layers, of a block: by gradients.
 
 With labels drawn from the model's own predictions, the gradient ``G`` of their log-likelihood with
 respect to a weight gives the Fisher information: to second order the divergence of the predictions
@@ -36,6 +36,14 @@ from optq.model.experts_call import called_through
 from optq.model.layer import Layer
 from optq.model.shards import Place, Shards, places
 
+SAMPLES, LENGTH, AT_ONCE = 16, 512, 1024  # of samples their first tokens, so many at a time
+
+
+def some_of(tokens: Tensor) -> Sequence[Tensor]:
+    """Of the calibration text what gradients are taken on: more changes little (docs/log.md)."""
+    few = tokens[:SAMPLES, :LENGTH]
+    return few.split(max(1, AT_ONCE // few.shape[1]))
+
 
 def gradients(
     model: Any,
@@ -50,20 +58,27 @@ def gradients(
     same batches give the same labels. Raises ``NumericsError`` where a gradient is not finite.
     """
     passing = _Passing(model, blocks, shards, device)
-    generator = torch.Generator().manual_seed(0)
-    with passing.called():
-        for ids in batches:
-            logits = model(input_ids=ids.to(device), use_cache=False).logits.flatten(0, -2).float()
-            chances = logits.detach().softmax(-1).cpu()
-            if not torch.isfinite(chances).all():
-                raise NumericsError(
-                    "the model's logits are not finite", not_finite_remedy(model.dtype)
-                )
-            labels = torch.multinomial(chances, 1, generator=generator).flatten()
-            cross_entropy(logits, labels.to(device), reduction="sum").backward()
-            passing.leave()
-    tokens = sum(ids.numel() for ids in batches)
+    passing.weights = True
+    tokens = passing.run(batches)
     return {layer: squares / (2 * tokens) for layer, squares in passing.squares.items()}
+
+
+def metrics(
+    model: Any,
+    blocks: Sequence[Block],
+    shards: Shards,
+    batches: Sequence[Tensor],
+    device: torch.device,
+) -> list[Float[Tensor, "hidden hidden"]]:
+    """``E g g^T / 2`` of what each block hands on, float32 on the CPU, with ``g`` as above.
+
+    An error ``e [hidden]`` of a token there makes the predictions diverge by ``e E[g g^T] e / 2``,
+    in nats, as far as errors at different tokens have nothing to do with each other. Raises as
+    :func:`gradients` does.
+    """
+    passing = _Passing(model, blocks, shards, device)
+    tokens = passing.run(batches)
+    return [passing.outer[block].cpu() / (2 * tokens) for block in blocks]
 
 
 class _Passing:
@@ -74,9 +89,28 @@ class _Passing:
     ) -> None:
         self.model, self.blocks, self.shards, self.device = model, blocks, shards, device
         self.here: Block | None = None
+        self.weights = False  # whether their gradients are asked for, or those between blocks
         self.squares: dict[Layer, Tensor] = {}
+        self.outer: dict[Block, Tensor] = {}
         # Between the two passes the graph has the parameters themselves, without their values.
         self._gone: dict[Place, nn.Parameter] = {}
+
+    def run(self, batches: Sequence[Tensor]) -> int:
+        """There and back with all ``batches``; the number of their tokens."""
+        generator = torch.Generator().manual_seed(0)
+        with self.called():
+            for ids in batches:
+                ids = ids.to(self.device)
+                logits = self.model(input_ids=ids, use_cache=False).logits.flatten(0, -2).float()
+                chances = logits.detach().softmax(-1).cpu()
+                if not torch.isfinite(chances).all():
+                    raise NumericsError(
+                        "the model's logits are not finite", not_finite_remedy(self.model.dtype)
+                    )
+                labels = torch.multinomial(chances, 1, generator=generator).flatten()
+                cross_entropy(logits, labels.to(self.device), reduction="sum").backward()
+                self.leave()
+        return sum(ids.numel() for ids in batches)
 
     @contextmanager
     def called(self) -> Iterator[None]:
@@ -104,9 +138,20 @@ class _Passing:
 
         def call(*args: Any, **named: Any) -> Any:
             again = partial(run, **named)
-            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
+            made = checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
+            if not self.weights:
+                handed_on(made).register_hook(partial(self._add, block))
+            return made
 
         return call
+
+    def _add(self, block: Block, gradient: Tensor) -> None:
+        g = gradient.flatten(0, -2).float()
+        if not torch.isfinite(g).all():
+            what = f"the gradient behind {block.name} is not finite"
+            raise NumericsError(what, not_finite_remedy(self.model.dtype))
+        outer = self.outer.get(block)
+        self.outer[block] = g.T @ g if outer is None else outer.addmm_(g.T, g)
 
     def _come(self, block: Block) -> None:
         if self.here is block:
@@ -118,7 +163,7 @@ class _Passing:
             if (known := self._gone.pop(place, None)) is not None:
                 known.data = getattr(*place).data
                 setattr(*place, known)
-        for parameter in {layer.parameter for layer in block.layers}:
+        for parameter in {layer.parameter for layer in block.layers} if self.weights else ():
             parameter.requires_grad_()
         self.here = block
 
@@ -141,6 +186,13 @@ class _Passing:
                 parameter.data = parameter.data.new_empty(0)
                 self._gone[place] = parameter
         self.here = None
+
+
+def handed_on(made: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    if isinstance(made, Tensor):
+        return made
+    return next(each for each in made if isinstance(each, Tensor))
 
 
 def _begin(module: nn.Module, args: Any, output: Tensor) -> Tensor:

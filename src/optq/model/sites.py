@@ -133,7 +133,8 @@ class Sites:
         """All experts of one call: what they compute, with a pause before each projection."""
         batch = getcurrent()
         routed = bank.routed(index)
-        if isinstance(batch, Batch):
+        reads = isinstance(batch, Batch) and not batch.repeats
+        if reads:
             if batch.kind == "scout" and self.block is not None:
                 for site in self._bank_sites(self.block, bank):
                     self._seen.append((x.new_empty(0), 0, site))
@@ -144,7 +145,7 @@ class Sites:
             }
             self._experts_reading(batch, bank.inner, every, copies)
         inside = bank.inside(x, routed)
-        if isinstance(batch, Batch):
+        if reads:
             inputs = {e: (tokens, inside[e], None) for e, (_, tokens) in routed.items()}
             self._experts_reading(batch, bank.down, every, inputs)
         return bank.combine(x, routed, inside, weights)
@@ -238,7 +239,7 @@ def _kinship(layer: Layer, other: Layer | None) -> int:
 def _pre_hook(module: nn.Module, act: Callable[..., None], what: Any) -> Any:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         batch = getcurrent()
-        if isinstance(batch, Batch):
+        if isinstance(batch, Batch) and not batch.repeats:
             act(batch, what, args, kwargs)
         # Returns None: a value would replace the module's arguments.
 

@@ -30,6 +30,7 @@ from optq.model.blocks import Block
 from optq.model.experts import Bank
 from optq.model.experts_call import called_through
 from optq.model.layer import Layer
+from optq.model.leaves import learning
 
 TOKENS = 2048  # that run together, a sample at least: their logits are in memory
 CHUNK = 256  # of them, whose predictions are in float32
@@ -190,47 +191,14 @@ class Student:
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Inside, a backward pass adds to the gradient of :attr:`moved`, and to no other."""
-        before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         banks = [bank for block in self.blocks for bank in block.banks]
-        self.model.requires_grad_(False)
+        of = {scales.layer: scales for scales in self.layers}
         with ExitStack() as undo:
-            undo.callback(_ask, before)
-            leaves: dict[tuple[Any, ...], tuple[Tensor, list[Scales]]] = {}
-            for scales in self.layers:
-                layer = scales.layer
-                leaf = layer.parameter if layer.expert is None else layer.whole
-                key = layer.parameter, layer.expert
-                leaves.setdefault(key, (leaf, []))[1].append(scales)
-            for leaf, of_leaf in leaves.values():
-                leaf.requires_grad_()
-                handle = leaf.register_post_accumulate_grad_hook(partial(_reduce, of_leaf))
-                undo.callback(handle.remove)
-            for bank in banks:
-                for attribute in (bank.first, "down_proj"):
-                    own = [
-                        leaves[key][0]
-                        for e in range(len(bank.inner))
-                        if (key := (getattr(bank.module, attribute), e)) in leaves
-                    ]
-                    if own:  # else no token came by, and the experts are dense
-                        bank.slices[attribute] = own
-                undo.callback(bank.slices.clear)
+            take = learning(self.model, of, banks, lambda layer, got: of[layer].add(got))
+            undo.enter_context(take)
             undo.enter_context(called_through(banks, Bank.call))
             undo.enter_context(_checkpointed({x.module for x in self.blocks} - {self.head}))
             yield
-
-
-def _reduce(layers: list[Scales], leaf: Tensor) -> None:
-    """A weight's gradient is made: the scales take what they need of it, and it goes."""
-    gradient, leaf.grad = leaf.grad, None
-    assert gradient is not None
-    for scales in layers:
-        scales.add(scales.layer.part(gradient))
-
-
-def _ask(before: Mapping[nn.Parameter, bool]) -> None:
-    for parameter, asked in before.items():
-        parameter.requires_grad_(asked)
 
 
 @contextmanager

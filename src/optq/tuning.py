@@ -1,0 +1,283 @@
+"""Block tuning: codes and scales of a solved block, by what the block as a whole makes of them.
+
+A solver sees one site at a time, and each of its rows by itself. A block has its sites in sequence
+and sums rows up; and what it hands on differs from full precision by what the blocks before it did,
+too. Here all its layers move together, by Adam, down
+
+    mean over tokens of  (y - y*) M (y - y*)^T
+
+where ``y*`` is what the full-precision block makes of full-precision inputs, ``y`` what this one
+makes of what it will be given, and ``M`` how much the model's predictions feel an error there, in
+every direction (:func:`optq.model.sensitivity.metrics`): the sum is an estimate of the divergence
+of the predictions, in nats. A code moves as a real number that is rounded in the forward pass and
+not in the backward one (straight-through); a scale by a factor ``exp(t)``. It follows Block-AP of
+EfficientQAT (Chen et al. 2024), with these departures:
+
+1. It starts from a solver's codes, each in the middle of its cell: one that moves has been pushed
+   over half a cell, by steps that agree. From where full precision lies in the cell, most of them
+   near an edge after a sweep, noise alone moves as many codes, and the wrong ones.
+2. ``M`` in the place of ones: of the same steps, twice as much reaches the predictions.
+3. Some samples are held back. What serves these best stays, and what the solver found if nothing
+   serves better.
+
+Zero points stay. What is measured is what will be stored. (Numbers: docs/log.md.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from optq.core.grid import Storage
+from optq.core.weight import QuantizedWeight
+from optq.errors import DataError, ModelError, SettingError
+from optq.model.batch import Passed
+from optq.model.blocks import Block
+from optq.model.checkpoint import Checkpoint
+from optq.model.layer import Layer
+from optq.model.leaves import learning
+from optq.model.sensitivity import handed_on, metrics, some_of
+from optq.model.shards import open_model
+from optq.ranks import launched
+from optq.record import TunedBlock
+
+Passage = tuple[Passed, Passed]  # of one batch through a block: quantized, in full precision
+
+BETAS = (0.9, 0.95)  # of Adam
+EPSILON = 1e-12  # gradients are small
+WARM = 10  # steps until the rates are whole
+RIDGE = 0.5  # of the mean of M's diagonal: M is known from few tokens
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a block is tuned: ``steps`` of about ``tokens`` tokens, at the rates ``codes``, in units
+    of the grid, and ``scales``, of their logarithms; both fall to 0 along a line.
+
+    One of ``apart`` batches is held back, and one at least; ``looks`` times they are looked at.
+    """
+
+    steps: int = 200
+    tokens: int = 2048
+    codes: float = 0.02
+    scales: float = 2e-3
+    apart: int = 8
+    looks: int = 4
+
+    def batch(self, samples: int, seqlen: int) -> int:
+        """How many samples run together: so many that some can be held back."""
+        return max(1, min(self.tokens // seqlen, samples // self.apart, samples // 2))
+
+    def check(self, samples: int) -> None:
+        """Refuse what cannot be tuned, before any work.
+
+        Raises :class:`DataError` for so few samples, ``SettingError`` among several processes.
+        """
+        if samples < 2:
+            raise DataError(
+                "tuning holds back a sample that no step sees, and there is only one",
+                "choose --nsamples 2 or more: 64 do well",
+            )
+        if launched():
+            raise SettingError(
+                "--tune runs in one process", "start it without torchrun, or leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """What is known before the first block; ``metrics`` are those of all blocks, in order."""
+
+    settings: Tuning
+    metrics: list[Tensor]
+    storage: Storage
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        settings: Tuning,
+        storage: Storage,
+        seed: int,
+        checkpoint: Checkpoint,
+        find: Callable[[Any], list[Block]],
+        tokens: Tensor,
+        device: torch.device,
+    ) -> Tuner:
+        """From a model of its own, whose blocks ``find`` finds, and calibration ``tokens``."""
+        model, blocks, shards = open_model(checkpoint, find)
+        found = metrics(model, blocks, shards, some_of(tokens), device)
+        return cls(settings, found, storage, seed)
+
+    def tune(
+        self, block: Block, weights: Mapping[Layer, QuantizedWeight], passages: Sequence[Passage]
+    ) -> tuple[dict[Layer, QuantizedWeight] | None, TunedBlock]:
+        """As :func:`tune`."""
+        metric = self.metrics[block.index]
+        return tune(block, weights, passages, metric, self.storage, self.settings, self.seed)
+
+
+def tune(
+    block: Block,
+    weights: Mapping[Layer, QuantizedWeight],
+    passages: Sequence[Passage],
+    metric: Float[Tensor, "hidden hidden"],
+    storage: Storage,
+    settings: Tuning = Tuning(),
+    seed: int = 0,
+) -> tuple[dict[Layer, QuantizedWeight] | None, TunedBlock]:
+    """The weights that serve better, which are then in the block; None: those that it has do.
+
+    Raises :class:`ModelError` for a block that changes what it is called with.
+    """
+    if not all(passed.whole for pair in passages for passed in pair):
+        raise ModelError(f"{block.name} changes what it is called with", "leave out --tune")
+    count = max(1, len(passages) // settings.apart)
+    held, rest = passages[-count:], passages[:-count]
+    metric = metric.to(next(iter(weights.values())).scales.device)
+    metric = metric + RIDGE * metric.diagonal().mean() * torch.eye(
+        len(metric), device=metric.device
+    )
+    work = {layer: _Moving(layer, weight) for layer, weight in weights.items()}
+    error = partial(_error, block, metric)
+    before = after = _mean(error, held)
+    best: dict[Layer, QuantizedWeight] | None = None
+    note, steps, taken = "", settings.steps if before > 0 else 0, 0
+    adam = torch.optim.Adam(
+        [
+            {"params": [each.units for each in work.values()], "rate": settings.codes},
+            {"params": [each.moved for each in work.values()], "rate": settings.scales},
+        ],
+        betas=BETAS,
+        eps=EPSILON,
+        fused=True,
+    )
+    turns = _turns(len(rest), seed)
+    take = learning(
+        block.module, work, block.banks, lambda layer, gradient: work[layer].learn(gradient)
+    )
+    with take:
+        while taken < steps:
+            with torch.enable_grad():
+                loss = error(rest[next(turns)]) / before
+            loss.backward()
+            if not math.isfinite(loss.item()):
+                note = f"the error was not finite in step {taken + 1}"
+                break
+            for group in adam.param_groups:
+                group["lr"] = group["rate"] * min(1, (taken + 1) / WARM) * (1 - taken / steps)
+            adam.step()
+            adam.zero_grad()
+            for each in work.values():
+                each.put(storage)
+            taken += 1
+            if taken % max(1, steps // settings.looks) == 0 or taken == steps:
+                now = _mean(error, held)
+                if now < after:
+                    after, best = now, {layer: each.now() for layer, each in work.items()}
+    for layer, weight in (best or weights).items():
+        layer.put(weight.weight)
+    record = TunedBlock(
+        block=block.name,
+        steps=taken,
+        before=before if math.isfinite(before) else None,
+        after=after if math.isfinite(after) else None,
+        moved=_share(weights, best) if best else 0.0,
+        kept=best is not None,
+        note=note,
+    )
+    return best, record
+
+
+class _Moving:
+    """One layer's codes and scales as real numbers that move, and the gradients of both."""
+
+    def __init__(self, layer: Layer, weight: QuantizedWeight) -> None:
+        self.layer, self.weight = layer, weight
+        dtype = torch.promote_types(weight.scales.dtype, torch.float32)
+        self.group = weight.g_idx.long()
+        whole = weight.consecutive and weight.cols == weight.groups * weight.width
+        self.shape = (weight.rows, weight.groups, -1) if whole else (weight.rows, weight.cols)
+        zeros = self._spread(weight.zeros.to(dtype))
+        self.low, self.high = -zeros, 2**weight.wbits - 1 - zeros
+        self.units = weight.codes.to(dtype).view(self.shape).sub(zeros)
+        self.moved = torch.zeros_like(weight.scales, dtype=dtype)
+        self._set(weight.scales.to(dtype))
+
+    def put(self, storage: Storage) -> None:
+        """What they are now goes into the model, rounded."""
+        self.units.clamp_(self.low, self.high)
+        self._set(storage.round(self.weight.scales * self.moved.exp()))
+        self.layer.put((self.rounded * self._spread(self.scale)).view(self.weight.codes.shape))
+
+    def _set(self, scale: Tensor) -> None:
+        self.scale, self.rounded = scale, self.units.round()
+
+    def learn(self, gradient: Float[Tensor, "rows cols"]) -> None:
+        """From the gradient of the weight; none goes through the rounding."""
+        wanted = gradient.to(self.units.dtype).reshape(self.shape)
+        product = wanted * self.rounded
+        if product.ndim == 3:
+            of_scale = product.sum(-1)
+        else:  # a product, for a sum by index has another order each time on a GPU
+            groups = torch.arange(self.weight.groups, device=product.device)
+            of_scale = product @ (self.group[:, None] == groups).to(product.dtype)
+        self.moved.grad = of_scale.mul_(self.scale)
+        self.units.grad = wanted * self._spread(self.scale)
+
+    def now(self) -> QuantizedWeight:
+        """As it will be stored."""
+        codes = (self.rounded - self.low).to(torch.uint8).view(self.weight.codes.shape)
+        return replace(self.weight, codes=codes, scales=self.scale.to(self.weight.scales.dtype))
+
+    def _spread(self, of_groups: Tensor) -> Tensor:
+        """What each group has, for each of its columns."""
+        return of_groups[:, :, None] if len(self.shape) == 3 else of_groups[:, self.group]
+
+
+def _error(block: Block, metric: Tensor, pair: Passage) -> Tensor:
+    """The sum over the tokens of a batch."""
+    own, full = pair
+    args, kwargs = _on(metric.device, own.args), _on(metric.device, own.kwargs)
+    made, wanted = handed_on(block.module(*args, **kwargs)), handed_on(full.made)
+    error = (made - wanted.to(metric.device)).flatten(0, -2).to(metric.dtype)
+    return (error @ metric).mul(error).sum()
+
+
+def _mean(error: Callable[[Passage], Tensor], pairs: Sequence[Passage]) -> float:
+    with torch.no_grad():
+        total = sum(error(pair).item() for pair in pairs)
+    return total / sum(handed_on(full.made).shape[:-1].numel() for _, full in pairs)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """What a block is called with, from where there was room for it."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _on(device, each) for name, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on(device, each) for each in value)
+    return value
+
+
+def _turns(batches: int, seed: int) -> Iterator[int]:
+    """Which batch each step sees: all of them, then all of them in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(batches, generator=generator).tolist()
+
+
+def _share(
+    before: Mapping[Layer, QuantizedWeight], after: Mapping[Layer, QuantizedWeight]
+) -> float:
+    """Of all codes, those that moved."""
+    moved = sum(int((before[layer].codes != each.codes).sum()) for layer, each in after.items())
+    return moved / sum(each.codes.numel() for each in after.values())
