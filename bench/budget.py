@@ -19,8 +19,7 @@ from pathlib import Path
 
 from quality import CHOOSING, SAMPLES, SEQLEN, choosing, divergence, final, label, texts
 
-from optq import GPTQ, ModelConfig, Runner
-from optq.budget import Mixed
+from optq import GPTQ, Mixed, ModelConfig, Runner
 from optq.data.evaluation import evaluation_tokens
 
 RESULTS = Path(__file__).parent / "results" / "budget.jsonl"

@@ -37,7 +37,7 @@ print(json.dumps({
 
 
 def test_the_names_are_these():
-    names = ["GPTQ", "OBQ", "QEP", "RTN", "ModelConfig", "OptqError", "Runner", "load"]
+    names = ["GPTQ", "OBQ", "QEP", "RTN", "Mixed", "ModelConfig", "OptqError", "Runner", "load"]
     assert optq.__all__ == names
     assert set(optq.__all__) <= set(dir(optq))
     assert optq.__version__.count(".") == 2

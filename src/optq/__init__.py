@@ -14,12 +14,13 @@ _HOME = {
     "OBQ": "optq.core.obq",
     "QEP": "optq.core.qep",
     "RTN": "optq.core.rtn",
+    "Mixed": "optq.budget",
     "ModelConfig": "optq.config",
     "Runner": "optq.runner",
     "load": "optq.config",
     "OptqError": "optq.errors",
 }
-__all__ = ["GPTQ", "OBQ", "QEP", "RTN", "ModelConfig", "OptqError", "Runner", "load"]
+__all__ = ["GPTQ", "OBQ", "QEP", "RTN", "Mixed", "ModelConfig", "OptqError", "Runner", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from optq.core.gptq import GPTQ, OPTIONS, PLAIN
 from optq.core.grid import BITS
 from optq.core.order import ActOrder
+from optq.core.solver import Solver
 from optq.core.weight import LayerScheme
 from optq.errors import SettingError
 from optq.formats.scheme import Format
@@ -25,7 +26,7 @@ from optq.model.blocks import Block, Site
 from optq.model.checkpoint import Checkpoint
 from optq.model.layer import Layer
 
-HEADER = 100  # bytes of a tensor in a file's header, at most, beside its name
+HEADER = 62  # bytes of a tensor in a file's header, beside its name and where it lies
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ class Mixed:
         return f"--size {self.size / 1e6:.6g}MB"
 
 
+def told(quantizer: Solver | Mixed) -> dict[str, Any]:
+    """What a record says of a run's quantizer."""
+    kind = GPTQ if isinstance(quantizer, Mixed) else type(quantizer)
+    options = asdict(quantizer)  # type: ignore[arg-type]
+    return {"method": kind.__name__.lower(), "quantizer": options}
+
+
 @dataclass(frozen=True)
 class Part:
     """Layers of one width; ``bytes`` in the file for each width that the format can hold."""
@@ -124,6 +132,8 @@ class Budget:
             for kind in {*kinds} - known.keys():
                 known[kind] = _sizes(kind, schemes, form, dtype)
             widths = [wbits for wbits in BITS if all(wbits in known[kind] for kind in kinds)]
+            if fixed := {layer.wbits for layer in layers if layer.wbits}:  # of a head, say
+                widths = [wbits for wbits in widths if wbits in fixed]
             sizes = {wbits: sum(known[kind][wbits] for kind in kinds) for wbits in widths}
             parts.append(Part(tuple(layers), sizes))
         weights = sum(part.weights for part in parts)
@@ -131,7 +141,7 @@ class Budget:
         beside = _beside(layers, form, checkpoint, names)
         if mixed.size is None:
             assert mixed.bits_per_weight is not None
-            most = int(mixed.bits_per_weight * weights / 8)
+            most = int(round(mixed.bits_per_weight * weights / 8, 3))
         else:
             most = mixed.size - beside
         budget = cls(tuple(parts), weights, beside, most)
@@ -194,20 +204,20 @@ def knapsack(
     one = csr_array((np.ones(len(options)), ([part for part, _ in options], columns)))
     cost = np.array([costs[part][wbits] for part, wbits in options])
     size = np.array([sizes[part][wbits] for part, wbits in options], dtype=float)
-    found = milp(
-        cost / (cost.max() or 1.0),
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        # In parts of the budget: what the solver takes for zero is 1e-6 of it, so a little less.
-        constraints=[
-            LinearConstraint(one, 1, 1),
-            LinearConstraint(size[None] / most, 0, 1 - 2e-6),
-        ],
-        options={"mip_rel_gap": 1e-4},
-    )
-    if found.x is None:  # but for that little there is one choice alone
-        return [min(size, key=size.__getitem__) for size in sizes]
-    return [wbits for (_, wbits), taken in zip(options, found.x, strict=True) if taken > 0.5]
+    for margin in (0, 2e-6):  # what the solver takes for zero is 1e-6
+        found = milp(
+            cost / (cost.max() or 1.0),
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one, 1, 1),
+                LinearConstraint(size[None] / most, 0, 1 - margin),
+            ],
+            options={"mip_rel_gap": 1e-4},
+        )
+        if found.x is not None and size @ (taken := found.x > 0.5) <= most:
+            return [options[index][1] for index in np.flatnonzero(taken)]
+    return [min(size, key=size.__getitem__) for size in sizes]  # nothing else is so small
 
 
 def _sizes(
@@ -238,5 +248,6 @@ def _beside(
     replaced = {names[name] for name in packed | fused if name in names}
     dense = [name for name in checkpoint.layout if name not in replaced]
     every = [*dense, *(f"{names[n][:-7]}.{s}" for n in packed for s in form.suffixes)]
-    headers = sum(len(name) + HEADER for name in every)
+    digits = len(str(sum(tensor.nbytes for tensor in checkpoint.layout.values())))
+    headers = sum(len(name) + HEADER + 2 * digits for name in every)
     return sum(checkpoint.layout[name].nbytes for name in dense) + headers

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import torch
 
+from optq.boundary import short
 from optq.errors import SettingError
 from optq.formats import reader, require_plain
 from optq.model.checkpoint import Checkpoint
@@ -79,6 +82,17 @@ def _own(name: str) -> torch.device:
     return (
         torch.device("cuda", local_rank()) if name == "cuda" and launched() else torch.device(name)
     )
+
+
+def check_types(made: Any, hints: Mapping[str, Any]) -> None:
+    """Refuse what is not of the type that a field of ``made`` is annotated with."""
+    examples = {"model_config": 'ModelConfig("folder")', "quantizer": "GPTQ(wbits=4), say"}
+    for name, hint in hints.items():
+        parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds, value = tuple(get_origin(part) or part for part in parts), getattr(made, name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = examples.get(name, f"what is {type(made).__annotations__[name]}")
+            raise SettingError(f"{name} is {short(repr(value))}", f"pass {wanted}")
 
 
 def load(path: str | Path, device: str = "auto") -> Any:

@@ -35,7 +35,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ import torch
 from optq.core.clock import elapsed
 from optq.core.descent import ROWS_AT_ONCE
 from optq.core.gptq import GPTQ
+from optq.core.grid import BITS
 from optq.core.hessian import TOKENS
 from optq.core.precision import exact_products, quick_dtype
 from optq.core.rtn import RTN
@@ -247,6 +248,12 @@ class Run:
         products = tokens * (once + rows * columns)
         products += looked * (once + 2 * rows * columns) + seen * (4 * once + 3 * rows * columns)
         return products + distill.steps * 256 * weights
+
+    def probing(self, speed: Speed) -> float:
+        """Of the pass before a run within a budget: one stream, and a sweep for each width."""
+        probe = replace(self, streams=1, tune=NOTHING)
+        more = replace(probe, samples=0).seconds(speed, 0)
+        return probe.seconds(speed, 0) + (len(BITS) - 1) * more
 
     def _once(self) -> float:
         """Multiply-adds of a token through all blocks."""

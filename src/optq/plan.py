@@ -11,14 +11,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from optq.budget import Budget, Mixed
-from optq.core.grid import BITS
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.errors import OutputError, SettingError
@@ -142,32 +141,28 @@ def make_plan(
 ) -> Plan:
     """The plan of a run; ``timed``: with an estimate of its time, which takes a moment."""
     checkpoint, model, blocks = skeleton.checkpoint, skeleton.model, skeleton.blocks
-    names = names_on_disk(model, blocks, checkpoint, quantizer, form)
+    names, scheme = names_on_disk(model, blocks, checkpoint, quantizer, form), quantizer.scheme()
     if not checkpoint.whole:
         _check_fit(checkpoint, model, blocks, names)
     banks = [bank for block in blocks for bank in block.banks]
     skipped = [bank for block in blocks for bank in block.dense]
-    said = [*_of_files(checkpoint)]
+    head = any(block.head for block in blocks)
+    said = [*notices(form, scheme, model, banks, skipped, names, head), *_of_files(checkpoint)]
     sites, held, counted = sites_of(model, blocks, seqlen, said)
-    mixed, budget = quantizer, None
-    if isinstance(mixed, Mixed):
+    budget = None
+    if isinstance(quantizer, Mixed):
         flat = (site for block in blocks for site in sites[block])
-        budget = Budget.of(mixed, flat, form, model.dtype, checkpoint, names)
-        quantizer = mixed.at(budget.uniform())
-        said.insert(0, "the run measures first which layers need their bits, and tells them")
-    assert not isinstance(quantizer, Mixed)
-    scheme = quantizer.scheme()
-    if budget is None:
-        head = any(block.head for block in blocks)
-        said = [*notices(form, scheme, model, banks, skipped, names, head), *said]
+        budget = Budget.of(quantizer, flat, form, model.dtype, checkpoint, names)
+        quantizer = quantizer.at(budget.uniform())
+        scheme = quantizer.scheme()
+        said.append("a pass before the run finds out which layers get how many bits")
     layers = [layer for block in blocks for site in sites[block] for layer in site.layers]
     shapes = Counter((layer.shape, of_layer(scheme, layer)) for layer in layers)
     packed_of = {
         (shape, own): sum(each.nbytes for each in form.layout(*shape, own, model.dtype).values())
         for shape, own in shapes
     }
-    packed = sum(packed_of[kind] * count for kind, count in shapes.items())
-    packed = packed if budget is None else budget.bytes
+    packed = budget.bytes if budget else sum(packed_of[kind] * n for kind, n in shapes.items())
     weights = sum(rows * columns * count for ((rows, columns), _), count in shapes.items())
 
     def bytes_of(layer: Layer) -> int:
@@ -197,10 +192,7 @@ def make_plan(
     )
     peak, libraries = run.peak(), resident()
     seconds = run.seconds(speed := speed_of(device), packed + kept) if timed else 0.0
-    if timed and budget is not None:  # the pass before: one stream, and a sweep for each width
-        probe = replace(run, streams=1)
-        seconds += probe.seconds(speed, 0)
-        seconds += (len(BITS) - 1) * replace(probe, samples=0).seconds(speed, 0)
+    seconds += run.probing(speed) if timed and budget else 0.0
     # What batches hold, or all that is packed once more, before the dense tensors come.
     beside = packed + (peak.files if tune.model is None else max(peak.files, packed + kept))
     return Plan(

@@ -10,6 +10,7 @@ polish that follows them in the run: the choices are the same but for near ties 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -186,12 +187,13 @@ def _choices(budget: Budget, seen: list[Seen], felt: dict[str, Tensor]) -> list[
         name = part_of(each.site.block, layers[0])
         weigh = [felt.get(layer.name, torch.zeros(layer.shape[0])) for layer in layers]
         feel = torch.cat(weigh).double() / (each.trace or 1.0)
-        energies[name] = energies.get(name, 0.0) + each.energy.sum().item()
+        energies[name] = energies.get(name, 0.0) + math.fsum(each.energy.tolist())
         cost = costs.setdefault(name, dict.fromkeys(BITS, 0.0))
         total = errors.setdefault(name, dict.fromkeys(BITS, 0.0))
         for wbits, error in each.errors.items():
-            cost[wbits] += (feel @ error.double()).item()
-            total[wbits] += error.sum().item()
+            cost[wbits] += math.fsum((feel * error).tolist())
+            total[wbits] += math.fsum(error.tolist())
+    costs = {name: {b: _short(x) for b, x in cost.items()} for name, cost in costs.items()}
     widths = budget.choose([*costs.values()])
     return [
         Choice(
@@ -199,8 +201,13 @@ def _choices(budget: Budget, seen: list[Seen], felt: dict[str, Tensor]) -> list[
             weights=part.weights,
             wbits=wbits,
             bytes=part.bytes[wbits],
-            errors={b: errors[name][b] / (energies[name] or 1.0) for b in part.bytes},
+            errors={b: _short(errors[name][b] / (energies[name] or 1.0)) for b in part.bytes},
             divergence={b: costs[name][b] for b in part.bytes},
         )
         for name, part, wbits in zip(costs, budget.parts, widths, strict=True)
     ]
+
+
+def _short(number: float) -> float:
+    """Four digits: further ones depend on how many threads there are."""
+    return float(f"{number:.4g}")

@@ -153,5 +153,4 @@ class RunRecord(BaseModel):
 
     def text(self) -> str:
         """What the file says."""
-        nothing = {"choices"} if self.choices is None else None
-        return json.dumps(self.model_dump(exclude=nothing), indent=2) + "\n"
+        return json.dumps(self.model_dump(), indent=2) + "\n"

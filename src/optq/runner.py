@@ -14,17 +14,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from optq import __version__
-from optq.boundary import short
-from optq.budget import Mixed
-from optq.config import ModelConfig
-from optq.core.gptq import GPTQ
+from optq.budget import Mixed, told
+from optq.config import ModelConfig, check_types
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
@@ -141,7 +138,7 @@ class Runner:
 
     def _form(self) -> Format:
         """The format, with all settings checked."""
-        self._check_types()
+        check_types(self, get_type_hints(type(self)))
         if self.head is not None and isinstance(self.quantizer, Mixed):
             cause = f"the widths within {self.quantizer.flag} are those of the blocks' layers"
             raise SettingError(cause, "leave out --head")
@@ -150,16 +147,6 @@ class Runner:
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
             )
         return FORMATS[self.format]
-
-    def _check_types(self) -> None:
-        """Refuse what is not of the type that a field is annotated with."""
-        examples = {"model_config": 'ModelConfig("folder")', "quantizer": "GPTQ(wbits=4), say"}
-        for name, hint in get_type_hints(type(self)).items():
-            parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-            kinds, value = tuple(get_origin(part) or part for part in parts), getattr(self, name)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                wanted = examples.get(name, f"what is {self.__annotations__[name]}")
-                raise SettingError(f"{name} is {short(repr(value))}", f"pass {wanted}")
 
     def _run(
         self,
@@ -228,8 +215,8 @@ class Runner:
             ) from error
         # A module that later blocks share is called again after its record was made.
         every = [layer for block in blocks for layer in block.layers]
-        told = zip(*ranks.gather([layer.calls for layer in every], "records"), strict=True)
-        most = {layer.name: max(calls) for layer, calls in zip(every, told, strict=True)}
+        counted = zip(*ranks.gather([layer.calls for layer in every], "records"), strict=True)
+        most = {layer.name: max(calls) for layer, calls in zip(every, counted, strict=True)}
         layers = [
             record.model_copy(update={"calls": most[record.name] or record.calls})
             for record in sink.records
@@ -239,7 +226,7 @@ class Runner:
         solved = {layer.name for layer in layers}
         record = RunRecord(
             optq=__version__,
-            **_told(quantizer),
+            **told(quantizer),
             qep=None if qep is None else asdict(qep),
             calibration=described(calib, tokens, self.seed, self.chat),
             bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
@@ -308,7 +295,7 @@ class Runner:
             checkpoint,
             device,
             tokens,
-            **_told(self.quantizer),
+            **told(self.quantizer),
             qep=None if qep is None else asdict(qep),
             tune=asdict(self._tune) | {"seed": self.seed} if self.tune else None,
             format=self.format,
@@ -334,9 +321,3 @@ class Runner:
             tokens = calibration_tokens(calib, tokenizer, *how)
         check_vocabulary(model, tokens)
         return tokens
-
-
-def _told(quantizer: Solver | Mixed) -> dict[str, Any]:
-    kind = GPTQ if isinstance(quantizer, Mixed) else type(quantizer)
-    options = asdict(quantizer)  # type: ignore[arg-type]
-    return {"method": kind.__name__.lower(), "quantizer": options}

@@ -266,7 +266,7 @@ def test_detect(tmp_path):
 
 
 def test_mixed_widths_have_one_rule_each_that_matches_what_readers_fuse():
-    """vLLM asks a rule for ``qkv_proj``, ``gate_up_proj`` and all ``experts``, not for their parts"""
+    """vLLM asks for ``qkv_proj``, ``gate_up_proj`` and all ``experts``, not for their parts."""
     widths = {"self_attn.q_proj": 4, "self_attn.k_proj": 4, "self_attn.v_proj": 4}
     widths |= {"self_attn.o_proj": 3, "mlp.gate_proj": 2, "mlp.up_proj": 2, "mlp.down_proj": 4}
     names = {f"model.layers.0.{name}": bits for name, bits in widths.items()}
