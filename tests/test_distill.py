@@ -22,6 +22,7 @@ from optq.formats.whole import Whole
 from optq.model.flow import Flow
 from optq.model.student import Student
 from optq.record import RunRecord
+from optq.tune import Tune
 
 ROWS = {row.name: row for row in zoo.ROWS}
 # What is held back is what the steps see: it improves for sure, on a model that learned nothing.
@@ -40,7 +41,8 @@ def source(tmp_path_factory):
 def run(source, tmp_path):
     def made(distill=FEW, folder=source, at="out", **options):
         options = {"calib": SAME, "output": at and tmp_path / at} | options
-        return Runner(ModelConfig(str(folder), "cpu"), TWO_BITS, distill=distill, **options).run()
+        tune = distill and Tune(None, distill)
+        return Runner(ModelConfig(str(folder), "cpu"), TWO_BITS, tune=tune, **options).run()
 
     return made
 
@@ -52,7 +54,7 @@ def test_the_divergence_of_the_bundled_model_falls():
         GPTQ.plain(2, 128),
         nsamples=10,
         seqlen=64,
-        distill=Distill(steps=8, batch=4, every=4),
+        tune=Tune(None, Distill(steps=8, batch=4, every=4)),
         tuning=lambda *what: told.append(what),
     ).run()
     found = result.record.distilled
@@ -244,6 +246,6 @@ def test_other_settings_do_not_go_on(run):
 
     with pytest.raises(Cut):
         run(tuning=cut)
-    for distill, words in ((None, "distill was on and is off"), (Distill(steps=5), "steps was 6")):
+    for distill, words in ((None, "tune was on and is off"), (Distill(steps=5), "steps was 6")):
         with pytest.raises(OutputError, match=words):
             run(distill)
