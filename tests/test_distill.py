@@ -23,6 +23,7 @@ from optq.model.flow import Flow
 from optq.model.student import Student
 from optq.record import RunRecord
 from optq.tune import Tune
+from optq.tuning import Tuning
 
 ROWS = {row.name: row for row in zoo.ROWS}
 # What is held back is what the steps see: it improves for sure, on a model that learned nothing.
@@ -191,6 +192,24 @@ def test_cut_off_while_it_tunes(run, tmp_path, monkeypatch):
     said = []
     run(notice=said.append)
     assert len(said) == 1 and "going on after 3 of 3 blocks" in said[0]
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_cut_off_after_blocks_that_were_tuned_too(source, tmp_path, monkeypatch):
+    def run(at, **options):
+        config, tune = ModelConfig(str(source), "cpu"), Tune(Tuning(steps=8), FEW)
+        options |= {"calib": SAME, "output": tmp_path / at, "tune": tune}
+        return Runner(config, TWO_BITS, **options).run().record
+
+    def cut(*_):
+        raise Cut
+
+    alone = run("alone")
+    assert alone.distilled.kept and len(alone.tuned) == 3
+    with pytest.raises(Cut):
+        run("out", tuning=cut)
+    monkeypatch.setattr(Flow, "run", lambda _: pytest.fail("a block is done again"))
+    assert run("out").text() == alone.text()
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
