@@ -200,7 +200,7 @@ class Runner:
                 for line in of_widths(form, banks) if ranks.first else ():
                     self.notice(line)
             tuner = None
-            if tune.blocks is not None:
+            if tune.blocks is not None and sink.finished() < len(blocks):
                 start, where = time.perf_counter(), (checkpoint, self._blocks, tokens, device)
                 tuner = Tuner.of(tune.blocks, storage, self.seed, *where)
                 work.seconds["tune"] = time.perf_counter() - start

@@ -58,18 +58,24 @@ RIDGE = 0.5  # of the mean of M's diagonal: M is known from few tokens
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a block is tuned: ``steps`` of about ``tokens`` tokens, at the rates ``codes``, in units
-    of the grid, and ``scales``, of their logarithms; both fall to 0 along a line.
+    """How a block is tuned: in ``steps`` of about ``tokens`` tokens, at rates that fall to 0 along
+    a line. ``reach`` is how far a code can come with all of them, in units of a grid of 2 bits;
+    with twice the levels half as far: what a step of a code is worth falls faster than what
+    gradients of few tokens are off by. ``scales`` is the rate of the scales' logarithms.
 
     One of ``apart`` batches is held back, and one at least; ``looks`` times they are looked at.
     """
 
     steps: int = 200
     tokens: int = 2048
-    codes: float = 0.02
+    reach: float = 2.0
     scales: float = 2e-3
     apart: int = 8
     looks: int = 4
+
+    def rate(self, wbits: int) -> float:
+        """Of codes, at the start, in units of their grid."""
+        return 2 * self.reach * 4 / 2**wbits / self.steps
 
     def batch(self, samples: int, seqlen: int) -> int:
         """How many samples run together: so many that some can be held back."""
@@ -153,8 +159,8 @@ def tune(
     note, steps, taken = "", settings.steps if before > 0 else 0, 0
     adam = torch.optim.Adam(
         [
-            {"params": [each.units for each in work.values()], "rate": settings.codes},
             {"params": [each.moved for each in work.values()], "rate": settings.scales},
+            *({"params": [x.units], "rate": settings.rate(x.weight.wbits)} for x in work.values()),
         ],
         betas=BETAS,
         eps=EPSILON,

@@ -160,6 +160,31 @@ def test_two_streams_are_the_quantized_and_the_untouched_model(row):
     assert not first.drift.any() and last.drift.any()
 
 
+@every_model
+def test_a_block_with_other_weights_is_passed_again_by_the_quantized_stream(row):
+    model = row.build()
+    original = copy.deepcopy(model)
+    blocks, changes = [], [True, False]
+
+    def tune(block, passages):
+        blocks.append(block.index)
+        assert len(passages) == len(BATCHES)
+        for own, full in passages:
+            assert own.whole and full.whole
+            torch.testing.assert_close(block.module(*own.args, **own.kwargs), own.made)
+        if changes[block.index % 2]:
+            for layer in block.layers:
+                layer.put(layer.weight * 0.75)
+        return changes[block.index % 2]
+
+    run = Run(model, BATCHES, tune=tune)
+    assert blocks == [block.index for block in run.blocks]
+    assert all(inputs.drift is None for inputs in run.inputs)  # nothing is propagated
+    check_outcomes(run, original)
+    assert all(layer.calls <= 1 for block in run.blocks for layer in block.layers)
+    assert not run.weights._originals and not living_batches()
+
+
 # Synthetic models, for what the zoo does not exercise.
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optq.record import Choice
+from optq.record import Choice, DistillRecord, TunedBlock
 
 # What users call their files is not markup.
 stdout = Console(highlight=False, markup=False, emoji=False)
@@ -208,17 +208,33 @@ def held(most: Mapping[str, int]) -> dict[str, str]:
     return {"activations": ", ".join(found)} if len(found) > 1 else {}
 
 
-def tuned(found: Mapping[str, Any] | None) -> dict[str, str]:
-    """What tuning the scales end to end has given; nothing where they were not tuned."""
-    if found is None:
-        return {}
-    ends = f"{found['steps']} steps" + (f" ({found['note']})" if found["note"] else "")
-    before, after = (
-        "no number" if found[n] is None else f"{found[n]:.4f}" for n in ("before", "after")
-    )
-    if not found["kept"]:
-        return {"scales": f"as they were: nothing was gained in {ends} on a divergence of {before}"}
-    return {"scales": f"tuned in {ends}: divergence {before} to {after} on samples held back"}
+def gained(block: TunedBlock) -> str:
+    """What tuning one block has given."""
+    if not block.kept or not block.before or block.after is None:
+        return f"stays as it was{f': {block.note}' if block.note else ''}"
+    return f"tuned: error {block.after / block.before:.0%} of what it was"
+
+
+def tuned(blocks: Sequence[TunedBlock], model: DistillRecord | None) -> dict[str, str]:
+    """What tuning has given; nothing where nothing was tuned."""
+    said = {}
+    if blocks:
+        kept = [b.after / b.before for b in blocks if b.kept and b.before and b.after is not None]
+        mean = f", to {sum(kept) / len(kept):.0%} of their error" if kept else ""
+        said["blocks"] = f"{len(kept)} of {len(blocks)} tuned{mean} on samples held back"
+        if notes := [f"{block.block}: {block.note}" for block in blocks if block.note]:
+            said["blocks"] += f" ({notes[0]})"
+    if model is not None:
+        ends = f"{model.steps} steps" + (f" ({model.note})" if model.note else "")
+        before, after = (
+            "no number" if far is None else f"{far:.4f}" for far in (model.before, model.after)
+        )
+        said["scales"] = (
+            f"tuned in {ends}: divergence {before} to {after} on samples held back"
+            if model.kept
+            else f"as they were: nothing was gained in {ends} on a divergence of {before}"
+        )
+    return said
 
 
 def layers(records: Sequence[Mapping[str, Any]]) -> None:

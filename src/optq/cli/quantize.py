@@ -1,35 +1,24 @@
-"""Commands that quantize: demo, quantize, compare."""
+"""The main command: quantize."""
 
 from __future__ import annotations
 
 import gc
-import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from optq.cli.app import app, print_json, refuse_given, say, size, words
+from optq.cli.app import app, print_json, say, size
 from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, Skip
+from optq.cli.solver import (
+    DEFAULT_GROUPSIZE,
+    DEFAULT_WBITS,
+    fitting_groupsize,
+    solver_of,
+    tell_groupsize,
+)
 from optq.errors import SettingError
-
-if TYPE_CHECKING:
-    from optq.model.blocks import Block
-
-DEFAULT_GROUPSIZE = 128
-DEFAULT_WBITS = 4
-
-
-@app.command()
-def demo(device: Device = "auto", as_json: Json = False) -> None:
-    """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model."""
-    from optq.compare import demo_rows
-    from optq.report import progress, tables
-
-    with progress.bar("optq demo") as bar:
-        rows = [asdict(row) for row in demo_rows(device, bar)]
-    print_json({"model": "demo", "rows": rows}) if as_json else tables.compared(rows)
 
 
 @app.command()
@@ -52,8 +41,12 @@ def quantize(
         typer.Option(help="Columns to a scale; -1: the row. Default: 128, or 64 or 32 if it fits."),
     ] = None,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Zero point fixed, or fitted.")] = True,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="The paper's GPTQ; without it the best options known.")
+    plain: Annotated[bool, typer.Option("--plain", help="The paper's GPTQ.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="The default without error propagation: half the time.")
+    ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="The default, tuned: --tune model, many times the time.")
     ] = False,
     actorder: Annotated[
         bool | None,
@@ -75,6 +68,13 @@ def quantize(
     qep: Annotated[
         bool | None,
         typer.Option(help="Error propagation, qep=True in Python. Default: gptq below 8 bits."),
+    ] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            help="After the solver: blocks, each as soon as it is solved; or model, that and then"
+            " all scales at once."
+        ),
     ] = None,
     calib: Annotated[
         str | None,
@@ -131,20 +131,25 @@ def quantize(
     options |= {"actorder": actorder, "static_groups": static_groups}
     asked = DEFAULT_GROUPSIZE if groupsize is None else groupsize
     budget = {"bits_per_weight": bits_per_weight, "size": size("--size", in_all)}
-    quantizer = _quantizer(method, wbits, budget, asked, plain, options)
+    if sum((plain, fast, best)) > 1:
+        raise SettingError("--plain, --fast and --best exclude each other", "choose one of them")
+    if best and tune is None:
+        tune = "model"
+    quantizer = solver_of(method, wbits, budget, asked, plain, options)
     if groupsize is None or dry_run:
         checkpoint = with_own_head(config.plain_checkpoint(not dry_run), head, untie)
         skeleton = Skeleton.of(checkpoint, skip, head)
     if groupsize is None and skeleton:
-        quantizer = replace(quantizer, groupsize=_groupsize(skeleton.blocks))
+        quantizer = replace(quantizer, groupsize=fitting_groupsize(skeleton.blocks))
     if qep is None:
-        qep = method == "gptq" and not plain and BEST[wbits or DEFAULT_WBITS].qep
+        qep = method == "gptq" and not (plain or fast) and BEST[wbits or DEFAULT_WBITS].qep
     memory = size("--activation-memory", activation_memory)
     calib = ("demo" if config.is_demo else "c4") if calib is None else calib
     runner = Runner(
         config,
         quantizer,
         qep=qep,
+        tune=tune,
         calib=calib,
         output=out,
         nsamples=nsamples,
@@ -163,6 +168,7 @@ def quantize(
     if dry_run:
         plan = runner.plan(skeleton)
         told = {"model": model, "out": str(out), "method": method, "qep": bool(qep), "head": head}
+        told["tune"] = tune
         settings = {"format": file_format} | told | asdict(quantizer)
         print_json(settings | plan.told()) if as_json else tables.planned(plan)
         plan.check(out)
@@ -171,6 +177,8 @@ def quantize(
         bar(0, 1, "reading model and text")
 
         def solved(step: Progress) -> None:
+            if step.tuned is not None:
+                return bar(step.block, step.blocks, f"{step.site} {tables.gained(step.tuned)}")
             if not step.layers:
                 return bar(step.block, step.blocks, f"{step.site} at each width")
             worst = max(step.layers, key=lambda layer: layer.relative_error)
@@ -184,8 +192,8 @@ def quantize(
     if not reports():
         return
     if groupsize is None:
-        _tell(quantizer.groupsize)
-    made, distilled = result.record.calibration, result.record.model_dump()["distilled"]
+        tell_groupsize(quantizer.groupsize)
+    made, tuned, distilled = result.record.calibration, result.record.tuned, result.record.distilled
     if as_json:
         timed = [layer.model_dump() | {"seconds": layer.seconds} for layer in result.layers]
         settings = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
@@ -193,7 +201,9 @@ def quantize(
         settings |= asdict(quantizer)
         sizes = {"bits_per_weight": result.bits_per_weight, "bytes": result.bytes}
         chosen = {} if result.choices is None else {"choices": tables.chosen(result.choices)}
-        rest = {"seconds": result.seconds, "distilled": distilled, "layers": timed}
+        ran: dict[str, Any] = {"tuned": [each.model_dump() for each in tuned]}
+        ran |= {"distilled": distilled and distilled.model_dump()}
+        rest = ran | {"seconds": result.seconds, "layers": timed}
         print_json(settings | sizes | chosen | rest)
         return
     weights = sum(layer.rows * layer.cols for layer in result.layers)
@@ -211,114 +221,9 @@ def quantize(
             "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
             **tables.short_of_tokens([layer.model_dump() for layer in result.layers]),
             **tables.held(result.activations),
-            **tables.tuned(distilled),
+            **tables.tuned(tuned, distilled),
             "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
             "next": f"optq eval {out}{' --text demo' if calib == 'demo' else ''}"
             f"    optq inspect {out}    optq generate {out} PROMPT",
         }
     )
-
-
-@app.command()
-def compare(
-    model: Model,
-    methods: Annotated[
-        str, typer.Option(help="Of rtn, plain (the paper's GPTQ), no-qep, gptq.")
-    ] = "rtn,plain,no-qep,gptq",
-    wbits: Annotated[str, typer.Option(help="Of 2, 3, 4, 8.")] = "4,3,2",
-    bits_per_weight: Annotated[
-        str | None, typer.Option(help="Budgets too: each layer its own width.")
-    ] = None,
-    groupsize: Annotated[str | None, typer.Option(help="One or more; as of quantize.")] = None,
-    calib: Annotated[str | None, typer.Option(help="As of quantize.")] = None,
-    text: Annotated[str | None, typer.Option(help="Held-out text, as --text of eval.")] = None,
-    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    seqlen: Seqlen = None,
-    seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
-    skip: Skip = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    results: Annotated[
-        Path, typer.Option(help="Rows that are done: the same command goes on from them.")
-    ] = Path("optq-compare.jsonl"),
-    chart: Annotated[Path | None, typer.Option(help="An SVG to draw.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Many settings on MODEL with one calibration: size, perplexity, rise, seconds."""
-    from optq.compare import Comparison
-    from optq.config import ModelConfig
-    from optq.plan import Skeleton
-    from optq.report import chart as svg
-    from optq.report import progress, tables
-
-    if chart is not None:
-        svg.check(chart)
-    config = ModelConfig(model, device, dtype)
-    if groupsize is None:
-        sizes = [_groupsize(Skeleton.of(config.plain_checkpoint(), skip).blocks)]
-    else:
-        sizes = words("--groupsize", groupsize, int)
-    comparison = Comparison(
-        config,
-        words("--methods", methods),
-        words("--wbits", wbits, int),
-        sizes,
-        ("demo" if config.is_demo else "c4") if calib is None else calib,
-        ("demo" if config.is_demo else "wikitext2") if text is None else text,
-        nsamples,
-        seqlen,
-        seed,
-        skip,
-        () if bits_per_weight is None else words("--bits-per-weight", bits_per_weight, float),
-    )
-    with progress.bar("optq compare") as bar:
-        rows = [asdict(row) for row in comparison.run(results, bar)]
-    if groupsize is None:
-        _tell(sizes[0])
-    if chart is not None:
-        svg.write(chart, model, rows)
-    print_json({"model": model, "rows": rows}) if as_json else tables.compared(rows)
-
-
-def _quantizer(
-    method: str,
-    wbits: int | None,
-    budget: dict[str, Any],
-    groupsize: int,
-    plain: bool,
-    options: dict[str, Any],
-) -> Any:
-    """The solver, with those options that it has; one that it lacks must not be asked for."""
-    from optq.budget import Mixed
-    from optq.core.gptq import GPTQ
-    from optq.core.methods import METHODS
-
-    if method not in METHODS:
-        raise SettingError(f"the method {method} is unknown", f"choose {', '.join(METHODS)}")
-    solver, known = METHODS[method], {field.name for field in fields(METHODS[method])}
-    if solver is not GPTQ:
-        lacking = {name: value for name, value in options.items() if name not in known}
-        refuse_given(
-            lacking | {"plain": plain or None}, method, "leave it out, or use --method gptq"
-        )
-    given = {name: value for name, value in options.items() if value is not None}
-    if any(value is not None for value in budget.values()):
-        if solver is not GPTQ:
-            refuse_given(budget, f"--method {method}", "leave it out, or use --method gptq")
-        refuse_given({"wbits": wbits}, "a run within a budget", "leave it out: widths are chosen")
-        return (Mixed.plain if plain else Mixed)(**budget, groupsize=groupsize, **given)
-    build = GPTQ.plain if plain else solver
-    return build(wbits=DEFAULT_WBITS if wbits is None else wbits, groupsize=groupsize, **given)
-
-
-def _groupsize(blocks: list[Block]) -> int:
-    """Where none was given: the largest of three that divides the columns of every layer."""
-    columns = {layer.shape[1] for block in blocks for layer in block.layers}
-    fitting = (n for n in (DEFAULT_GROUPSIZE, 64, 32) if not any(count % n for count in columns))
-    return next(fitting, DEFAULT_GROUPSIZE)  # which is then refused, with what to do
-
-
-def _tell(groupsize: int) -> None:
-    """After the run, so that what refuses it stands alone on stderr."""
-    if groupsize != DEFAULT_GROUPSIZE:
-        print(f"optq: --groupsize {groupsize}: 128 does not fit every layer", file=sys.stderr)
