@@ -22,6 +22,8 @@ from optq.formats.whole import Whole
 from optq.model.flow import Flow
 from optq.model.student import Student
 from optq.record import RunRecord
+from optq.tune import Tune
+from optq.tuning import Tuning
 
 ROWS = {row.name: row for row in zoo.ROWS}
 # What is held back is what the steps see: it improves for sure, on a model that learned nothing.
@@ -40,7 +42,8 @@ def source(tmp_path_factory):
 def run(source, tmp_path):
     def made(distill=FEW, folder=source, at="out", **options):
         options = {"calib": SAME, "output": at and tmp_path / at} | options
-        return Runner(ModelConfig(str(folder), "cpu"), TWO_BITS, distill=distill, **options).run()
+        tune = distill and Tune(None, distill)
+        return Runner(ModelConfig(str(folder), "cpu"), TWO_BITS, tune=tune, **options).run()
 
     return made
 
@@ -52,7 +55,7 @@ def test_the_divergence_of_the_bundled_model_falls():
         GPTQ.plain(2, 128),
         nsamples=10,
         seqlen=64,
-        distill=Distill(steps=8, batch=4, every=4),
+        tune=Tune(None, Distill(steps=8, batch=4, every=4)),
         tuning=lambda *what: told.append(what),
     ).run()
     found = result.record.distilled
@@ -192,6 +195,24 @@ def test_cut_off_while_it_tunes(run, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
+def test_cut_off_after_blocks_that_were_tuned_too(source, tmp_path, monkeypatch):
+    def run(at, **options):
+        config, tune = ModelConfig(str(source), "cpu"), Tune(Tuning(steps=8), FEW)
+        options |= {"calib": SAME, "output": tmp_path / at, "tune": tune}
+        return Runner(config, TWO_BITS, **options).run().record
+
+    def cut(*_):
+        raise Cut
+
+    alone = run("alone")
+    assert alone.distilled.kept and len(alone.tuned) == 3
+    with pytest.raises(Cut):
+        run("out", tuning=cut)
+    monkeypatch.setattr(Flow, "run", lambda _: pytest.fail("a block is done again"))
+    assert run("out").text() == alone.text()
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
 @pytest.mark.parametrize("shards", [False, True])
 def test_killed_while_the_tuned_scales_are_written(run, tmp_path, monkeypatch, shards):
     """Never tuned twice, and no scale from before among them."""
@@ -244,6 +265,6 @@ def test_other_settings_do_not_go_on(run):
 
     with pytest.raises(Cut):
         run(tuning=cut)
-    for distill, words in ((None, "distill was on and is off"), (Distill(steps=5), "steps was 6")):
+    for distill, words in ((None, "tune was on and is off"), (Distill(steps=5), "steps was 6")):
         with pytest.raises(OutputError, match=words):
             run(distill)

@@ -25,6 +25,7 @@ from optq.model.checkpoint import Checkpoint
 from optq.model.dense import EMBEDDING, GATE, HEAD, SKIPPED, TIED, UNLOADED
 from optq.model.experts import is_bank
 from optq.model.scout import scout
+from optq.tune import Tune
 
 TOKENS = torch.randint(4, 124, (2, 32), generator=torch.Generator().manual_seed(0))
 
@@ -260,10 +261,12 @@ def test_tuning_the_scales_is_in_the_plan(tmp_path):
     """Its memory, its time, and the packed tensors once more beside those of the journal."""
     folder, out = saved(tmp_path / "model", configs.llama()), tmp_path / "out"
     plain, tuned = (
-        runner(folder, out, GPTQ(4, 32), distill=distill).plan() for distill in (None, Distill())
+        runner(folder, out, GPTQ(4, 32), tune=tune).plan() for tune in (None, Tune(None, Distill()))
     )
     assert tuned.seconds > plain.seconds and tuned.memory >= plain.memory
     assert tuned.packed_bytes == plain.packed_bytes
     assert tuned.disk >= plain.disk >= 2 * plain.packed_bytes
-    short, long = (runner(folder, out, GPTQ(4, 32), distill=Distill(n)).plan() for n in (10, 100))
+    short, long = (
+        runner(folder, out, GPTQ(4, 32), tune=Tune(None, Distill(n))).plan() for n in (10, 100)
+    )
     assert long.seconds > short.seconds

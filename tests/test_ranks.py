@@ -69,6 +69,8 @@ def settings(models, path, out):
         | {"model": models["gpt2"], "quantizer": [4, 32], "method": "rtn", "qep": True},
         "experts": gptq | {"model": models["mixtral"], "quantizer": [4, 32], "qep": True},
         "copies": gptq | {"model": models["llama4"], "quantizer": [3, 32], "qep": True},
+        "head": gptq
+        | {"model": models["llama_bfloat16"], "quantizer": [3, 32], "head": 8, "qep": True},
         "budget": gptq
         | {"model": models["mixtral"], "quantizer": [3.9, None, 32], "method": "mixed"},
         "few batches": gptq | {"model": models["mixtral"], "quantizer": [4, 32], "calib": two},

@@ -47,9 +47,9 @@ class Distill:
     ``every`` steps, and ``patience`` looks without a gain end it.
     """
 
-    steps: int = 200
+    steps: int = 120
     batch: int = 4
-    lr: float = 1e-2
+    lr: float = 5e-3
     apart: int = 8
     every: int = 20
     patience: int = 3

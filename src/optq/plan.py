@@ -52,10 +52,10 @@ class Skeleton:
     skip: str | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, skip: str | None) -> Skeleton:
+    def of(cls, checkpoint: Checkpoint, skip: str | None, head: int | None = None) -> Skeleton:
         model = empty_model(checkpoint).eval()
         model.to(model.config.dtype)  # it is made in float32
-        return cls(checkpoint, model, find_blocks(model, skip), skip)
+        return cls(checkpoint, model, find_blocks(model, skip, head), skip)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def make_plan(
         _check_fit(checkpoint, model, blocks, names)
     banks = [bank for block in blocks for bank in block.banks]
     skipped = [bank for block in blocks for bank in block.dense]
-    said = [*notices(form, scheme, model, banks, skipped, names), *_of_files(checkpoint)]
+    head = any(block.head for block in blocks)
+    said = [*notices(form, scheme, model, banks, skipped, names, head), *_of_files(checkpoint)]
     sites, held, counted = sites_of(model, blocks, seqlen, said)
     budget = None
     if isinstance(quantizer, Mixed):
@@ -195,7 +196,7 @@ def make_plan(
     # What batches hold, or all that is packed once more, before the dense tensors come.
     beside = packed + (peak.files if tune.model is None else max(peak.files, packed + kept))
     return Plan(
-        blocks=len(blocks),
+        blocks=sum(not block.head for block in blocks),
         sites=counted,
         layers=len(layers),
         weights=weights,

@@ -129,6 +129,7 @@ class RunRecord(BaseModel):
     calibration: dict[str, Any]
     bits_per_weight: float  # of the quantized layers as stored, scales and all
     bytes: int  # of the quantized layers in the file
+    head: int | None = None  # bits of the head, where it is quantized
     dense: list[str]  # linear layers inside the blocks that stay as they were
     layers: list[LayerRecord]
     choices: list[Choice] | None = None  # of widths, where there was a budget

@@ -39,6 +39,7 @@ from optq.formats.writer import Dropped, Kept, Writer
 from optq.model.activations import Activations
 from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
+from optq.model.head import with_own_head
 from optq.model.shards import open_model
 from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
@@ -67,7 +68,8 @@ class Runner:
     ``tune`` is "blocks", "model" or a :class:`Tune`; ``progress`` is called after each site, and
     each block that is tuned, ``tuning(step, steps, divergence)`` as :func:`optq.distill.distill`
     says, ``reading(done, total)`` with the windows drawn from ``c4``, ``notice`` with what a person
-    should know.
+    should know; ``head`` quantizes the output head too, to so many bits, 8 or 4, and ``untie``
+    parts it from embeddings that are the head.
     """
 
     model_config: ModelConfig
@@ -89,11 +91,13 @@ class Runner:
     reading: Callable[[int, int], None] | None = None
     tune: Tune | str | None = None
     tuning: Callable[[int, int, float], None] = lambda *_: None
+    head: int | None = None
+    untie: bool = False
 
     def run(self) -> Result:
         """Quantize. Raises an :class:`optq.errors.OptqError` for all that a user can put right."""
         started = time.perf_counter()
-        form, checkpoint = self._form(), self.model_config.plain_checkpoint()
+        form, checkpoint = self._form(), self._checkpoint()
         with together(self.model_config.torch_device()) as ranks:
             if self.output is None or not ranks.first:
                 return self._run(checkpoint, form, None, started, ranks)
@@ -113,7 +117,7 @@ class Runner:
         """
         form = self._form()
         if skeleton is None:
-            skeleton = Skeleton.of(self.model_config.plain_checkpoint(whole=False), self.skip)
+            skeleton = Skeleton.of(self._checkpoint(whole=False), self.skip, self.head)
         if self.output is not None:
             place_of(Path(self.output), skeleton.checkpoint, self.force).check()
         what = self._calib(), skeleton.model, self.nsamples, self.seqlen
@@ -129,9 +133,15 @@ class Runner:
         what = skeleton, form, self.quantizer, streams, *size
         return make_plan(*what, device, output or None, self.activation_memory, timed, tune)
 
+    def _checkpoint(self, whole: bool = True) -> Checkpoint:
+        return with_own_head(self.model_config.plain_checkpoint(whole), self.head, self.untie)
+
     def _form(self) -> Format:
         """The format, with all settings checked."""
         check_types(self, get_type_hints(type(self)))
+        if self.head is not None and isinstance(self.quantizer, Mixed):
+            cause = f"the widths within {self.quantizer.flag} are those of the blocks' layers"
+            raise SettingError(cause, "leave out --head")
         if self.format not in FORMATS:
             raise SettingError(
                 f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
@@ -151,13 +161,13 @@ class Runner:
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
         banks = [bank for block in blocks for bank in block.banks]
         skipped = [bank for block in blocks for bank in block.dense]
-        for line in notices(form, quantizer.scheme(), model, banks, skipped, names):
-            if ranks.first:
-                self.notice(line)
+        packed = quantizer.scheme(), model, banks, skipped, names, self.head is not None
+        for line in notices(form, *packed) if ranks.first else ():
+            self.notice(line)
         qep = QEP() if self.qep is True else self.qep or None
         if ranks.first:
             size = calibration_size(calib, model, self.nsamples, self.seqlen)
-            plan = self._plan(Skeleton.of(checkpoint, self.skip), form, size, False)
+            plan = self._plan(Skeleton.of(checkpoint, self.skip, self.head), form, size, False)
             plan.check(self.output)
             for line in plan.warnings():
                 self.notice(line)
@@ -221,6 +231,7 @@ class Runner:
             calibration=described(calib, tokens, self.seed, self.chat),
             bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
             bytes=sink.bytes,
+            head=self.head,
             dense=[name for block in blocks for name in block.linears if name not in solved],
             layers=layers,
             choices=choices,
@@ -265,7 +276,7 @@ class Runner:
         )
 
     def _blocks(self, model: Any) -> list[Block]:
-        return find_blocks(model, self.skip)
+        return find_blocks(model, self.skip, self.head)
 
     @property
     def _tune(self) -> Tune:
@@ -289,6 +300,7 @@ class Runner:
             tune=asdict(self._tune) | {"seed": self.seed} if self.tune else None,
             format=self.format,
             skip=self.skip,
+            head=self.head,
             dtype=self.model_config.dtype,
             calibration=described(calib, tokens, self.seed, self.chat),
         )

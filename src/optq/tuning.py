@@ -113,6 +113,7 @@ class Tuner:
     ) -> Tuner:
         """From a model of its own, whose blocks ``find`` finds, and calibration ``tokens``."""
         model, blocks, shards = open_model(checkpoint, find)
+        blocks = [block for block in blocks if not block.head]
         found = metrics(model, blocks, shards, some_of(tokens), device)
         return cls(settings, found, storage, seed)
 

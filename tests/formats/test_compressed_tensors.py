@@ -198,7 +198,7 @@ def test_config_of_several_schemes_names_the_layers_of_each():
 
 
 def settings(**changes):
-    return FORM.config({"X": FOUR_BITS}, [], 0.01) | changes
+    return FORM.config({"layers.0.X": FOUR_BITS}, [], 0.01) | changes
 
 
 def group(targets=("Linear",), weights=None, **changes):

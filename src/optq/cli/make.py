@@ -88,6 +88,12 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
     skip: Skip = None,
+    head: Annotated[
+        int | None, typer.Option(help="Quantize the output head too, to 8 or 4 bits.")
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="With --head, where the head is the embeddings.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = None,
     file_format: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
@@ -113,6 +119,7 @@ def quantize(
         context.call_on_close(gc.enable)
     from optq.config import ModelConfig
     from optq.core.gptq import BEST
+    from optq.model.head import with_own_head
     from optq.plan import Skeleton
     from optq.quantize import Progress
     from optq.ranks import reports
@@ -126,7 +133,8 @@ def quantize(
     budget = {"bits_per_weight": bits_per_weight, "size": size("--size", in_all)}
     quantizer = _quantizer(method, wbits, budget, asked, plain, options)
     if groupsize is None or dry_run:
-        skeleton = Skeleton.of(config.plain_checkpoint(whole=not dry_run), skip)
+        checkpoint = with_own_head(config.plain_checkpoint(not dry_run), head, untie)
+        skeleton = Skeleton.of(checkpoint, skip, head)
     if groupsize is None and skeleton:
         quantizer = replace(quantizer, groupsize=_groupsize(skeleton.blocks))
     if qep is None:
@@ -144,6 +152,8 @@ def quantize(
         seed=seed,
         format=file_format,
         skip=skip,
+        head=head,
+        untie=untie,
         chat=chat,
         force=force,
         restart=restart,
@@ -152,7 +162,7 @@ def quantize(
     )
     if dry_run:
         plan = runner.plan(skeleton)
-        told = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
+        told = {"model": model, "out": str(out), "method": method, "qep": bool(qep), "head": head}
         settings = {"format": file_format} | told | asdict(quantizer)
         print_json(settings | plan.told()) if as_json else tables.planned(plan)
         plan.check(out)
@@ -179,7 +189,8 @@ def quantize(
     if as_json:
         timed = [layer.model_dump() | {"seconds": layer.seconds} for layer in result.layers]
         settings = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
-        settings |= {"wbits": None, "actorder": False, "percdamp": None} | asdict(quantizer)
+        settings |= {"head": head, "wbits": None, "actorder": False, "percdamp": None}
+        settings |= asdict(quantizer)
         sizes = {"bits_per_weight": result.bits_per_weight, "bytes": result.bytes}
         chosen = {} if result.choices is None else {"choices": tables.chosen(result.choices)}
         rest = {"seconds": result.seconds, "distilled": distilled, "layers": timed}

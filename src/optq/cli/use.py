@@ -116,6 +116,10 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; for gguf, the file.")],
     file_format: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP} or gguf.")],
+    head: Annotated[
+        int | None,
+        typer.Option(help="Of gguf: embeddings, and a head not yet quantized, in 8 or 4 bits."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write the quantized checkpoint MODEL in another format, with the same codes and grids."""
@@ -132,8 +136,9 @@ def export(
     if file_format == "gguf":
         from optq.formats.gguf import export_gguf
 
-        tables.facts({"wrote": out, **export_gguf(checkpoint, out, force, say)})
+        tables.facts({"wrote": out, **export_gguf(checkpoint, out, force, say, head)})
         return
+    refuse_given({"head": head}, f"export --format {file_format}", "quantize with --head instead")
     layers = convert(checkpoint, out, FORMATS[file_format], force, say)
     tables.facts(
         {"wrote": out, "format": file_format, "layers": layers, "next": f"optq inspect {out}"}

@@ -37,12 +37,14 @@ from optq.formats.scheme import (
     Schemes,
     dense_experts,
     has_drafts,
+    heads_of,
     require_fit,
     require_groups,
 )
 from optq.model.checkpoint import TOGETHER
 
 PACKED = "pack-quantized"
+HEAD = "lm_head"  # what readers look for
 RELEASE = "0.20.0"  # of the package compressed-tensors whose layout this is
 OTHER_KIND = "give a checkpoint of integer weights alone, format pack-quantized"
 # Early releases (0.5) left "frozen" in the config of files that are compressed.
@@ -144,22 +146,17 @@ class CompressedTensorsFormat(Format):
         """The ``quantization_config``; the format has no field for ``percdamp``.
 
         Readers give every ``Linear`` of the model packed tensors unless ``ignore`` names it;
-        ``lm_head`` is named in any case. Of experts vLLM asks for three names of the first, also
-        where the disk has others. SGLang wants a pattern for multi-token layers.
+        ``lm_head`` is named in any case, there or as a target, whatever the disk calls it: vLLM's
+        and SGLang's is no ``Linear``. Of experts vLLM asks for three names of the first, also where
+        the disk has others. SGLang wants a pattern for multi-token layers.
         """
         places = dict.fromkeys(dense_experts(layers, [*dense, *outside]).values())
         asked = [f"{place}.0.{part}_proj" for place in places for part in ("gate", "up", "down")]
-        every = dict.fromkeys([*dense, *outside, *asked, "lm_head"])
+        head = [] if heads_of(layers) else [HEAD]
+        every = dict.fromkeys([*dense, *outside, *asked, *head])
         ignore = [name for name in every if name not in layers]
         if has_drafts(layers, outside) and not any("mtp" in name for name in layers):
             ignore.append("re:.*mtp.*")
-        groups: dict[LayerScheme, list[str]] = {}
-        for name, layer in layers.items():
-            groups.setdefault(layer, []).append(name)
-            if experts := EXPERT.fullmatch(name):  # asked for by these names here, too
-                first = [f"{experts[1]}.0.{part}_proj" for part in ("gate", "up", "down")]
-                groups[layer] += [each for each in first if each not in layers]
-        groups = {layer: [*dict.fromkeys(names)] for layer, names in groups.items()}
         return {
             "quant_method": self.name,
             "format": PACKED,
@@ -168,10 +165,7 @@ class CompressedTensorsFormat(Format):
             "ignore": ignore,
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
-            "config_groups": {
-                f"group_{index}": _group(layer, ["Linear"] if len(groups) == 1 else names)
-                for index, (layer, names) in enumerate(groups.items())
-            },
+            "config_groups": _groups(layers),
         }
 
     def detect(self, settings: dict[str, Any]) -> Detected | None:
@@ -226,6 +220,27 @@ def _shape(name: str, tensor: Tensor) -> tuple[int, int]:
         raise ModelError(f"{name}.weight_shape is {tensor.tolist()}, no rows and columns", TOGETHER)
     rows, columns = tensor.tolist()
     return rows, columns
+
+
+def _groups(layers: Schemes) -> dict[str, Any]:
+    """A group for each scheme; a head's is the last: transformers takes the first for experts."""
+    heads = heads_of(layers)
+    inside = [name for name in layers if name not in heads]
+    same = {layers[name] for name in inside}
+    targets: dict[LayerScheme, list[str]] = {layers[name]: [] for name in (*inside, *heads)}
+    for name in heads:
+        targets[layers[name]] += dict.fromkeys([name, HEAD])
+    for name in inside if len(same) > 1 else ():
+        targets[layers[name]].append(name)
+        if experts := EXPERT.fullmatch(name):  # asked for by these names here, too
+            first = [f"{experts[1]}.0.{part}_proj" for part in ("gate", "up", "down")]
+            targets[layers[name]] += [each for each in first if each not in layers]
+    if len(same) == 1:
+        targets[same.pop()].append("Linear")
+    return {
+        f"group_{index}": _group(layer, [*dict.fromkeys(names)])
+        for index, (layer, names) in enumerate(targets.items())
+    }
 
 
 def _group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from optq.formats import detect, quantization
 from optq.formats.notices import notices
 from optq.formats.place import place_of
 from optq.formats.reader import packed_tensors, quantized_layers, read_layer
-from optq.formats.scheme import Format
+from optq.formats.scheme import Format, heads_of
 from optq.formats.writer import Writer
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import TOGETHER, Checkpoint
@@ -53,7 +53,8 @@ def export(
     skipped = [bank for bank in every if bank not in banks.values()]
     with place_of(target, checkpoint, force, notice) as place:
         if layer := next(map(scheme.layer, [*banks, *names]), None):
-            for line in notices(form, layer, skeleton, [*banks.values()], skipped, on_disk):
+            head = bool(heads_of(names))
+            for line in notices(form, layer, skeleton, [*banks.values()], skipped, on_disk, head):
                 notice(line)
         writer = Writer(place, checkpoint, form, skeleton.config.dtype)
         for name in names:  # one at a time: memory holds one layer

@@ -46,13 +46,16 @@ def check_layers(
         if sizes := " or ".join(str(n) for n, misfits in tried.items() if not misfits):
             ways.insert(0, " ".join(f"choose {way} --groupsize {sizes}".split()))
     banks = [bank for block in blocks for bank in block.banks]
-    rest = {layer.name for layer in layers} - refused.keys()
+    heads = {layer.name for block in blocks if block.head for layer in block.layers}
+    rest = {layer.name for layer in layers} - refused.keys() - heads
     for bank in banks:  # one of them is dense: then all are
         own = {layer.name for layer in bank.layers}
         if not own <= rest:
             rest -= own
-    if rest:  # the pattern says also what another one has left dense
-        dense = {name for block in blocks for name in block.linears} - rest
+    if heads & refused.keys():
+        ways.append("leave out --head")
+    elif rest:  # the pattern says also what another one has left dense
+        dense = {name for block in blocks for name in block.linears} - rest - heads
         pattern = _pattern(dense, rest, {bank.name for bank in banks})
         ways.append(f"leave the misfits dense: --skip '{pattern}'")
     raise SettingError(cause, ", or ".join(ways) or "give another model: no options fit this one")

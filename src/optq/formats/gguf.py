@@ -1,7 +1,8 @@
 """Export a quantized checkpoint as one GGUF file, which llama.cpp and what is built on it run.
 
 Quantized layers keep their codes, in the blocks of :mod:`optq.formats.gguf_blocks`. Norms, biases
-and routers become float32; every other tensor keeps its dtype and its bits. One projection of all
+and routers become float32; every other tensor keeps its dtype and its bits, but for embeddings and
+a head that are to be rounded. One projection of all
 experts of a block is one tensor ``[experts, rows, columns]``.
 
 llama.cpp turns neighbouring features (2i, 2i + 1) in a Llama's rotary embedding, transformers
@@ -34,7 +35,7 @@ from torch import Tensor
 from optq import __version__
 from optq.errors import ModelError, OutputError, SettingError
 from optq.formats import detect
-from optq.formats.gguf_blocks import choose, encode
+from optq.formats.gguf_blocks import BLOCK, ROUNDED, choose, encode, rounded
 from optq.formats.gguf_settings import add_settings, architecture, head_dim
 from optq.formats.gguf_vocabulary import add_vocabulary
 from optq.formats.reader import packed_tensors, quantized_layers, read_layer
@@ -46,6 +47,7 @@ from optq.model.names import disk_names
 from optq.model.source import empty_model, load_tokenizer
 
 DENSE = {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16, torch.float32: Kind.F32}
+OUTER = (MODEL_TENSOR.TOKEN_EMBD, MODEL_TENSOR.OUTPUT)
 ROUTERS = (MODEL_TENSOR.FFN_GATE_INP, MODEL_TENSOR.FFN_GATE_INP_SHEXP)  # as its converter does
 
 
@@ -69,9 +71,11 @@ def export_gguf(
     target: Path,
     force: bool = False,
     notice: Callable[[str], None] = lambda _: None,
+    head: int | None = None,
 ) -> dict[str, Any]:
     """Write ``checkpoint`` to the file ``target``, which appears only when it is whole.
 
+    ``head``: the embeddings, and a head that is not quantized, are rounded to so many bits, 8 or 4.
     ``notice`` is told of what a run that was cut off has left beside ``target``.
 
     Returns ``file``, ``bytes``, ``tensors`` (how many of each type), ``minimum_moved``: the
@@ -82,19 +86,23 @@ def export_gguf(
     where the target exists (without ``force``), is no place for a file, or does not read back.
     """
     _check_target(target)
+    if head not in (None, *ROUNDED):
+        raise SettingError(f"a head of {head} bits is asked for", "choose --head 8 or 4")
     detect(checkpoint)  # refuses what nobody can read
     arch = architecture(checkpoint.config())
     with Whole(target, force, notice) as place:
-        return _export(checkpoint, arch, place)
+        return _export(checkpoint, arch, place, head)
 
 
-def _export(checkpoint: Checkpoint, arch: MODEL_ARCH, place: Whole) -> dict[str, Any]:
+def _export(
+    checkpoint: Checkpoint, arch: MODEL_ARCH, place: Whole, head: int | None
+) -> dict[str, Any]:
     model, target = empty_model(checkpoint), place.target
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
     sparse = sum(is_bank(module) for module in model.modules())
     add_settings(writer, model.config, arch, sparse)
     add_vocabulary(writer, load_tokenizer(checkpoint), model.config)
-    tensors, moved, left_out = _tensors(checkpoint, model, arch)
+    tensors, moved, left_out = _tensors(checkpoint, model, arch, head)
     count = Counter(tensor.kind for tensor in tensors)
     writer.add_name(target.stem)
     writer.add_quantized_by(f"optq {__version__}")
@@ -138,7 +146,7 @@ def _order(name: str, config: Any, arch: MODEL_ARCH) -> Tensor | slice:
 
 
 def _tensors(
-    checkpoint: Checkpoint, model: Any, arch: MODEL_ARCH
+    checkpoint: Checkpoint, model: Any, arch: MODEL_ARCH, head: int | None
 ) -> tuple[list[_Tensor], float, list[str]]:
     """What goes into the file, how far a minimum moves, and what is left out.
 
@@ -175,7 +183,7 @@ def _tensors(
                 reads.append(partial(_read_layer, checkpoint, layer_name, scheme, kind, rows))
             else:
                 ((_, tensor),) = checkpoint.tensors([name])
-                kind, shape = _dense_kind(name, tensor, which[0]), tuple(tensor.shape)
+                kind, shape = _dense_kind(name, tensor, which[0], head), tuple(tensor.shape)
                 reads.append(partial(_read_dense, checkpoint, name, kind, rows))
             if shape != fits:
                 raise ModelError(f"{name} is {list(shape)} where {list(fits)} fits", TOGETHER)
@@ -227,17 +235,24 @@ def _read_layer(
     return encode(read_layer(checkpoint, name, scheme), kind)[rows]
 
 
-def _dense_kind(name: str, tensor: Tensor, which: MODEL_TENSOR) -> Kind:
+def _dense_kind(name: str, tensor: Tensor, which: MODEL_TENSOR, head: int | None) -> Kind:
     if tensor.dtype not in DENSE:
         raise ModelError(
             f"{name} is {tensor.dtype}, which llama.cpp does not take".replace("torch.", ""),
             "convert the model to float32, float16 or bfloat16",
         )
+    if head is not None and which in OUTER:
+        if columns := tensor.shape[-1] % BLOCK:
+            cause = f"the {tensor.shape[-1]} columns of {name} are {columns} more than whole blocks"
+            raise SettingError(f"{cause} of {BLOCK}", "leave out --head")
+        return ROUNDED[head]
     return Kind.F32 if tensor.ndim == 1 or which in ROUTERS else DENSE[tensor.dtype]
 
 
 def _read_dense(checkpoint: Checkpoint, name: str, kind: Kind, rows: Tensor | slice) -> Tensor:
     ((_, tensor),) = checkpoint.tensors([name])
+    if kind in ROUNDED.values():
+        return rounded(tensor, kind)
     return (tensor.float() if kind == Kind.F32 else tensor)[rows]
 
 

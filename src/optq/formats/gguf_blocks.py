@@ -19,10 +19,14 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from optq.core.weight import QuantizedWeight
+from optq.core.grid import IntegerGrid, Storage
+from optq.core.rounding import round_groups, working_copy
+from optq.core.weight import QuantizedWeight, group_index
 from optq.errors import SettingError
 
 BLOCK = 32  # columns
+ROWS_AT_ONCE = 2**13  # of an embedding that is rounded
+ROUNDED = {8: Kind.Q8_0, 4: Kind.Q4_0}
 
 
 def choose(layer: QuantizedWeight, name: str) -> tuple[Kind, float]:
@@ -85,6 +89,22 @@ def encode(layer: QuantizedWeight, kind: Kind) -> Tensor:
         codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
     parts = [part[:, :, None].view(torch.uint8) for part in head]
     return torch.cat([*parts, codes], dim=-1).view(layer.rows, -1)
+
+
+def rounded(weight: Tensor, kind: Kind) -> Tensor:
+    """The blocks, of a ``kind`` in :data:`ROUNDED`, of a weight that is not quantized.
+
+    Each value is rounded to the nearest, and the range of each block is searched.
+    """
+    (wbits,) = (bits for bits, each in ROUNDED.items() if each == kind)
+    grid, parts = IntegerGrid(wbits, BLOCK, sym=True, mse=True), []
+    group = group_index(weight.shape[1], BLOCK, weight.device)
+    for some in weight.split(ROWS_AT_ONCE):
+        W = working_copy(some)
+        found = round_groups(W, group, grid, Storage(), W.new_ones(len(W), 1))
+        codes, zeros = found.codes.T.contiguous(), found.zero.T.to(torch.uint8)
+        parts.append(encode(QuantizedWeight(wbits, codes, found.scale.T, zeros, group), kind))
+    return torch.cat(parts)
 
 
 def _minima(scales: Tensor, zeros: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from optq.formats.scheme import (
     Schemes,
     dense_experts,
     has_drafts,
+    heads_of,
     require_fit,
     require_groups,
 )
@@ -135,10 +136,10 @@ class GPTQFormat(Format):
         (``mtp``, ``model.layers.61``): readers fuse layers, and then look for other names. vLLM
         leaves layers for multi-token prediction dense only where a rule says ``mtp``.
         """
-        base = Counter(layers.values()).most_common(1)[0][0]
+        base, heads = Counter(layers.values()).most_common(1)[0][0], heads_of(layers)
         config: dict[str, Any] = {
             **_settings(base),
-            "lm_head": "lm_head" in layers,
+            "lm_head": bool(heads),  # whatever its name
             "quant_method": "gptq",
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
@@ -163,7 +164,8 @@ class GPTQFormat(Format):
             every = patterns[0] if len(patterns) == 1 else f"(?:{'|'.join(patterns)})"
             rules[f"+:^{every}$"] = _settings(layer)
         if any(rule.startswith("-:") for rule in rules):
-            inside = {re.sub(r"^.*?\.\d+\.", "", name, count=1): None for name in layers}
+            places = [name for name in layers if name not in heads]
+            inside = {re.sub(r"^.*?\.\d+\.", "", name, count=1): None for name in places}
             config["modules_in_block_to_quantize"] = [[name] for name in inside]
         if rules:
             config["dynamic"] = rules

@@ -1,4 +1,4 @@
-"""What other programs make of a block's experts: said before the work, while it can be changed.
+"""What other programs make of experts and of a head: said before the work, while it can be changed.
 
 Read in the source of transformers 5.23 and vLLM 0.33, not run in the latter. vLLM runs experts of
 4 and 8 bits, symmetric. Its fast kernel takes groups of 32, 64 and 128 columns and whole rows, of
@@ -27,12 +27,28 @@ def notices(
     banks: list[Bank],
     dense: list[Bank],
     names: dict[str, str],
+    head: bool = False,
 ) -> list[str]:
-    """A line for each program that will not read, or not serve, these experts.
+    """A line for each program that will not read, or not serve, these experts, or a packed head.
 
     ``banks`` are packed, ``dense`` are not; ``names`` are those on disk of the tensors of
-    ``model``.
+    ``model``; ``head``: it is packed.
     """
+    lines = _of_experts(form, scheme, model, banks, dense, names)
+    if head and form is not COMPRESSED_TENSORS:  # optimum packs what is inside the blocks
+        line = "transformers does not read a packed head from these files: compressed-tensors it"
+        lines.append(f"{line} does")
+    return lines
+
+
+def _of_experts(
+    form: Format,
+    scheme: LayerScheme,
+    model: Any,
+    banks: list[Bank],
+    dense: list[Bank],
+    names: dict[str, str],
+) -> list[str]:
     lines = []
     # It expects what it merges, or takes apart, to be packed.
     if form is COMPRESSED_TENSORS and any(_becomes_another(bank, model, names) for bank in dense):

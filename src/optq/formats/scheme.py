@@ -115,6 +115,11 @@ class Format(ABC):
         """
 
 
+def heads_of(layers: Iterable[str]) -> list[str]:
+    """The output head, if it is among these layers: no other stands beside the model itself."""
+    return [name for name in layers if "." not in name or name.endswith(".lm_head")]
+
+
 def dense_experts(layers: Iterable[str], dense: Iterable[str]) -> dict[str, str]:
     """For each projection of an expert that is ``dense``, where the experts of its block are.
 

@@ -20,7 +20,7 @@ from optq.model.layer import Layer
 
 @dataclass(eq=False)
 class Block:
-    """One decoder layer of the model."""
+    """One decoder layer of the model; or its head, which comes last and gives no hidden state."""
 
     index: int
     name: str
@@ -29,6 +29,7 @@ class Block:
     linears: list[str] = field(default_factory=list)  # names of all, also of those skipped
     banks: list[Bank] = field(default_factory=list)  # of experts; their layers are among the others
     dense: list[Bank] = field(default_factory=list)  # those that are skipped
+    head: bool = False
 
 
 @dataclass(eq=False)
@@ -47,9 +48,11 @@ class Site:
     let_go: bool = False  # nobody has the original weights any more
 
 
-def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
+def find_blocks(model: Any, skip: str | None = None, head: int | None = None) -> list[Block]:
     """The blocks of a language model in order, with all layers whose name ``skip`` does not match.
 
+    With ``head``, the bits of its layer, the model's head is one more, the last
+    (:func:`optq.model.head.with_own_head` has seen to it that it can be).
     Raises :class:`ModelError` where there are none, or where experts are in an unknown layout;
     ``SettingError`` where ``skip`` is no regular expression, or leaves a part of some experts.
     """
@@ -127,6 +130,10 @@ def find_blocks(model: Any, skip: str | None = None) -> list[Block]:
         )
     if not any(block.layers for block in blocks):
         raise ModelError(f"--skip {skip} leaves no layer to quantize", "choose a narrower one")
+    if head is not None:
+        module = model.get_output_embeddings()
+        layer = Layer(name_of[id(module)], module, False, wbits=head)
+        blocks.append(Block(len(blocks), layer.name, module, [layer], [layer.name], head=True))
     return blocks
 
 

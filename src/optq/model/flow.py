@@ -123,9 +123,10 @@ class Flow:
                 layer.put(weight)
                 layer.solved = True
             self._sites.begin(block)  # there are no sites: batches run straight through
+        tunes = self.tune is not None and known is None and not block.head
         batches = [batch for batch in waiting if batch.kind != "scout"]
         for batch in batches:
-            batch.stays = self.tune is not None and known is None
+            batch.stays = tunes
         self._advance(batches)
         while site := self._next(batches):
             here = [batch for batch in batches if batch.site is site]
@@ -140,7 +141,7 @@ class Flow:
             self._advance(here)
             if site.bank and site.layers[0].calls == 1 and len(here) == len(batches):
                 site.let_go = self.weights.let_originals_go(site.layers, block)
-        if self.tune is not None and known is None:
+        if tunes and self.tune:
             self._tune(self.tune, block, batches)
         self._finished.add(block)
         self.done(block)

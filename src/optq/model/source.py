@@ -224,6 +224,8 @@ def _configuration(checkpoint: Checkpoint) -> tuple[Any, Any]:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = getattr(transformers, _architecture(raw, config))
+    if raw.get("tie_word_embeddings") is False:  # of a checkpoint that is given a head as well
+        config.tie_word_embeddings = False
     if getattr(config, "tie_word_embeddings", False):
         with torch.device("meta"), library(*unloadable(checkpoint)):
             skeleton = plain(config)
