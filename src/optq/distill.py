@@ -43,8 +43,9 @@ class Distill:
     """How scales are tuned: ``steps`` of Adam, of ``batch`` samples each, at the rate ``lr`` of
     their logarithm, which falls to 0 along a cosine.
 
-    One of ``apart`` samples is held back, and one at least; they are looked at after every
-    ``every`` steps, and ``patience`` looks without a gain end it.
+    One of ``apart`` samples is held back, and one at least: the last ones, as in
+    :mod:`optq.tuning`, for blocks that have learned a sample by heart say nothing of others. They
+    are looked at after every ``every`` steps, and ``patience`` looks without a gain end it.
     """
 
     steps: int = 120
@@ -91,9 +92,8 @@ def distill(
     divergence of the samples held back. One that is not finite ends it: the best scales before it
     stay.
     """
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
     count = settings.held_back(len(tokens))
-    held, rest = tokens[order[:count]], tokens[order[count:]]
+    rest, held = tokens[:-count], tokens[-count:]
     student = Student(model, blocks, weights)
     wanted, aims = student.hidden(held), student.hidden(rest)
     student.put(storage)
