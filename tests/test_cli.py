@@ -721,7 +721,7 @@ def test_a_real_process_says_nothing_on_stderr(words, folder, tmp_path):
 
 
 def test_experts_have_a_line_a_projection_and_those_short_of_tokens_one(capfd):
-    from optq.report import tables
+    from optq.report import said, tables
 
     def record(name, error, tokens, borrowed):
         facts = {"rows": 8, "cols": 8, "error": error, "relative_error": error, "rtn_error": 1.0}
@@ -734,9 +734,9 @@ def test_experts_have_a_line_a_projection_and_those_short_of_tokens_one(capfd):
         for e in range(4)
         for part in ("up_proj", "down_proj")
     ]
-    assert tables.short_of_tokens(attention) == {}
-    said = "2 of 8 saw no token, 4 borrowed some of their block's"
-    assert tables.short_of_tokens(attention + few) == {"experts": said}
+    assert said.short_of_tokens(attention) == {}
+    line = "2 of 8 saw no token, 4 borrowed some of their block's"
+    assert said.short_of_tokens(attention + few) == {"experts": line}
     tables.layers(attention + few)
     rows = capfd.readouterr().out.splitlines()[1:]
     assert len(rows) == 2 + 4

@@ -21,15 +21,17 @@ from optq.budget import Budget, Mixed
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.errors import OutputError, SettingError
-from optq.forecast import NOTHING, Run, resident, speed_of
+from optq.forecast import NOTHING, Run
 from optq.formats.fit import of_layer
 from optq.formats.notices import notices
 from optq.formats.scheme import Format
 from optq.formats.writer import SHARD_BYTES
+from optq.machine import resident, speed_of
 from optq.model.activations import SHARE
 from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.dense import reasons
+from optq.model.head import head_shape
 from optq.model.lacking import lacking, misshapen
 from optq.model.layer import Layer
 from optq.model.memory import free
@@ -187,7 +189,7 @@ def make_plan(
         device=device,
         limit=int(SHARE * free(device)) if activation_memory is None else activation_memory,
         host_limit=int(SHARE * free(cpu)) if apart else 0,
-        head=_head(model),
+        head=head_shape(model),
         tune=tune,
     )
     peak, libraries = run.peak(), resident()
@@ -216,11 +218,6 @@ def make_plan(
         seconds=seconds,
         notices=said,
     )
-
-
-def _head(model: Any) -> tuple[int, int]:
-    weight = getattr(model.get_output_embeddings(), "weight", None)
-    return (0, 0) if weight is None else tuple(weight.shape)
 
 
 def calibration_size(

@@ -165,6 +165,16 @@ class Quantization:
         self.progress(Progress(*done))
         return best is not None
 
+    def counted(self, records: Sequence[LayerRecord]) -> list[LayerRecord]:
+        """With the calls of layers whose module later blocks share: it was called again since."""
+        every = [layer for block in self.blocks for layer in block.layers]
+        told = zip(*self.ranks.gather([layer.calls for layer in every], "records"), strict=True)
+        most = {layer.name: max(calls) for layer, calls in zip(every, told, strict=True)}
+        return [
+            record.model_copy(update={"calls": most[record.name] or record.calls})
+            for record in records
+        ]
+
     def _nothing_left(self) -> bool:
         """Whether an earlier run has finished all blocks: nobody then needs what runs through them.
 

@@ -24,7 +24,7 @@ from optq.budget import Mixed, told
 from optq.config import ModelConfig, check_types
 from optq.core.qep import QEP
 from optq.core.solver import Solver
-from optq.data.calibration import calibration_tokens
+from optq.data.calibration import tokens_for
 from optq.data.given import described, given
 from optq.data.text import Text
 from optq.distill import tuned
@@ -41,7 +41,7 @@ from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.head import with_own_head
 from optq.model.shards import open_model
-from optq.model.source import check_vocabulary, dense_layers, load_tokenizer, sequence_length
+from optq.model.source import dense_layers
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
 from optq.probe import choose
 from optq.quantize import Progress, Quantization, names_on_disk
@@ -171,7 +171,8 @@ class Runner:
             plan.check(self.output)
             for line in plan.warnings():
                 self.notice(line)
-        tokens = ranks.share(lambda: self._tokens(calib, checkpoint, model))
+        how = self.nsamples, self.seqlen, self.seed, self.chat, self.reading
+        tokens = ranks.share(lambda: tokens_for(model, checkpoint, calib, *how))
         dtype, storage = model.dtype, form.storage(model.dtype)
         sink: Kept
         journal = None
@@ -194,14 +195,14 @@ class Runner:
         try:
             if isinstance(quantizer, Mixed):
                 start = time.perf_counter()
-                how = form, tokens, held, progress, ranks
-                choices = choose(quantizer, blocks, journal, checkpoint, self._blocks, *how)
+                rest = form, tokens, held, progress, ranks
+                choices = choose(quantizer, blocks, journal, checkpoint, self._blocks, *rest)
                 work.seconds["choose"] = time.perf_counter() - start
                 for line in of_widths(form, banks) if ranks.first else ():
                     self.notice(line)
-            tuner = None
+            start, tuner = time.perf_counter(), None
             if tune.blocks is not None and sink.finished() < len(blocks):
-                start, where = time.perf_counter(), (checkpoint, self._blocks, tokens, device)
+                where = checkpoint, self._blocks, tokens, device
                 tuner = Tuner.of(tune.blocks, storage, self.seed, *where)
                 work.seconds["tune"] = time.perf_counter() - start
             work.calibrate(tokens, held, tuner)
@@ -213,14 +214,7 @@ class Runner:
                 f"{device} has too little memory for {tokens.shape[0]} x {tokens.shape[1]} tokens",
                 "choose fewer --nsamples, a shorter --seqlen, or --device cpu",
             ) from error
-        # A module that later blocks share is called again after its record was made.
-        every = [layer for block in blocks for layer in block.layers]
-        counted = zip(*ranks.gather([layer.calls for layer in every], "records"), strict=True)
-        most = {layer.name: max(calls) for layer, calls in zip(every, counted, strict=True)}
-        layers = [
-            record.model_copy(update={"calls": most[record.name] or record.calls})
-            for record in sink.records
-        ]
+        layers = work.counted(sink.records)
         if blind := without_tokens(layers):
             self.notice(blind)
         solved = {layer.name for layer in layers}
@@ -310,14 +304,3 @@ class Runner:
             default = "demo" if self.model_config.is_demo else "c4"
             return default if self.calib is None else str(self.calib)
         return given(self.calib, self.chat)
-
-    def _tokens(self, calib: str | Text | Tensor, checkpoint: Checkpoint, model: Any) -> Tensor:
-        if isinstance(calib, Tensor):
-            tokens = calibration_tokens(calib, None, 1, 1, self.seed)
-            sequence_length(model, tokens.shape[1])
-        else:
-            seqlen, tokenizer = sequence_length(model, self.seqlen), load_tokenizer(checkpoint)
-            how = (self.nsamples, seqlen, self.seed, self.chat, self.reading)
-            tokens = calibration_tokens(calib, tokenizer, *how)
-        check_vocabulary(model, tokens)
-        return tokens

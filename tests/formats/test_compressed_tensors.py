@@ -21,7 +21,8 @@ from optq.core.rtn import RTN
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, SettingError
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS as FORM
-from optq.formats.compressed_tensors import PACKED, RELEASE
+from optq.formats.compressed_tensors import RELEASE
+from optq.formats.config_groups import PACKED
 from optq.model.linear import QuantizedLinear
 
 BY_NAME = {row.name: row for row in zoo.ROWS}

@@ -123,7 +123,7 @@ def quantize(
     from optq.plan import Skeleton
     from optq.quantize import Progress
     from optq.ranks import reports
-    from optq.report import progress, tables
+    from optq.report import progress, said, tables
     from optq.runner import Runner
 
     config, skeleton = ModelConfig(model, device, dtype), None
@@ -178,7 +178,7 @@ def quantize(
 
         def solved(step: Progress) -> None:
             if step.tuned is not None:
-                return bar(step.block, step.blocks, f"{step.site} {tables.gained(step.tuned)}")
+                return bar(step.block, step.blocks, f"{step.site} {said.gained(step.tuned)}")
             if not step.layers:
                 return bar(step.block, step.blocks, f"{step.site} at each width")
             worst = max(step.layers, key=lambda layer: layer.relative_error)
@@ -219,9 +219,9 @@ def quantize(
             "layers": f"{len(result.layers)} quantized, {tables.size(result.bytes)} for"
             f" {weights / 1e6:.1f} million weights; {len(result.dense)} linear layers left dense",
             "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
-            **tables.short_of_tokens([layer.model_dump() for layer in result.layers]),
-            **tables.held(result.activations),
-            **tables.tuned(tuned, distilled),
+            **said.short_of_tokens([layer.model_dump() for layer in result.layers]),
+            **said.held(result.activations),
+            **said.tuned(tuned, distilled),
             "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
             "next": f"optq eval {out}{' --text demo' if calib == 'demo' else ''}"
             f"    optq inspect {out}    optq generate {out} PROMPT",

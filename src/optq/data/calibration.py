@@ -23,10 +23,33 @@ from optq.boundary import library
 from optq.data.text import Document, Text, read_text, require_text
 from optq.data.tokens import encode, random_window, require_window
 from optq.errors import DataError, SettingError
+from optq.model.checkpoint import Checkpoint
+from optq.model.source import check_vocabulary, load_tokenizer, sequence_length
 
 Strings = Callable[[Document, int], str]  # a document and its number
 Drawn = Callable[[int, int], None]  # how many windows, and of how many
 ADDED = 16  # tokens that a tokenizer may put around a text of none: special ones, a prefix
+
+
+def tokens_for(
+    model: Any,
+    checkpoint: Checkpoint,
+    calib: str | Text | Tensor,
+    nsamples: int,
+    seqlen: int | None,
+    seed: int,
+    chat: bool,
+    progress: Drawn | None,
+) -> Tensor:
+    """The calibration of a run, as :func:`calibration_tokens`; ids that ``model`` can read."""
+    if isinstance(calib, Tensor):
+        tokens = calibration_tokens(calib, None, 1, 1, seed)
+        sequence_length(model, tokens.shape[1])
+    else:
+        length, tokenizer = sequence_length(model, seqlen), load_tokenizer(checkpoint)
+        tokens = calibration_tokens(calib, tokenizer, nsamples, length, seed, chat, progress)
+    check_vocabulary(model, tokens)
+    return tokens
 
 
 def calibration_tokens(

@@ -17,7 +17,6 @@ checkpoint targets its layers by name, not by expressions: vLLM can translate na
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.core.grid import BITS
 from optq.core.packing import pack, unpack
 from optq.core.weight import LayerScheme, QuantizedWeight, group_index
-from optq.errors import ModelError, OtherMethodError, SettingError
+from optq.errors import ModelError, SettingError
+from optq.formats.config_groups import (
+    HEAD,
+    PACKED,
+    groups_of,
+    matches,
+    patterns_in,
+    refuse_other_kinds,
+    scheme_of,
+)
 from optq.formats.scheme import (
-    EXPERT,
     SCALES,
     Detected,
     Format,
@@ -43,12 +49,7 @@ from optq.formats.scheme import (
 )
 from optq.model.checkpoint import TOGETHER
 
-PACKED = "pack-quantized"
-HEAD = "lm_head"  # what readers look for
 RELEASE = "0.20.0"  # of the package compressed-tensors whose layout this is
-OTHER_KIND = "give a checkpoint of integer weights alone, format pack-quantized"
-# Early releases (0.5) left "frozen" in the config of files that are compressed.
-STATUSES = ("compressed", "frozen")
 
 
 @dataclass(frozen=True)
@@ -165,29 +166,29 @@ class CompressedTensorsFormat(Format):
             "ignore": ignore,
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
-            "config_groups": _groups(layers),
+            "config_groups": groups_of(layers),
         }
 
     def detect(self, settings: dict[str, Any]) -> Detected | None:
         if settings.get("quant_method") != self.name:
             return None
-        _refuse_other_kinds(settings)
+        refuse_other_kinds(settings)
         groups = settings.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise ModelError("the quantization_config has no config_groups", TOGETHER)
         schemes: dict[str, LayerScheme] = {}
         for title, group in groups.items():
-            layer = _layer_scheme(title, group)
-            targets = _patterns(f"the targets of {title}", group.get("targets"))
+            layer = scheme_of(title, group)
+            targets = patterns_in(f"the targets of {title}", group.get("targets"))
             schemes |= dict.fromkeys(targets, layer)
-        ignore = _patterns("ignore", settings.get("ignore") or [])
+        ignore = patterns_in("ignore", settings.get("ignore") or [])
         # As match_targets of the package: names, then expressions, then the class.
         order = sorted(schemes, key=lambda target: (target == "Linear", "re:" in target, target))
 
         def layer_of(name: str) -> LayerScheme | None:
-            if any(_matches(pattern, name) for pattern in ignore):
+            if any(matches(pattern, name) for pattern in ignore):
                 return None
-            return next((schemes[target] for target in order if _matches(target, name)), None)
+            return next((schemes[target] for target in order if matches(target, name)), None)
 
         return Detected(self, layer_of)
 
@@ -220,111 +221,6 @@ def _shape(name: str, tensor: Tensor) -> tuple[int, int]:
         raise ModelError(f"{name}.weight_shape is {tensor.tolist()}, no rows and columns", TOGETHER)
     rows, columns = tensor.tolist()
     return rows, columns
-
-
-def _groups(layers: Schemes) -> dict[str, Any]:
-    """A group for each scheme; a head's is the last: transformers takes the first for experts."""
-    heads = heads_of(layers)
-    inside = [name for name in layers if name not in heads]
-    same = {layers[name] for name in inside}
-    targets: dict[LayerScheme, list[str]] = {layers[name]: [] for name in (*inside, *heads)}
-    for name in heads:
-        targets[layers[name]] += dict.fromkeys([name, HEAD])
-    for name in inside if len(same) > 1 else ():
-        targets[layers[name]].append(name)
-        if experts := EXPERT.fullmatch(name):  # asked for by these names here, too
-            first = [f"{experts[1]}.0.{part}_proj" for part in ("gate", "up", "down")]
-            targets[layers[name]] += [each for each in first if each not in layers]
-    if len(same) == 1:
-        targets[same.pop()].append("Linear")
-    return {
-        f"group_{index}": _group(layer, [*dict.fromkeys(names)])
-        for index, (layer, names) in enumerate(targets.items())
-    }
-
-
-def _group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:
-    channel = layer.groupsize == -1
-    return {
-        "targets": targets,
-        "weights": {
-            "num_bits": layer.wbits,
-            "type": "int",
-            "symmetric": layer.sym,
-            "strategy": "channel" if channel else "group",
-            "group_size": None if channel else layer.groupsize,
-            "dynamic": False,
-            "actorder": None,  # the order of the sweep leaves no trace in these files
-            "observer": None,
-            "observer_kwargs": {},
-            "block_structure": None,
-        },
-        "input_activations": None,
-        "output_activations": None,
-        "format": PACKED,
-    }
-
-
-def _refuse_other_kinds(settings: dict[str, Any]) -> None:
-    if settings.get("format") != PACKED:
-        raise OtherMethodError(f"the weights are kept as {settings.get('format')}", OTHER_KIND)
-    status = settings.get("quantization_status")
-    if status not in STATUSES:
-        raise OtherMethodError(f"the quantization_status is {status}, not compressed", OTHER_KIND)
-    for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config", "sparsity_config"):
-        value = settings.get(key)
-        if value and not (isinstance(value, dict) and value.get("format") == "dense"):
-            raise OtherMethodError(f"the checkpoint has a {key}", OTHER_KIND)
-
-
-def _layer_scheme(title: str, group: Any) -> LayerScheme:
-    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-        raise OtherMethodError(f"{title} does not say how weights are quantized", OTHER_KIND)
-    for key in ("input_activations", "output_activations"):
-        if group.get(key) is not None:
-            raise OtherMethodError(f"{title} quantizes {key.replace('_', ' ')}", OTHER_KIND)
-    if group.get("format") not in (None, PACKED):
-        raise OtherMethodError(f"{title} keeps weights as {group['format']}", OTHER_KIND)
-    weights = {"type": "int", "symmetric": True} | group["weights"]
-    for key, wanted in (
-        ("type", ("int",)),
-        ("num_bits", BITS),
-        ("strategy", ("group", "channel")),
-        ("dynamic", (False, None)),
-        ("symmetric", (True, False)),
-        ("actorder", (None, False, "static", "weight", "group", "dynamic")),
-    ):
-        if weights.get(key) not in wanted or isinstance(weights.get(key), float):
-            raise OtherMethodError(f"{title} has weights of {key} {weights.get(key)}", OTHER_KIND)
-    groupsize, grouped = weights.get("group_size"), weights["strategy"] == "group"
-    if not grouped and groupsize is None:
-        groupsize = -1
-    if not isinstance(groupsize, int) or not (groupsize > 0 if grouped else groupsize == -1):
-        raise ModelError(f"{title} has a {weights['strategy']} of {groupsize} columns", TOGETHER)
-    # "dynamic" was a second name of "group", "static" is one of "weight".
-    actorder = grouped and weights.get("actorder") in ("group", "dynamic")
-    return LayerScheme(weights["num_bits"], groupsize, weights["symmetric"], actorder)
-
-
-def _patterns(what: str, patterns: Any) -> list[str]:
-    """Names, ``re:`` expressions and ``Linear``, checked."""
-    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
-        raise ModelError(f"{what} is no list of names", TOGETHER)
-    for pattern in patterns:
-        if what != "ignore" and pattern != "Linear" and re.fullmatch(r"[A-Z]\w*", pattern):
-            # Names on disk do not tell which modules are of a class.
-            raise OtherMethodError(f"{what} name the class {pattern}", OTHER_KIND)
-        try:
-            _matches(pattern, "")
-        except re.error as error:
-            raise ModelError(f"{what} holds {pattern}: {error}", TOGETHER) from error
-    return patterns
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern in ("Linear", name)
 
 
 COMPRESSED_TENSORS = CompressedTensorsFormat()

@@ -94,3 +94,9 @@ def with_own_head(checkpoint: Checkpoint, head: int | None, untie: bool = False)
             f"{type(model).__name__} has no way to say that its head is its own", AS_IT_IS
         )
     return made
+
+
+def head_shape(model: Any) -> tuple[int, int]:
+    """Rows and columns of the output head; 0 where there is none."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return (0, 0) if weight is None else tuple(weight.shape)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optq.record import Choice, DistillRecord, TunedBlock
+from optq.record import Choice
 
 # What users call their files is not markup.
 stdout = Console(highlight=False, markup=False, emoji=False)
@@ -154,7 +154,7 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
     table = _table("layers", "weights", "bits", "error", "sensitivity", *names, "", left=(0,))
     for choice in choices:
         first, *more = choice["layers"]
-        found = _expert(first)
+        found = expert_in(first)
         name = first if not more else f"{first}, {', '.join(x.rsplit('.', 1)[-1] for x in more)}"
         left = choice["divergence"]
         table.add_row(
@@ -184,57 +184,9 @@ def stages(seconds: Mapping[str, float]) -> None:
     stdout.print(table)
 
 
-def _expert(name: str) -> re.Match[str] | None:
+def expert_in(name: str) -> re.Match[str] | None:
     """The parts of an expert's projection's name: it has a number of its own after its block's."""
     return re.fullmatch(r"(.+\.\d+\..+)\.(\d+)\.(\w+)", name)
-
-
-def short_of_tokens(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """How many experts calibration brought no token, or too few; nothing where all had enough."""
-    experts: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        if found := _expert(record["name"]):
-            experts.setdefault(f"{found[1]}.{found[2]}", []).append(record)
-    none = sum(all(each["tokens"] == 0 for each in parts) for parts in experts.values())
-    few = sum(any(each["borrowed"] for each in parts) for parts in experts.values())
-    said = f"{none} of {len(experts)} saw no token, {few} borrowed some of their block's"
-    return {"experts": said} if none or few else {}
-
-
-def held(most: Mapping[str, int]) -> dict[str, str]:
-    """Where batches kept what they held; nothing where all of it stayed on the device."""
-    places = {"memory": "in memory", "host": "in host memory", "files": "in files"}
-    found = [f"{size(most[name])} {where}" for name, where in places.items() if most.get(name)]
-    return {"activations": ", ".join(found)} if len(found) > 1 else {}
-
-
-def gained(block: TunedBlock) -> str:
-    """What tuning one block has given."""
-    if not block.kept or not block.before or block.after is None:
-        return f"stays as it was{f': {block.note}' if block.note else ''}"
-    return f"tuned: error {block.after / block.before:.0%} of what it was"
-
-
-def tuned(blocks: Sequence[TunedBlock], model: DistillRecord | None) -> dict[str, str]:
-    """What tuning has given; nothing where nothing was tuned."""
-    said = {}
-    if blocks:
-        kept = [b.after / b.before for b in blocks if b.kept and b.before and b.after is not None]
-        mean = f", to {sum(kept) / len(kept):.0%} of their error" if kept else ""
-        said["blocks"] = f"{len(kept)} of {len(blocks)} tuned{mean} on samples held back"
-        if notes := [f"{block.block}: {block.note}" for block in blocks if block.note]:
-            said["blocks"] += f" ({notes[0]})"
-    if model is not None:
-        ends = f"{model.steps} steps" + (f" ({model.note})" if model.note else "")
-        before, after = (
-            "no number" if far is None else f"{far:.4f}" for far in (model.before, model.after)
-        )
-        said["scales"] = (
-            f"tuned in {ends}: divergence {before} to {after} on samples held back"
-            if model.kept
-            else f"as they were: nothing was gained in {ends} on a divergence of {before}"
-        )
-    return said
 
 
 def layers(records: Sequence[Mapping[str, Any]]) -> None:
@@ -244,7 +196,7 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
     """
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        found = _expert(record["name"])
+        found = expert_in(record["name"])
         rows.setdefault(f"{found[1]}.*.{found[3]}" if found else record["name"], []).append(record)
     records = [
         dict(max(same, key=lambda each: each["relative_error"]))
