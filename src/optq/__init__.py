@@ -17,10 +17,22 @@ _HOME = {
     "Mixed": "optq.budget",
     "ModelConfig": "optq.config",
     "Runner": "optq.runner",
+    "Tune": "optq.tune",
     "load": "optq.config",
     "OptqError": "optq.errors",
 }
-__all__ = ["GPTQ", "OBQ", "QEP", "RTN", "Mixed", "ModelConfig", "OptqError", "Runner", "load"]
+__all__ = [
+    "GPTQ",
+    "OBQ",
+    "QEP",
+    "RTN",
+    "Mixed",
+    "ModelConfig",
+    "OptqError",
+    "Runner",
+    "Tune",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
