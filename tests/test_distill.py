@@ -53,13 +53,13 @@ def test_the_divergence_of_the_bundled_model_falls():
     result = Runner(
         ModelConfig("demo", "cpu"),
         GPTQ.plain(2, 128),
-        nsamples=10,
+        nsamples=24,
         seqlen=64,
         tune=Tune(None, Distill(steps=8, batch=4, every=4)),
         tuning=lambda *what: told.append(what),
     ).run()
     found = result.record.distilled
-    assert found.kept and found.steps == 8 and found.held_back == 1 and not found.note
+    assert found.kept and found.steps == 8 and found.held_back == 3 and not found.note
     assert found.after < 0.97 * found.before
     assert [what[:2] for what in told] == [(0, 8), (4, 8), (8, 8)]
     assert found.before == told[0][2] and found.after == min(what[2] for what in told)

@@ -415,10 +415,10 @@ def test_records_are_complete_and_true(folder_of):
 def test_calls_of_a_module_that_a_later_block_shares_are_in_its_record(folder_of, monkeypatch):
     """They are made after it was solved."""
 
-    def find(model, skip):
+    def find(model, *what):
         first, second = model.model.layers[:2]
         second.mlp.down_proj = first.mlp.down_proj
-        return find_blocks(model, skip)
+        return find_blocks(model, *what)
 
     monkeypatch.setattr(optq.runner, "find_blocks", find)
     result = quantize(folder_of("llama"))
@@ -683,9 +683,9 @@ def test_blocks_are_handed_on_in_order(folder_of):
     seen = []
 
     class Watched(optq.runner.Kept):
-        def commit(self, layers, records):
+        def commit(self, layers, records, tuned):
             seen.append(([*layers], [record.name for record in records]))
-            super().commit(layers, records)
+            super().commit(layers, records, tuned)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optq.runner, "Kept", Watched)
@@ -908,9 +908,9 @@ def test_rows_that_are_solved_by_portions_are_the_same(folder_of, monkeypatch, q
     whole, seen = quantize(folder_of("llama"), quantizer, qep=True), []
     own = optq.solving.Solving._portion
 
-    def watched(work, some, problems, rows):
-        seen.append(rows)
-        return own(work, some, problems, rows)
+    def watched(work, *what):
+        seen.append(what[-1])
+        return own(work, *what)
 
     monkeypatch.setattr(optq.solving.Solving, "_portion", watched)
     monkeypatch.setattr("optq.solving.LEAST", 64)
