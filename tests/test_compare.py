@@ -39,6 +39,15 @@ def comparison(config, tmp_path):
     )
 
 
+def test_what_best_is(comparison):
+    rows = replace(comparison, methods=("gptq", "best"), groupsizes=(32,)).run()
+    tokenizer = comparison.config.load()[1]
+    tokens = calibration_tokens(comparison.calib, tokenizer, 4, 32, 0)
+    model = Runner(comparison.config, GPTQ(3, 32), True, calib=tokens, tune="model").run().model
+    windows = evaluation_tokens(comparison.text, tokenizer, 32)
+    assert perplexity(model, windows).perplexity == rows[2].perplexity != rows[1].perplexity
+
+
 def test_a_comparison(comparison):
     seen = []
     rows = comparison.run(progress=lambda *step: seen.append(step))

@@ -30,17 +30,19 @@ from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.source import sequence_length
 from optq.runner import Runner
+from optq.tune import Tune
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
 DEMO_SAMPLES = 64
 Update = Callable[[float, float, str], None]  # done, total, note
 
-# What `optq compare --methods` names; "gptq" propagates errors where that is the default.
+# What `optq compare --methods` names; "gptq" and "best" propagate errors where that is the default.
 COMPARED: dict[str, Callable[[Any, int], Solver | Mixed]] = {
     "rtn": RTN,
     "plain": GPTQ.plain,
     "no-qep": GPTQ,
     "gptq": GPTQ,
+    "best": GPTQ,
     "budget": lambda bits, groupsize: Mixed(bits_per_weight=bits, groupsize=groupsize),
 }
 
@@ -92,7 +94,7 @@ class Comparison:
         common = self._key(self.config.plain_checkpoint())
         kept = Rows(results)
         keys = {
-            s: f"{common} {s} {q!r} {self._propagates(s) and QEP()!r}"
+            s: f"{common} {s} {q!r} {self._propagates(s) and QEP()!r} {_tune(s)}"
             for s, q in quantizers.items()
         }
         model, tokenizer = self.config.load()
@@ -131,7 +133,9 @@ class Comparison:
     ) -> Row:
         start = time.perf_counter()
         propagates = self._propagates(setting)
-        result = Runner(self.config, quantizer, propagates, calib=tokens, skip=self.skip).run()
+        runner = Runner(self.config, quantizer, propagates, calib=tokens, skip=self.skip)
+        runner.tune = _tune(setting)
+        result = runner.run()
         seconds = time.perf_counter() - start
         model = result.model.to(self.config.torch_device())
         measured = perplexity(model, windows).perplexity
@@ -146,7 +150,7 @@ class Comparison:
 
     def _propagates(self, setting: tuple[str, float, int]) -> bool:
         method, wbits, _ = setting
-        return method == "budget" or (method == "gptq" and BEST[int(wbits)].qep)
+        return method == "budget" or (method in ("gptq", "best") and BEST[int(wbits)].qep)
 
     def _key(self, checkpoint: Checkpoint) -> str:
         """Of everything but the setting that a row depends on."""
@@ -160,6 +164,11 @@ class Comparison:
         numbers = (self.nsamples, self.seqlen, self.seed, self.calib, self.text, self.skip)
         where = (__version__, self.config.torch_device().type, self.config.dtype)
         return hashlib.sha256(repr((sorted(files), numbers, where)).encode()).hexdigest()[:16]
+
+
+def _tune(setting: tuple[str, float, int]) -> Tune | None:
+    """As ``--best`` does."""
+    return Tune.of("model", None) if setting[0] == "best" else None
 
 
 class Rows:

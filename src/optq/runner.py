@@ -207,8 +207,10 @@ class Runner:
                 work.seconds["tune"] = time.perf_counter() - start
             work.calibrate(tokens, held, tuner)
             if tune.model is not None:
+                start = time.perf_counter()
                 tuning = tokens, storage, tune.model, self.seed, self.tuning
                 whole, distilled = tuned(checkpoint, self._blocks, names, sink, device, *tuning)
+                work.seconds["scales"] = time.perf_counter() - start
         except torch.OutOfMemoryError as error:
             raise SettingError(
                 f"{device} has too little memory for {tokens.shape[0]} x {tokens.shape[1]} tokens",

@@ -28,7 +28,7 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
 def compare(
     model: Model,
     methods: Annotated[
-        str, typer.Option(help="Of rtn, plain (the paper's GPTQ), no-qep, gptq.")
+        str, typer.Option(help="Of rtn, plain (the paper's), no-qep, gptq, best (tuned).")
     ] = "rtn,plain,no-qep,gptq",
     wbits: Annotated[str, typer.Option(help="Of 2, 3, 4, 8.")] = "4,3,2",
     bits_per_weight: Annotated[

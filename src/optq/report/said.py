@@ -40,8 +40,8 @@ def tuned(blocks: Sequence[TunedBlock], model: DistillRecord | None) -> dict[str
     said = {}
     if blocks:
         kept = [b.after / b.before for b in blocks if b.kept and b.before and b.after is not None]
-        mean = f", to {sum(kept) / len(kept):.0%} of their error" if kept else ""
-        said["blocks"] = f"{len(kept)} of {len(blocks)} tuned{mean} on samples held back"
+        mean = f": {sum(kept) / len(kept):.0%} of their error is left" if kept else ""
+        said["blocks"] = f"{len(kept)} of {len(blocks)} gained on samples held back{mean}"
         if notes := [f"{block.block}: {block.note}" for block in blocks if block.note]:
             said["blocks"] += f" ({notes[0]})"
     if model is not None:

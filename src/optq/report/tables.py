@@ -24,6 +24,7 @@ TITLES = {
     "plain": "GPTQ, plain",
     "no-qep": "GPTQ, no QEP",
     "gptq": "GPTQ",
+    "best": "GPTQ, tuned",
     "budget": "GPTQ, within a budget",
 }
 
