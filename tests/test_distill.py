@@ -42,8 +42,8 @@ def source(tmp_path_factory):
 def run(source, tmp_path):
     def made(distill=FEW, folder=source, at="out", **options):
         options = {"calib": SAME, "output": at and tmp_path / at} | options
-        tune = distill and Tune(None, distill)
-        return Runner(ModelConfig(str(folder), "cpu"), TWO_BITS, tune=tune, **options).run()
+        options = {"tune": distill and Tune(None, distill)} | options
+        return Runner(ModelConfig(str(folder), "cpu"), TWO_BITS, **options).run()
 
     return made
 
@@ -84,7 +84,7 @@ def test_only_scales_change(run, tmp_path, form):
     assert moved > 100
     old, new = (RunRecord.read(tmp_path / at / "optq.json") for at in ("before", "out"))
     assert old.distilled is None and new.distilled.kept
-    assert new.model_copy(update={"distilled": None}) == old
+    assert new.model_copy(update={"distilled": None, "tune": None}) == old
 
 
 def solved(folder):
@@ -259,12 +259,25 @@ def test_killed_while_the_tuned_scales_are_written(run, tmp_path, monkeypatch, s
     assert finished > (5 if shards else 2)
 
 
-def test_other_settings_do_not_go_on(run):
+def test_other_settings_go_on_from_the_blocks(run, tmp_path, monkeypatch):
+    """Which are the same, whatever becomes of the scales."""
+    run(Distill(steps=5), at="alone")
+
     def cut(*_):
         raise Cut
 
     with pytest.raises(Cut):
         run(tuning=cut)
-    for distill, words in ((None, "tune was on and is off"), (Distill(steps=5), "steps was 6")):
-        with pytest.raises(OutputError, match=words):
-            run(distill)
+    monkeypatch.setattr(Flow, "run", lambda _: pytest.fail("a block is done again"))
+    run(Distill(steps=5))
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_other_settings_of_blocks_do_not_go_on(run):
+    def cut(*_):
+        raise Cut
+
+    with pytest.raises(Cut):
+        run(tuning=cut)
+    with pytest.raises(OutputError, match="tune was off and is on"):
+        run(tune=Tune())

@@ -11,9 +11,10 @@ import zoo_configs as configs
 from test_resume import Cut, contents
 
 import optq.tuning
-from optq import GPTQ, RTN, ModelConfig, Runner
+from optq import GPTQ, RTN, Mixed, ModelConfig, Runner
 from optq.core.grid import Storage
 from optq.core.weight import QuantizedWeight, group_index
+from optq.distill import Distill
 from optq.errors import DataError, ModelError, SettingError
 from optq.model.batch import Passed
 from optq.model.blocks import Block, find_blocks
@@ -235,6 +236,30 @@ def test_a_block_that_changes_what_it_is_called_with():
         )
 
 
+def test_an_error_that_is_not_finite_before_any_step(run, monkeypatch):
+    monkeypatch.setattr(optq.tuning, "_mean", lambda error, pairs: float("nan"))
+    for each in run(at=None).record.tuned:
+        assert each.steps == 0 and each.before is None and not each.kept
+        assert each.note == "its error was not finite before any step"
+
+
+@pytest.mark.parametrize("options", [{"head": 8}, {"skip": r"layers\.1\."}, {"qep": True}])
+def test_beside_other_settings(run, source, tmp_path, options):
+    result = run(**options)
+    assert len(result.record.tuned) == (2 if "skip" in options else 3)
+    assert any(each.kept for each in result.record.tuned)
+    assert result.record.tune["blocks"]["steps"] == FEW.steps
+    assert result.model(SAME).logits.isfinite().all()
+
+
+def test_widths_within_a_budget(source):
+    mixed = Mixed(bits_per_weight=4.0, groupsize=32)
+    tune = Tune(FEW)
+    result = Runner(ModelConfig(str(source), "cpu"), mixed, calib=SAME, tune=tune).run()
+    assert any(each.kept for each in result.record.tuned)
+    assert len({choice.wbits for choice in result.choices}) > 1
+
+
 # What is refused
 
 
@@ -261,8 +286,21 @@ def test_a_name_stands_for_settings():
     assert Tune.of("blocks", gptq) == Tune()
     both = Tune.of("model", gptq)
     assert both.blocks == Tuning() and both.model is not None
-    assert Tuning().batch(64, 512) == 4 and Tuning().batch(8, 512) == 1
-    assert Tuning().batch(128, 2048) == 1 and Tuning().batch(2, 16) == 1
+    for name in ("steps", "apart", "looks", "reach"):
+        with pytest.raises(SettingError, match=f"{name} is 0"):
+            Tuning(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("samples", "seqlen", "size"), [(64, 512, 4), (33, 512, 4), (129, 128, 16), (2, 16, 1)]
+)
+def test_both_ways_of_tuning_hold_the_same_samples_back(samples, seqlen, size):
+    tokens = torch.arange(samples)[:, None].expand(samples, seqlen)
+    batches = Tuning().batches(tokens)
+    count = Distill().held_back(samples)
+    assert torch.equal(torch.cat(batches), tokens) and len(batches[0]) == size
+    starts = [batch[0, 0].item() for batch in batches]
+    assert samples - count in starts and count == Tuning().held_back(samples)
 
 
 # A run that is cut off

@@ -132,8 +132,6 @@ class Budget:
             for kind in {*kinds} - known.keys():
                 known[kind] = _sizes(kind, schemes, form, dtype)
             widths = [wbits for wbits in BITS if all(wbits in known[kind] for kind in kinds)]
-            if fixed := {layer.wbits for layer in layers if layer.wbits}:  # of a head, say
-                widths = [wbits for wbits in widths if wbits in fixed]
             sizes = {wbits: sum(known[kind][wbits] for kind in kinds) for wbits in widths}
             parts.append(Part(tuple(layers), sizes))
         weights = sum(part.weights for part in parts)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from optq.core.grid import Storage
 from optq.core.weight import QuantizedWeight
-from optq.errors import DataError, SettingError
+from optq.errors import DataError, SettingError, require_positive
 from optq.formats.writer import Kept
 from optq.model.blocks import Block
 from optq.model.checkpoint import Checkpoint
@@ -54,6 +54,9 @@ class Distill:
     apart: int = 8
     every: int = 20
     patience: int = 3
+
+    def __post_init__(self) -> None:
+        require_positive(asdict(self))
 
     def held_back(self, samples: int) -> int:
         """How many of the samples no step sees."""

@@ -6,6 +6,8 @@ The command prints the two as two lines and exits with status 2. Anything that i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class OptqError(Exception):
     """Something the user can put right.
@@ -57,3 +59,10 @@ class OutputError(OptqError):
 
 class PeerError(OptqError):
     """Another process of the same run has ended, and with it this one."""
+
+
+def require_positive(settings: Mapping[str, object]) -> None:
+    """Refuse a setting that is no number above 0."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise SettingError(f"{name} is {value!r}", "choose a number above 0")

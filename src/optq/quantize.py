@@ -106,7 +106,7 @@ class Quantization:
         if self._nothing_left():
             return
         size = max(1, BATCH_TOKENS // tokens.shape[1])
-        batches = list(tokens.split(tuner.settings.batch(*tokens.shape) if tuner else size))
+        batches = tuner.settings.batches(tokens) if tuner else list(tokens.split(size))
         # What is on its way to disk leaves the memory, block by block.
         weights = Weights(self.model, self.blocks, activations.device, self.keep, self.shards)
         then = self.solve, self.done, self.solving.qep is not None, activations, self.restore

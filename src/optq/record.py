@@ -133,6 +133,7 @@ class RunRecord(BaseModel):
     dense: list[str]  # linear layers inside the blocks that stay as they were
     layers: list[LayerRecord]
     choices: list[Choice] | None = None  # of widths, where there was a budget
+    tune: dict[str, Any] | None = None  # how blocks and scales were tuned
     tuned: list[TunedBlock] = []
     distilled: DistillRecord | None = None
 

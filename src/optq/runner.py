@@ -202,20 +202,21 @@ class Runner:
                     self.notice(line)
             start, tuner = time.perf_counter(), None
             if tune.blocks is not None and sink.finished() < len(blocks):
-                where = checkpoint, self._blocks, tokens, device
+                where = checkpoint, lambda m: find_blocks(m, self.skip), tokens, device
                 tuner = Tuner.of(tune.blocks, storage, self.seed, *where)
                 work.seconds["tune"] = time.perf_counter() - start
             work.calibrate(tokens, held, tuner)
             if tune.model is not None:
-                start = time.perf_counter()
+                start, whole = time.perf_counter(), None
                 tuning = tokens, storage, tune.model, self.seed, self.tuning
                 whole, distilled = tuned(checkpoint, self._blocks, names, sink, device, *tuning)
                 work.seconds["scales"] = time.perf_counter() - start
         except torch.OutOfMemoryError as error:
-            raise SettingError(
-                f"{device} has too little memory for {tokens.shape[0]} x {tokens.shape[1]} tokens",
-                "choose fewer --nsamples, a shorter --seqlen, or --device cpu",
-            ) from error
+            many = f"{tokens.shape[0]} x {tokens.shape[1]} tokens" if whole else "the whole model"
+            cause = f"{device} has too little memory for {many}"
+            remedy = "choose fewer --nsamples, a shorter --seqlen, or --device cpu"
+            instead = "--tune blocks goes on from here, and leaves the scales of all as they are"
+            raise SettingError(cause, remedy if whole else instead) from error
         layers = work.counted(sink.records)
         if blind := without_tokens(layers):
             self.notice(blind)
@@ -231,6 +232,7 @@ class Runner:
             dense=[name for block in blocks for name in block.linears if name not in solved],
             layers=layers,
             choices=choices,
+            tune=asdict(tune) if self.tune else None,
             tuned=sink.tuned,
             distilled=distilled,
         )
@@ -287,13 +289,15 @@ class Runner:
         calib: str | Text | Tensor,
     ) -> dict[str, Any]:
         """What another run must have in common with this one to go on from it."""
+        tune = self._tune.blocks
         return settings(
             checkpoint,
             device,
             tokens,
             **told(self.quantizer),
             qep=None if qep is None else asdict(qep),
-            tune=asdict(self._tune) | {"seed": self.seed} if self.tune else None,
+            # The scales come after the blocks, which are the same whatever becomes of them.
+            tune=tune and asdict(tune) | {"seed": self.seed},
             format=self.format,
             skip=self.skip,
             head=self.head,

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from optq.core.grid import Storage
 from optq.core.weight import QuantizedWeight
-from optq.errors import DataError, ModelError, SettingError
+from optq.errors import DataError, ModelError, SettingError, require_positive
 from optq.model.batch import Passed
 from optq.model.blocks import Block
 from optq.model.checkpoint import Checkpoint
@@ -63,7 +63,7 @@ class Tuning:
     with twice the levels half as far: what a step of a code is worth falls faster than what
     gradients of few tokens are off by. ``scales`` is the rate of the scales' logarithms.
 
-    One of ``apart`` batches is held back, and one at least; ``looks`` times they are looked at.
+    One of ``apart`` samples is held back, and one at least; ``looks`` times they are looked at.
     """
 
     steps: int = 200
@@ -73,13 +73,25 @@ class Tuning:
     apart: int = 8
     looks: int = 4
 
+    def __post_init__(self) -> None:
+        require_positive(asdict(self))
+
     def rate(self, wbits: int) -> float:
         """Of codes, at the start, in units of their grid."""
         return 2 * self.reach * 4 / 2**wbits / self.steps
 
+    def held_back(self, samples: int) -> int:
+        """How many samples no step sees: the last ones."""
+        return max(1, samples // self.apart)
+
     def batch(self, samples: int, seqlen: int) -> int:
-        """How many samples run together: so many that some can be held back."""
-        return max(1, min(self.tokens // seqlen, samples // self.apart, samples // 2))
+        """How many samples run together."""
+        return max(1, min(self.tokens // seqlen, samples - self.held_back(samples)))
+
+    def batches(self, tokens: Tensor) -> list[Tensor]:
+        """Of the calibration ``tokens``; none has both samples that are held back and others."""
+        size, count = self.batch(*tokens.shape), self.held_back(len(tokens))
+        return [*tokens[:-count].split(size), *tokens[-count:].split(size)]
 
     def check(self, samples: int) -> None:
         """Refuse what cannot be tuned, before any work.
@@ -117,9 +129,8 @@ class Tuner:
         tokens: Tensor,
         device: torch.device,
     ) -> Tuner:
-        """From a model of its own, whose blocks ``find`` finds, and calibration ``tokens``."""
+        """From a model of its own, whose blocks ``find`` finds, no head, and some ``tokens``."""
         model, blocks, shards = open_model(checkpoint, find)
-        blocks = [block for block in blocks if not block.head]
         found = metrics(model, blocks, shards, some_of(tokens), device)
         return cls(settings, found, storage, seed)
 
@@ -146,8 +157,10 @@ def tune(
     """
     if not all(passed.whole for pair in passages for passed in pair):
         raise ModelError(f"{block.name} changes what it is called with", "leave out --tune")
-    count = max(1, len(passages) // settings.apart)
-    held, rest = passages[-count:], passages[:-count]
+    samples = [len(handed_on(full.made)) for _, full in passages]
+    back = settings.held_back(sum(samples))
+    first = next(i for i in range(len(samples)) if sum(samples[i:]) <= back)
+    rest, held = passages[:first], passages[first:]
     metric = metric.to(next(iter(weights.values())).scales.device)
     metric = metric + RIDGE * metric.diagonal().mean() * torch.eye(
         len(metric), device=metric.device
@@ -157,6 +170,8 @@ def tune(
     before = after = _mean(error, held)
     best: dict[Layer, QuantizedWeight] | None = None
     note, steps, taken = "", settings.steps if before > 0 else 0, 0
+    if not math.isfinite(before):
+        note = "its error was not finite before any step"
     adam = torch.optim.Adam(
         [
             {"params": [each.moved for each in work.values()], "rate": settings.scales},
@@ -175,7 +190,7 @@ def tune(
             with torch.enable_grad():
                 loss = error(rest[next(turns)]) / before
             loss.backward()
-            if not math.isfinite(loss.item()):
+            if not (math.isfinite(loss.item()) and all(x.finite for x in work.values())):
                 note = f"the error was not finite in step {taken + 1}"
                 break
             for group in adam.param_groups:
@@ -239,6 +254,11 @@ class _Moving:
         self.moved.grad = of_scale.mul_(self.scale)
         self.units.grad = wanted * self._spread(self.scale)
 
+    @property
+    def finite(self) -> bool:
+        """Whether the last gradient was, if there is one."""
+        return self.moved.grad is None or bool(self.moved.grad.isfinite().all())
+
     def now(self) -> QuantizedWeight:
         """As it will be stored."""
         codes = (self.rounded - self.low).to(torch.uint8).view(self.weight.codes.shape)
@@ -268,10 +288,13 @@ def _on(device: torch.device, value: Any) -> Any:
     """What a block is called with, from where there was room for it."""
     if isinstance(value, Tensor):
         return value.to(device)
+    if device.type == "cpu":
+        return value
     if isinstance(value, dict):
-        return {name: _on(device, each) for name, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_on(device, each) for each in value)
+        return type(value)({name: _on(device, each) for name, each in value.items()})
+    if isinstance(value, list | tuple):
+        each = [_on(device, one) for one in value]
+        return type(value)(*each) if hasattr(value, "_fields") else type(value)(each)
     return value
 
 

@@ -287,3 +287,11 @@ def test_mixed_widths_have_one_rule_each_that_matches_what_readers_fuse():
     for name, bits in asked.items():
         assert scheme.layer(f"model.layers.{name}").wbits == bits, name
     assert scheme.layer("model.layers.2.self_attn.dense") is None
+
+
+def test_a_rule_for_experts_and_what_stands_beside_them():
+    layers = {f"model.layers.1.mlp.experts.{e}.up_proj": LayerScheme(3, 32, True) for e in (0, 1)}
+    layers |= {"model.layers.1.mlp.latent": LayerScheme(3, 32, True)}
+    layers |= {f"model.layers.{i}.self_attn.q_proj": LayerScheme(4, 32, True) for i in range(9)}
+    detected = GPTQ_V1.detect(GPTQ_V1.config(layers, [], 0.01))
+    assert {name: detected.layer(name) for name in layers} == layers

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optq.cli.app import app, print_json, say, size
+from optq.cli.app import app, print_json, refuse_given, say, size
 from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.cli.solver import (
     DEFAULT_GROUPSIZE,
@@ -133,6 +133,11 @@ def quantize(
     budget = {"bits_per_weight": bits_per_weight, "size": size("--size", in_all)}
     if sum((plain, fast, best)) > 1:
         raise SettingError("--plain, --fast and --best exclude each other", "choose one of them")
+    if method != "gptq":
+        named = {"fast": fast or None, "best": best or None}
+        refuse_given(named, method, "leave it out, or use --method gptq")
+    if fast and qep:
+        raise SettingError("--fast leaves out what --qep asks for", "choose one of them")
     if best and tune is None:
         tune = "model"
     quantizer = solver_of(method, wbits, budget, asked, plain, options)
@@ -197,7 +202,13 @@ def quantize(
     if as_json:
         timed = [layer.model_dump() | {"seconds": layer.seconds} for layer in result.layers]
         settings = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
-        settings |= {"head": head, "wbits": None, "actorder": False, "percdamp": None}
+        settings |= {
+            "head": head,
+            "tune": result.record.tune,
+            "wbits": None,
+            "actorder": False,
+            "percdamp": None,
+        }
         settings |= asdict(quantizer)
         sizes = {"bits_per_weight": result.bits_per_weight, "bytes": result.bytes}
         chosen = {} if result.choices is None else {"choices": tables.chosen(result.choices)}
@@ -218,7 +229,8 @@ def quantize(
             "wrote": f"{out}  ({file_format}, {result.bits_per_weight:.2f} bits per weight)",
             "layers": f"{len(result.layers)} quantized, {tables.size(result.bytes)} for"
             f" {weights / 1e6:.1f} million weights; {len(result.dense)} linear layers left dense",
-            "error": f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0",
+            "error": (f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0")
+            + (", before it was tuned" if tune else ""),
             **said.short_of_tokens([layer.model_dump() for layer in result.layers]),
             **said.held(result.activations),
             **said.tuned(tuned, distilled),

@@ -225,11 +225,11 @@ def _others(layers: Schemes, base: LayerScheme) -> dict[LayerScheme, list[str]]:
             if layer == base:
                 continue
             pattern = re.escape(alike[0])
-            if alike == ["experts"]:
-                pattern += r"(?:\..+)?"
-            elif len(alike) > 1:
+            if len(alike) > 1:
                 rest = "|".join(re.escape(own) for own in members if own not in alike)
                 pattern = (f"(?!(?:{rest})$)" if rest else "") + r"[^.]+"
+            if "experts" in alike:  # of which all have one width, whatever stands beside them
+                pattern += r"(?:\..+)?"
             found.setdefault(layer, []).append(
                 f"{re.escape(place)}\\.{pattern}" if place else pattern
             )

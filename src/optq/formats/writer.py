@@ -187,6 +187,7 @@ class Writer(Kept):
         replaced = {*packed, *(f"{name}.weight" for name in self.layers)}
         rest = [name for name in self.source.files if name not in replaced]
         size = self._total + sum(self.source.layout[name].nbytes for name in rest)
+        size += sum(tensor.nbytes for tensor in self._pending.values())
         if self.journal is not None and size <= SHARD_BYTES:
             self._take_back()
         for name, tensor in self.source.tensors(rest):
