@@ -751,7 +751,7 @@ def test_running_on_no_device(optq_says, folder_of, command):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--methods", "best"], "method best is unknown"),
+        (["--methods", "worst"], "method worst is unknown"),
         (["--methods", " ,"], "--methods is empty"),
         (["--wbits", "four"], "--wbits four is no number"),
         (["--groupsize", "48"], "groupsize 48 does not divide"),
