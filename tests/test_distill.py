@@ -13,7 +13,7 @@ import zoo
 import zoo_configs as configs
 from test_resume import Cut, contents, only
 
-import optq.distill
+import optq.tune
 from optq import GPTQ, ModelConfig, Runner
 from optq.distill import Distill
 from optq.errors import DataError, OutputError, SettingError
@@ -170,7 +170,7 @@ def test_too_little_text_to_hold_any_back(run, tmp_path, monkeypatch):
 
 
 def test_several_processes(run, monkeypatch):
-    monkeypatch.setattr(optq.distill, "launched", lambda: True)
+    monkeypatch.setattr(optq.tune, "launched", lambda: True)
     with pytest.raises(SettingError, match=r"one process\n.*without torchrun"):
         run()
 

@@ -30,7 +30,6 @@ from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.source import sequence_length
 from optq.runner import Runner
-from optq.tune import Tune
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
 DEMO_SAMPLES = 64
@@ -166,9 +165,9 @@ class Comparison:
         return hashlib.sha256(repr((sorted(files), numbers, where)).encode()).hexdigest()[:16]
 
 
-def _tune(setting: tuple[str, float, int]) -> Tune | None:
+def _tune(setting: tuple[str, float, int]) -> str | None:
     """As ``--best`` does."""
-    return Tune.of("model", None) if setting[0] == "best" else None
+    return "model" if setting[0] == "best" else None
 
 
 class Rows:

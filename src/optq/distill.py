@@ -25,15 +25,15 @@ from torch import Tensor
 
 from optq.core.grid import Storage
 from optq.core.weight import QuantizedWeight
-from optq.errors import DataError, SettingError, require_positive
+from optq.errors import require_positive
 from optq.formats.writer import Kept
 from optq.model.blocks import Block
 from optq.model.checkpoint import Checkpoint
 from optq.model.layer import Layer
 from optq.model.source import load_model
 from optq.model.student import Student
-from optq.ranks import launched
 from optq.record import DistillRecord
+from optq.tuning import held_back
 
 BETAS = (0.9, 0.99)  # of Adam
 
@@ -43,39 +43,19 @@ class Distill:
     """How scales are tuned: ``steps`` of Adam, of ``batch`` samples each, at the rate ``lr`` of
     their logarithm, which falls to 0 along a cosine.
 
-    One of ``apart`` samples is held back, and one at least: the last ones, as in
-    :mod:`optq.tuning`, for blocks that have learned a sample by heart say nothing of others. They
-    are looked at after every ``every`` steps, and ``patience`` looks without a gain end it.
+    The samples held back are looked at after every ``every`` steps, and ``patience`` looks without
+    a gain end it. They are those of :mod:`optq.tuning`: blocks that have learned a sample by heart
+    say nothing of others.
     """
 
     steps: int = 120
     batch: int = 4
     lr: float = 5e-3
-    apart: int = 8
     every: int = 20
     patience: int = 3
 
     def __post_init__(self) -> None:
         require_positive(asdict(self))
-
-    def held_back(self, samples: int) -> int:
-        """How many of the samples no step sees."""
-        return max(1, samples // self.apart)
-
-    def check(self, samples: int) -> None:
-        """Refuse what cannot be tuned, before any work.
-
-        Raises :class:`DataError` for so few samples, ``SettingError`` among several processes.
-        """
-        if samples < 2:
-            raise DataError(
-                "tuning holds back a sample that no step sees, and there is only one",
-                "choose --nsamples 2 or more: 64 do well",
-            )
-        if launched():
-            raise SettingError(
-                "--tune model runs in one process", "start it without torchrun, or leave it out"
-            )
 
 
 def distill(
@@ -95,7 +75,7 @@ def distill(
     divergence of the samples held back. One that is not finite ends it: the best scales before it
     stay.
     """
-    count = settings.held_back(len(tokens))
+    count = held_back(len(tokens))
     rest, held = tokens[:-count], tokens[-count:]
     student = Student(model, blocks, weights)
     wanted, aims = student.hidden(held), student.hidden(rest)

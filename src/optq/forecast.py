@@ -51,7 +51,7 @@ from optq.model.student import TOKENS as AT_ONCE
 from optq.quantize import BATCH_TOKENS
 from optq.solving import LEAST, MEMORY, PORTION
 from optq.tune import Tune
-from optq.tuning import Tuning
+from optq.tuning import Tuning, held_back
 
 NOTHING = Tune(None)  # is tuned
 # Of what a solver lets go, the allocator keeps a part until its site is done.
@@ -234,9 +234,9 @@ class Run:
     def _products(self, distill: Distill, weights: float) -> float:
         """Multiply-adds of tuning: a forward pass again and twice as much back, of each step."""
         rows, columns = self.head
-        tokens, held_back = self.samples * self.seqlen, distill.held_back(self.samples)
+        tokens, back = self.samples * self.seqlen, held_back(self.samples)
         seen = distill.steps * distill.batch * self.seqlen
-        looked = (1 + distill.steps // distill.every) * held_back * self.seqlen
+        looked = (1 + distill.steps // distill.every) * back * self.seqlen
         once = self._once()
         # The head reads both models' states; weights are made, and gradients reduced, by passes.
         products = tokens * (once + rows * columns)
@@ -262,6 +262,6 @@ class Run:
         three times.
         """
         batch = tuning.batch(self.samples, self.seqlen)
-        looked = (1 + tuning.looks) * max(batch, self.samples // tuning.apart)
+        looked = (1 + tuning.looks) * held_back(self.samples)
         metric = 3 * min(self.samples, SAMPLES) * min(self.seqlen, LENGTH)
         return self.seqlen * (3 * tuning.steps * batch + looked + self.samples) + metric

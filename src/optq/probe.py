@@ -5,7 +5,7 @@ its factor are made once, and a sweep for each width gives its error, row by row
 predictions feel of a row's error is :mod:`optq.model.sensitivity`'s. The sum of both over the rows
 of a part is how far the predictions will diverge because of it, in nats a token; the divergences of
 parts add up nearly, so their least sum is chosen (:mod:`optq.budget`). The sweeps do without the
-polish that follows them in the run: the choices are the same but for near ties (docs/log.md).
+polish that follows them in the run (docs/log.md has both).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from optq.model.weights import Weights
 from optq.quantize import BATCH_TOKENS, Progress
 from optq.ranks import UNIT, Ranks
 from optq.record import Choice
-from optq.solving import is_expert, portions, stacked, together
+from optq.solving import in_turn, is_expert, portions, stacked, together
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,7 @@ class Probe:
 
     def solve(self, sites: Iterator[tuple[Site, SiteSums | None]]) -> None:
         """Measure the error of each site at each width, some sites at a time."""
-        some: list[tuple[Site, SiteSums | None]] = []
-        for site, sums in sites:
-            some.append((site, sums))
-            if len(some) == together(site) * (self.ranks.size if is_expert(site) else 1):
-                self._measure(some)
-                some.clear()
-        if some:
+        for some in in_turn(sites, self.ranks):
             self._measure(some)
 
     @exact_products()
@@ -116,27 +110,18 @@ class Probe:
 
 
 def choose(
-    mixed: Mixed,
     blocks: list[Block],
     journal: Journal | None,
-    checkpoint: Checkpoint,
-    find: Callable[[Any], list[Block]],
-    form: Format,
-    tokens: Tensor,
-    held: Activations,
-    progress: Callable[[Progress], None],
     ranks: Ranks,
+    measure: Callable[[], list[Choice]],
 ) -> list[Choice]:
     """Give each layer of ``blocks`` its width; which ones, and why.
 
-    As the ``journal`` of a run that was cut off has it; else it is measured on a model of its own,
-    whose blocks ``find`` finds, with ``tokens`` of which ``held`` keeps what they hold. Raises
-    ``SettingError`` for a budget that no choice meets, ``NumericsError`` for values that are not
-    finite.
+    As the ``journal`` of a run that was cut off has it, else as ``measure`` finds.
     """
     known = ranks.share(lambda: journal.choices if journal else None)
     if known is None:
-        choices = _measured(mixed, checkpoint, find, form, tokens, held, progress, ranks)
+        choices = measure()
         if journal is not None:
             journal.choices = [choice.model_dump() for choice in choices]
     else:
@@ -150,7 +135,7 @@ def choose(
     return choices
 
 
-def _measured(
+def measured(
     mixed: Mixed,
     checkpoint: Checkpoint,
     find: Callable[[Any], list[Block]],
@@ -160,6 +145,11 @@ def _measured(
     progress: Callable[[Progress], None],
     ranks: Ranks,
 ) -> list[Choice]:
+    """Which width each layer is to have, on a model of its own, whose blocks ``find`` finds.
+
+    ``held`` keeps what ``tokens`` hold. Raises ``SettingError`` for a budget that no choice meets,
+    ``NumericsError`` for values that are not finite.
+    """
     model, blocks, shards = open_model(checkpoint, find)
     where = model, blocks, shards, some_of(tokens), held.device
     felt = ranks.share(lambda: _felt(gradients(*where)))

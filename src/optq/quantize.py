@@ -31,7 +31,7 @@ from optq.model.shards import Shards
 from optq.model.weights import Weights
 from optq.ranks import Ranks
 from optq.record import LayerRecord, TunedBlock
-from optq.solving import Outcome, Solving, is_expert, together
+from optq.solving import Outcome, Solving, in_turn, together
 from optq.tuning import Tuner
 
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
@@ -122,20 +122,11 @@ class Quantization:
 
         A site without sums is another rank's, an expert; else the ranks share the rows.
         """
-        some: list[tuple[Site, SiteSums | None]] = []
-        for site, sums in sites:
-            some.append((site, sums))
-            if len(some) == together(site) * (self.ranks.size if is_expert(site) else 1):
-                self._put(some)
-                some.clear()
-        if some:
-            self._put(some)
+        for some in in_turn(sites, self.ranks):
+            for (site, _), outcome in zip(some, self.solving.solve(some), strict=True):
+                self._put(site, outcome)
 
-    def _put(self, some: list[tuple[Site, SiteSums | None]]) -> None:
-        for (site, _), outcome in zip(some, self.solving.solve(some), strict=True):
-            self._put_one(site, outcome)
-
-    def _put_one(self, site: Site, outcome: Outcome) -> None:
+    def _put(self, site: Site, outcome: Outcome) -> None:
         """Solved: into the model, and among what goes to disk with the block."""
         rows = [layer.shape[0] for layer in site.layers]
         parts, energies = outcome.solution.split(rows), outcome.energy.split(rows)

@@ -43,7 +43,7 @@ from optq.model.head import with_own_head
 from optq.model.shards import open_model
 from optq.model.source import dense_layers
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
-from optq.probe import choose
+from optq.probe import choose, measured
 from optq.quantize import Progress, Quantization, names_on_disk
 from optq.ranks import Ranks, together
 from optq.record import RunRecord, without_tokens
@@ -195,8 +195,8 @@ class Runner:
         try:
             if isinstance(quantizer, Mixed):
                 start = time.perf_counter()
-                rest = form, tokens, held, progress, ranks
-                choices = choose(quantizer, blocks, journal, checkpoint, self._blocks, *rest)
+                probed = quantizer, checkpoint, self._blocks, form, tokens, held, progress, ranks
+                choices = choose(blocks, journal, ranks, lambda: measured(*probed))
                 work.seconds["choose"] = time.perf_counter() - start
                 for line in of_widths(form, banks) if ranks.first else ():
                     self.notice(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,6 +132,20 @@ def together(site: Site) -> int:
     rows, columns = sum(layer.shape[0] for layer in site.layers), site.layers[0].shape[1]
     # H, its factor and what makes them; weights, aims, codes and what the sweep holds.
     return max(1, MEMORY // (4 * columns * (4 * columns + 10 * rows)))
+
+
+def in_turn(
+    sites: Iterable[tuple[Site, SiteSums | None]], ranks: Ranks
+) -> Iterator[list[tuple[Site, SiteSums | None]]]:
+    """As many sites at a time as all ranks solve together."""
+    some: list[tuple[Site, SiteSums | None]] = []
+    for site, sums in sites:
+        some.append((site, sums))
+        if len(some) == together(site) * (ranks.size if is_expert(site) else 1):
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def is_expert(site: Site) -> bool:

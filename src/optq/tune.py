@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from optq.core.rtn import RTN
 from optq.distill import Distill
-from optq.errors import SettingError
+from optq.errors import DataError, SettingError
+from optq.ranks import launched
 from optq.tuning import Tuning
 
 LEVELS = ("blocks", "model")
@@ -35,7 +36,18 @@ class Tune:
         return cls(model=Distill() if what == "model" else None)
 
     def check(self, samples: int) -> None:
-        """Refuse, before any work, text that is too short and several processes."""
-        for each in (self.blocks, self.model):
-            if each is not None:
-                each.check(samples)
+        """Refuse what cannot be tuned, before any work.
+
+        Raises :class:`DataError` for too few samples, ``SettingError`` among several processes.
+        """
+        if self.blocks is None and self.model is None:
+            return
+        if samples < 2:
+            raise DataError(
+                "tuning holds back a sample that no step sees, and there is only one",
+                "choose --nsamples 2 or more: 64 do well",
+            )
+        if launched():
+            raise SettingError(
+                "--tune runs in one process", "start it without torchrun, or leave it out"
+            )

@@ -14,11 +14,11 @@ not in the backward one (straight-through); a scale by a factor ``exp(t)``. It f
 EfficientQAT (Chen et al. 2024), with these departures:
 
 1. It starts from a solver's codes, each in the middle of its cell: one that moves has been pushed
-   over half a cell, by steps that agree. From where full precision lies in the cell, most of them
-   near an edge after a sweep, noise alone moves as many codes, and the wrong ones.
-2. ``M`` in the place of ones: of the same steps, twice as much reaches the predictions.
+   over half a cell, by steps that agree. From where full precision lies in its cell the error of
+   samples held back rose.
+2. ``M`` in the place of ones.
 3. Some samples are held back. What serves these best stays, and what the solver found if nothing
-   serves better.
+   serves better. Of single rows nothing is promised any more.
 
 Zero points stay. What is measured is what will be stored. (Numbers: docs/log.md.)
 """
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from optq.core.grid import Storage
 from optq.core.weight import QuantizedWeight
-from optq.errors import DataError, ModelError, SettingError, require_positive
+from optq.errors import ModelError, require_positive
 from optq.model.batch import Passed
 from optq.model.blocks import Block
 from optq.model.checkpoint import Checkpoint
@@ -45,7 +45,6 @@ from optq.model.layer import Layer
 from optq.model.leaves import learning
 from optq.model.sensitivity import handed_on, metrics, some_of
 from optq.model.shards import open_model
-from optq.ranks import launched
 from optq.record import TunedBlock
 
 Passage = tuple[Passed, Passed]  # of one batch through a block: quantized, in full precision
@@ -53,7 +52,13 @@ Passage = tuple[Passed, Passed]  # of one batch through a block: quantized, in f
 BETAS = (0.9, 0.95)  # of Adam
 EPSILON = 1e-12  # gradients are small
 WARM = 10  # steps until the rates are whole
+APART = 8  # of so many samples one is held back
 RIDGE = 0.5  # of the mean of M's diagonal: M is known from few tokens
+
+
+def held_back(samples: int) -> int:
+    """How many samples no step sees, neither here nor in :mod:`optq.distill`: the last ones."""
+    return max(1, samples // APART)
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,13 @@ class Tuning:
     with twice the levels half as far: what a step of a code is worth falls faster than what
     gradients of few tokens are off by. ``scales`` is the rate of the scales' logarithms.
 
-    One of ``apart`` samples is held back, and one at least; ``looks`` times they are looked at.
+    ``looks`` times the samples are looked at that are held back.
     """
 
     steps: int = 200
     tokens: int = 2048
     reach: float = 2.0
     scales: float = 2e-3
-    apart: int = 8
     looks: int = 4
 
     def __post_init__(self) -> None:
@@ -80,33 +84,14 @@ class Tuning:
         """Of codes, at the start, in units of their grid."""
         return 2 * self.reach * 4 / 2**wbits / self.steps
 
-    def held_back(self, samples: int) -> int:
-        """How many samples no step sees: the last ones."""
-        return max(1, samples // self.apart)
-
     def batch(self, samples: int, seqlen: int) -> int:
         """How many samples run together."""
-        return max(1, min(self.tokens // seqlen, samples - self.held_back(samples)))
+        return max(1, min(self.tokens // seqlen, samples - held_back(samples)))
 
     def batches(self, tokens: Tensor) -> list[Tensor]:
         """Of the calibration ``tokens``; none has both samples that are held back and others."""
-        size, count = self.batch(*tokens.shape), self.held_back(len(tokens))
+        size, count = self.batch(*tokens.shape), held_back(len(tokens))
         return [*tokens[:-count].split(size), *tokens[-count:].split(size)]
-
-    def check(self, samples: int) -> None:
-        """Refuse what cannot be tuned, before any work.
-
-        Raises :class:`DataError` for so few samples, ``SettingError`` among several processes.
-        """
-        if samples < 2:
-            raise DataError(
-                "tuning holds back a sample that no step sees, and there is only one",
-                "choose --nsamples 2 or more: 64 do well",
-            )
-        if launched():
-            raise SettingError(
-                "--tune runs in one process", "start it without torchrun, or leave it out"
-            )
 
 
 @dataclass(frozen=True)
@@ -158,7 +143,7 @@ def tune(
     if not all(passed.whole for pair in passages for passed in pair):
         raise ModelError(f"{block.name} changes what it is called with", "leave out --tune")
     samples = [len(handed_on(full.made)) for _, full in passages]
-    back = settings.held_back(sum(samples))
+    back = held_back(sum(samples))
     first = next(i for i in range(len(samples)) if sum(samples[i:]) <= back)
     rest, held = passages[:first], passages[first:]
     metric = metric.to(next(iter(weights.values())).scales.device)
@@ -245,13 +230,8 @@ class _Moving:
     def learn(self, gradient: Float[Tensor, "rows cols"]) -> None:
         """From the gradient of the weight; none goes through the rounding."""
         wanted = gradient.to(self.units.dtype).reshape(self.shape)
-        product = wanted * self.rounded
-        if product.ndim == 3:
-            of_scale = product.sum(-1)
-        else:  # a product, for a sum by index has another order each time on a GPU
-            groups = torch.arange(self.weight.groups, device=product.device)
-            of_scale = product @ (self.group[:, None] == groups).to(product.dtype)
-        self.moved.grad = of_scale.mul_(self.scale)
+        product = (wanted * self.rounded).view(self.weight.codes.shape)
+        self.moved.grad = self.weight.by_group(product).mul_(self.scale)
         self.units.grad = wanted * self._spread(self.scale)
 
     @property

@@ -64,6 +64,14 @@ class QuantizedWeight:
         """The dequantized weights ``s * (c - z)``, in the dtype of the scales."""
         return dequantize(self.codes, self.scales, self.zeros, self.g_idx)
 
+    def by_group(self, values: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows groups"]:
+        """The sums of ``values`` over the columns of each group."""
+        if self.consecutive and self.cols == self.groups * self.width:
+            return values.view(self.rows, self.groups, -1).sum(-1)
+        # A product, for a sum by index has another order each time on a GPU.
+        groups = torch.arange(self.groups, device=values.device)
+        return values @ (self.g_idx[:, None] == groups).to(values.dtype)
+
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same on another device."""
         names = ("codes", "scales", "zeros", "g_idx")

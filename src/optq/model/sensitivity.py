@@ -40,7 +40,7 @@ SAMPLES, LENGTH, AT_ONCE = 16, 512, 1024  # of samples their first tokens, so ma
 
 
 def some_of(tokens: Tensor) -> Sequence[Tensor]:
-    """Of the calibration text what gradients are taken on: more changes little (docs/log.md)."""
+    """Of the calibration text what gradients are taken on."""
     few = tokens[:SAMPLES, :LENGTH]
     return few.split(max(1, AT_ONCE // few.shape[1]))
 
@@ -123,7 +123,7 @@ class _Passing:
                     tensor.data = tensor.data.to(self.device)
         banks = [bank for block in self.blocks for bank in (*block.banks, *block.dense)]
         with ExitStack() as stack:
-            stack.enter_context(called_through(banks, _experts))
+            stack.enter_context(called_through(banks, Bank.call))
             embeddings = self.model.get_input_embeddings()
             stack.callback(embeddings.register_forward_hook(_begin).remove)
             for block in self.blocks:
@@ -198,8 +198,3 @@ def handed_on(made: Any) -> Tensor:
 def _begin(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """From here on there are gradients, whatever is left dense."""
     return output.detach().requires_grad_().clone()
-
-
-def _experts(bank: Bank, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    routed = bank.routed(index)
-    return bank.combine(x, routed, bank.inside(x, routed), weights)

@@ -88,12 +88,7 @@ class Scales:
         """What the gradient ``[rows, columns]`` of the weight says of them."""
         weight, dtype = self.weight, self.moved.dtype
         units = weight.codes.to(dtype).sub_(weight.zeros.to(dtype)[:, weight.g_idx.long()])
-        units.mul_(gradient)
-        if weight.consecutive and weight.cols == weight.groups * weight.width:
-            found = units.view(weight.rows, weight.groups, -1).sum(-1)
-        else:  # a product, for a sum by index has another order each time on a GPU
-            groups = torch.arange(weight.groups, device=units.device)
-            found = units @ (weight.g_idx[:, None] == groups).to(dtype)
+        found = weight.by_group(units.mul_(gradient))
         self.gradient.add_(found.mul_(weight.scales).mul_(self.moved.exp()))
 
 

@@ -10,8 +10,14 @@ from typing import Any
 from optq.errors import OutputError, SettingError
 
 BAR, GAP, LABEL, LENGTH, NUMBER = 18, 6, 170, 360, 200  # pixels
-COLORS = {"rtn": "#c0392b", "plain": "#7f8c8d", "no-qep": "#2471a3", "gptq": "#16a085"}
-COLORS |= {"best": "#1d8348", "budget": "#7d3c98"}
+COLORS = {
+    "rtn": "#c0392b",
+    "plain": "#7f8c8d",
+    "no-qep": "#2471a3",
+    "gptq": "#16a085",
+    "best": "#1d8348",
+    "budget": "#7d3c98",
+}
 
 
 def check(path: Path) -> None:
