@@ -2,16 +2,17 @@
 
 A model is ``demo`` or a folder of ``bench/english.py`` or ``bench/smollm2.py`` (with
 ``calibration.txt`` and ``evaluation.txt``). For each model, number of bits and seed every variant
-is quantized on the same tokens (64 windows of 512, as the demo) and measured on the same held-out
-text. What counts is the rise over full precision, as a share of plain GPTQ's (``--of``: of another
-variant's) with the same seed: one number, its mean and its spread over seeds. Groups are of 128
-columns, of 64 where 128 does not divide the hidden size. The table also takes the variants of
-``bench/quality_peers.py``, of what is in the results.
+is quantized on the same tokens (64 windows of 512, as the demo; ``--samples``) and measured on the
+same held-out text. What counts is the rise over full precision, as a share of plain GPTQ's
+(``--of``: of another variant's) with the same seed: one number, its mean and its spread over seeds.
+Groups are of 128 columns, of 64 where 128 does not divide the hidden size. The table also takes the
+variants of ``bench/quality_peers.py``, of what is in the results.
 
 Options were chosen with ``--choosing``, on the first windows of the held-out text; the numbers
 that count come from later ones. A rise of half a percent is mostly luck, good or bad (the part of
 the loss that is linear in the change of the weights), so the divergence of the predictions from
-full precision's, in which that part is not, is measured too, on 64 windows.
+full precision's, in which that part is not, is measured too, on the first 64 windows. ``--windows``
+measures both on fewer, of large models.
 
 Appends one record a run to bench/results/quality.jsonl, skips what is there already, and prints
 the table.
@@ -98,10 +99,10 @@ def choosing(windows: torch.Tensor) -> torch.Tensor:
     return windows[:CHOOSING]
 
 
-def final(windows: torch.Tensor) -> torch.Tensor:
+def final(windows: torch.Tensor, count: int = FINAL) -> torch.Tensor:
     """Spread evenly over what no choice was made on (the long texts' first 328 were looked at)."""
     rest = windows[328 if len(windows) > 500 else CHOOSING :]
-    return rest[:: max(1, len(rest) // FINAL)]
+    return rest[:: max(1, len(rest) // count)]
 
 
 @torch.no_grad()
@@ -148,10 +149,12 @@ def label(model: str) -> str:
     return Path(model).name
 
 
-def quantize(model: str, variant: str, wbits: int, seed: int, groupsize: int):
+def quantize(
+    model: str, variant: str, wbits: int, seed: int, groupsize: int, samples: int = SAMPLES
+):
     """The model as a variant makes it."""
     build, qep, *tune = VARIANTS[variant]
-    options = {"calib": texts(model)[0], "nsamples": SAMPLES, "seqlen": SEQLEN, "seed": seed}
+    options = {"calib": texts(model)[0], "nsamples": samples, "seqlen": SEQLEN, "seed": seed}
     if tune:
         options["tune"] = tune[0]
     quantizer = build(wbits, groupsize, True)
@@ -169,10 +172,13 @@ def main() -> None:
         "--choosing", action="store_true", help="on other windows than the final numbers"
     )
     parser.add_argument("--split", action="store_true", help="rises into square and linear parts")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="in their own results file")
+    parser.add_argument("--windows", type=int, default=FINAL, help="of the final ones")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     names = list(dict.fromkeys([arguments.of, *arguments.variants.split(",")]))
-    part, done = choosing if arguments.choosing else final, read(arguments.results)
+    part = choosing if arguments.choosing else partial(final, count=arguments.windows)
+    done = read(arguments.results)
     for model in arguments.models:
         loaded, tokenizer = ModelConfig(model, "cpu").load()
         windows = part(evaluation_tokens(texts(model)[1], tokenizer, SEQLEN))
@@ -187,7 +193,8 @@ def main() -> None:
             start = time.perf_counter()
             quantized = loaded
             if variant != "none":
-                quantized = quantize(model, variant, wbits, seed, groupsize(loaded))
+                how = groupsize(loaded), arguments.samples
+                quantized = quantize(model, variant, wbits, seed, *how)
                 quantizing = time.perf_counter() - start
             row = dict(zip(("model", "variant", "wbits", "seed"), key, strict=True))
             row["perplexity"] = round(perplexity(quantized, windows).perplexity, 5)

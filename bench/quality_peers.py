@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import torch
 from quality import (
     CHOOSING,
+    FINAL,
     RESULTS,
     SAMPLES,
     SEQLEN,
@@ -87,7 +88,8 @@ def main() -> None:
     parser.add_argument("--gptqmodel", help="its Python")
     parser.add_argument("--autoround", help="its Python")
     parser.add_argument("--iters", type=int, default=ITERS, help="AutoRound's steps a block")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="fewer, to see that all works")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--windows", type=int, default=FINAL)
     parser.add_argument("--wbits", default="4,3,2")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -96,7 +98,7 @@ def main() -> None:
     for model in arguments.models:
         config, (calib, text) = ModelConfig(model, "cpu"), texts(model)
         checkpoint, (full, tokenizer) = config.checkpoint(), config.load()
-        windows = final(evaluation_tokens(text, tokenizer, SEQLEN))
+        windows = final(evaluation_tokens(text, tokenizer, SEQLEN), arguments.windows)
         for wbits in map(int, arguments.wbits.split(",")):
             for seed in range(arguments.seeds):
                 for variant, (tool, best) in VARIANTS.items():

@@ -63,7 +63,9 @@ def run_once(processes: int, threads: int, checkpoint: Path, tokens: Path) -> di
         records = [json.loads(Path(f"{told}.{rank}").read_text()) for rank in range(processes)]
         seconds = records[0]["seconds"]
         digest = hashlib.sha256()
-        for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        for path in sorted({*out.rglob("*")} - {*out.rglob("optq_times.json")}):
+            if path.is_dir():
+                continue
             digest.update(path.name.encode() + path.read_bytes())
     sent: dict[str, dict[str, int]] = {}
     for site, what, count in (each for record in records for each in record["sent"]):

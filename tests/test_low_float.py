@@ -19,6 +19,7 @@ from optq.errors import ModelError, NumericsError
 from optq.formats.describe import describe
 from optq.model.dequantize import Dequantized
 from optq.quantize import Quantization
+from optq.record import TIMES
 
 CALIB = zoo.token_ids(4, 32)
 # name -> the model, its settings, what codes a matrix
@@ -82,7 +83,7 @@ def quantize(folder, quantizer=None, **options):
 def same_files(one, other):
     files = {path.name for path in one.iterdir()}
     assert files == {path.name for path in other.iterdir()}
-    for name in files - {"optq.json"}:  # which holds times
+    for name in files - {TIMES}:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
@@ -133,10 +134,10 @@ def test_blocks_are_dequantized_one_at_a_time(sources, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Dequantized, "_made", counted)
 
-    def watched(work, block):
+    def watched(work, block, error):
         during.append((block.index, [*made]))
         made.clear()
-        done(work, block)
+        done(work, block, error)
 
     monkeypatch.setattr(Quantization, "done", watched)
     folder = shutil.copytree(sources("deepseek_v3")[0], tmp_path / "source")

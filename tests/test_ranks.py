@@ -15,6 +15,7 @@ import zoo
 import zoo_configs as configs
 
 from optq.ranks import Ranks
+from optq.record import TIMES
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "ranks_run.py"
@@ -44,6 +45,7 @@ def hashes(folder):
     return {
         f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(Path(folder).glob("*/*"))
+        if path.name != TIMES
     }
 
 

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from optq import __version__
 from optq.budget import Mixed
+from optq.core.error import total
 from optq.core.grid import Storage
 from optq.core.qep import QEP
 from optq.core.solution import Solution
@@ -18,7 +21,8 @@ from optq.core.solver import Solver
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError
 from optq.formats.fit import check_layers, of_layer
-from optq.formats.scheme import Format, Solved
+from optq.formats.scheme import Format
+from optq.formats.writer import Kept
 from optq.model.activations import Activations
 from optq.model.batch import Passed
 from optq.model.blocks import Block, Site
@@ -30,10 +34,11 @@ from optq.model.names import disk_names
 from optq.model.shards import Shards
 from optq.model.weights import Weights
 from optq.ranks import Ranks
-from optq.record import LayerRecord, TunedBlock
+from optq.record import BlockRecord, Found, LayerRecord, RunRecord, SiteRecord, TunedBlock
 from optq.solving import Outcome, Solving, in_turn, together
 from optq.tuning import Tuner
 
+BINS = 16  # of a histogram of codes, at most
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
 
 
@@ -46,21 +51,6 @@ class Progress:
     site: str  # its first layer
     layers: list[LayerRecord]
     tuned: TunedBlock | None = None
-
-
-class Sink(Protocol):
-    """What takes the layers of each block as soon as all are solved.
-
-    Those of the first blocks that an earlier run has ``finished`` it gives back, block by block.
-    """
-
-    layers: dict[str, LayerScheme]  # all until now
-
-    def commit(
-        self, layers: Solved, records: Sequence[LayerRecord], tuned: TunedBlock | None
-    ) -> None: ...
-    def finished(self) -> int: ...
-    def restored(self) -> Iterator[tuple[str, QuantizedWeight]] | None: ...
 
 
 class Quantization:
@@ -78,7 +68,7 @@ class Quantization:
         quantizer: Solver | Mixed,
         qep: QEP | None,
         storage: Storage,
-        sink: Sink,
+        sink: Kept,
         keep: bool,
         progress: Callable[[Progress], None],
         shards: Shards | None = None,
@@ -90,6 +80,7 @@ class Quantization:
         self.scheme = quantizer.scheme()
         self.solved: dict[str, tuple[QuantizedWeight, LayerScheme]] = {}  # of the current block
         self.records: list[LayerRecord] = []
+        self.sites: list[SiteRecord] = []
         self.tuned: TunedBlock | None = None
         self.restoring = False  # the current block is finished already
         every = [layer for block in blocks for layer in block.layers]
@@ -135,11 +126,15 @@ class Quantization:
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
             self.solved[name] = part, of_layer(self.scheme, layer)
-            records.append(_record(layer, part, energy, outcome, sum(rows)))
+            records.append(_record(site, layer, part, energy, outcome, sum(rows)))
         self.records += records
+        first = site.layers[0].name
+        self.sites.append(
+            SiteRecord(site=first, layers=[x.name for x in site.layers], diagonal=outcome.diagonal)
+        )
         for stage, seconds in outcome.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        self.progress(Progress(site.block.index, len(self.blocks), site.layers[0].name, records))
+        self.progress(Progress(site.block.index, len(self.blocks), first, records))
 
     def tune(self, tuner: Tuner, block: Block, passages: list[tuple[Passed, Passed]]) -> bool:
         """What is solved of a block is tuned; whether its weights are others now."""
@@ -151,6 +146,8 @@ class Quantization:
         if best is not None:
             for name, (_, scheme) in self.solved.items():
                 self.solved[name] = best[self.layers[name]], scheme
+            made = {layer.name: grids(weight) for layer, weight in best.items()}
+            self.records = [each.model_copy(update=made[each.name]) for each in self.records]
         self.seconds["tune"] = self.seconds.get("tune", 0.0) + time.perf_counter() - start
         done = block.index, len(self.blocks), block.name, self.records, self.tuned
         self.progress(Progress(*done))
@@ -191,18 +188,20 @@ class Quantization:
         found = self.sink.restored()
         return found if found is None or self.ranks.size == 1 else list(found)
 
-    def done(self, block: Block) -> None:
-        """A block that no batch needs any more is handed on."""
+    def done(self, block: Block, error: float | None) -> None:
+        """A block that no batch needs any more is handed on; ``error`` as :class:`BlockRecord`."""
         if self.restoring:
             return
         start = time.perf_counter()
         calls = {layer.name: layer.calls for layer in block.layers}
-        self.records = [
-            record.model_copy(update={"calls": calls.get(record.name, record.calls)})
-            for record in self.records
+        records = [
+            each.model_copy(update={"calls": calls.get(each.name, each.calls)})
+            for each in self.records
         ]
-        self.sink.commit(self.solved, self.records, self.tuned)
-        self.solved, self.records, self.tuned = {}, [], None
+        left = BlockRecord(block=block.name, error=error)
+        found = Found(block=left, layers=records, sites=self.sites, tuned=self.tuned)
+        self.sink.commit(self.solved, found)
+        self.solved, self.records, self.sites, self.tuned = {}, [], [], None
         self.seconds["write"] += time.perf_counter() - start
 
 
@@ -220,18 +219,52 @@ def names_on_disk(
     return names
 
 
+def record_of(work: Quantization, sink: Kept, **told: Any) -> RunRecord:
+    """The record of a run whose blocks are all done; ``told`` is what the run knows of itself."""
+    layers = work.counted([layer for found in sink.found for layer in found.layers])
+    solved = {layer.name for layer in layers}
+    return RunRecord(
+        optq=__version__,
+        bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
+        bytes=sink.bytes,
+        dense=[name for block in work.blocks for name in block.linears if name not in solved],
+        layers=layers,
+        sites=[site for found in sink.found for site in found.sites],
+        blocks=[found.block for found in sink.found],
+        tuned=[found.tuned for found in sink.found if found.tuned],
+        **told,
+    )
+
+
+def grids(weight: QuantizedWeight) -> dict[str, Any]:
+    """What a layer's record says of its codes and scales."""
+    counts = torch.bincount(weight.codes.flatten(), minlength=2**weight.wbits)
+    ends = (counts[0] + counts[-1]).item() / weight.codes.numel()
+    bins = min(len(counts), BINS)
+    low, high = weight.scales.aminmax()
+    return {
+        "histogram": counts.view(bins, -1).sum(1).tolist(),
+        "at_ends": ends,
+        "scale_min": low.item(),
+        "scale_max": high.item(),
+    }
+
+
 def _record(
-    layer: Layer, part: Solution, energies: Tensor, outcome: Outcome, site_rows: int
+    site: Site, layer: Layer, part: Solution, energies: Tensor, outcome: Outcome, site_rows: int
 ) -> LayerRecord:
     rows, cols = layer.shape
-    error, energy = _sum(part.error), _sum(energies)
+    error, energy = total(part.error), total(energies)
     return LayerRecord(
         name=layer.name,
+        block=site.block.name,
+        site=site.layers[0].name,
         rows=rows,
         cols=cols,
+        wbits=part.wbits,
         error=error,
         relative_error=error / energy if energy else 0.0,
-        rtn_error=_sum(part.rtn_error),
+        rtn_error=total(part.rtn_error),
         damp=outcome.damp,
         seconds=sum(outcome.seconds.values()) * rows / site_rows,
         damp_tries=outcome.damp_tries,
@@ -240,9 +273,5 @@ def _record(
         tokens=outcome.tokens,
         borrowed=outcome.borrowed,
         calls=layer.calls,
+        **grids(part),
     )
-
-
-def _sum(rows: Tensor) -> float:
-    """The sum over rows, the same for any number of threads: they share larger sums."""
-    return sum(part.sum().item() for part in rows.split(2**14))

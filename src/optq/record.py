@@ -1,6 +1,6 @@
 """The run record: what a run did, as one typed, versioned document, ``optq.json``.
 
-It holds no times and no paths: same seed, same bytes.
+It holds no times and no paths: same seed, same bytes. Those are in ``optq_times.json`` beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from optq.errors import ModelError
 
 FILE = "optq.json"
-VERSION = 1  # of the document; files without one are of the first
+TIMES = "optq_times.json"
+VERSION = 2  # of both documents; files without one are of the first
 MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
@@ -23,13 +24,18 @@ class LayerRecord(BaseModel):
 
     ``error`` is ``tr((W - Q) H (W - Q)^T)``: the mean squared output error per token, summed over
     rows; ``relative_error`` divides it by ``tr(W H W^T)``, ``rtn_error`` is round-to-nearest's.
+    These are the solver's; the codes and scales are those of the block when it was done, before
+    the scales of the whole model were tuned. What is None was not recorded (version 1).
     """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
+    block: str | None = None
+    site: str | None = None  # the first of the layers that read the same input
     rows: int
     cols: int
+    wbits: int | None = None
     error: float
     relative_error: float
     rtn_error: float
@@ -41,6 +47,36 @@ class LayerRecord(BaseModel):
     tokens: int = 0  # that the layer read in calibration
     borrowed: int = 0  # of its block that stood in for tokens that an expert lacked
     calls: int = 1  # of the layer in one forward; it is calibrated on the first
+    histogram: list[int] = []  # of the codes, lowest first; of 8 bits 16 codes to a bin
+    at_ends: float | None = None  # share of the codes at either end of the grid
+    scale_min: float | None = None
+    scale_max: float | None = None
+
+
+class SiteRecord(BaseModel):
+    """The layers that read one input, by their first, and ``diagonal``: of its Hessian.
+
+    That is in the order of the sweep, as the means of at most 32 equal runs of columns.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    site: str
+    layers: list[str]
+    diagonal: list[float]
+
+
+class BlockRecord(BaseModel):
+    """A block; ``error`` is how far what leaves it is from full precision.
+
+    That is the squared difference over the squared full-precision hidden states, sums over all
+    calibration tokens, of the model quantized up to there. None where that stream did not run.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    block: str
+    error: float | None
 
 
 def without_tokens(layers: list[LayerRecord]) -> str | None:
@@ -118,6 +154,30 @@ class TunedBlock(BaseModel):
     note: str = ""  # why it ended early
 
 
+class Found(BaseModel):
+    """What a run has found out about one block."""
+
+    block: BlockRecord
+    layers: list[LayerRecord] = []
+    sites: list[SiteRecord] = []
+    tuned: TunedBlock | None = None
+
+
+class Times(BaseModel):
+    """Where the time of a run went, in seconds, and what it ran on; of a run that was cut off and
+    went on, that of the last part.
+    """
+
+    version: int = VERSION
+    optq: str
+    model: str
+    calib: str
+    device: str
+    threads: int
+    seconds: dict[str, float]  # by stage, and in all
+    layers: dict[str, float]
+
+
 class RunRecord(BaseModel):
     """One run: its settings, what it was calibrated on, and what became of each layer."""
 
@@ -132,6 +192,8 @@ class RunRecord(BaseModel):
     head: int | None = None  # bits of the head, where it is quantized
     dense: list[str]  # linear layers inside the blocks that stay as they were
     layers: list[LayerRecord]
+    sites: list[SiteRecord] = []
+    blocks: list[BlockRecord] = []
     choices: list[Choice] | None = None  # of widths, where there was a budget
     tune: dict[str, Any] | None = None  # how blocks and scales were tuned
     tuned: list[TunedBlock] = []

@@ -39,14 +39,14 @@ from optq.formats.writer import Dropped, Kept, Writer
 from optq.model.activations import Activations
 from optq.model.blocks import Block, find_blocks
 from optq.model.checkpoint import Checkpoint
+from optq.model.dense import left_over
 from optq.model.head import with_own_head
 from optq.model.shards import open_model
-from optq.model.source import dense_layers
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
 from optq.probe import choose, measured
-from optq.quantize import Progress, Quantization, names_on_disk
+from optq.quantize import Progress, Quantization, names_on_disk, record_of
 from optq.ranks import Ranks, together
-from optq.record import RunRecord, without_tokens
+from optq.record import Times, without_tokens
 from optq.result import Result
 from optq.tune import Tune
 from optq.tuning import Tuner
@@ -217,31 +217,34 @@ class Runner:
             remedy = "choose fewer --nsamples, a shorter --seqlen, or --device cpu"
             instead = "--tune blocks goes on from here, and leaves the scales of all as they are"
             raise SettingError(cause, remedy if whole else instead) from error
-        layers = work.counted(sink.records)
-        if blind := without_tokens(layers):
-            self.notice(blind)
-        solved = {layer.name for layer in layers}
-        record = RunRecord(
-            optq=__version__,
+        record = record_of(
+            work,
+            sink,
             **told(quantizer),
             qep=None if qep is None else asdict(qep),
             calibration=described(calib, tokens, self.seed, self.chat),
-            bits_per_weight=8 * sink.bytes / max(sink.weights, 1),
-            bytes=sink.bytes,
             head=self.head,
-            dense=[name for block in blocks for name in block.linears if name not in solved],
-            layers=layers,
             choices=choices,
             tune=asdict(tune) if self.tune else None,
-            tuned=sink.tuned,
             distilled=distilled,
         )
-        finishing, percdamp = time.perf_counter(), quantizer.percdamp
-        dense, outside = dense_layers(checkpoint, names, model, blocks, sink.layers)
-        of_experts = (x for bank in banks if bank.layers[0].solved for x in bank.layers)
-        fused = {f"{x.name.rsplit('.', 2)[0]}.{x.attribute}" for x in of_experts}
-        replaced = [names[name] for name in fused if name in names]
-        last = dense, percdamp, record, outside, replaced
+        if blind := without_tokens(record.layers):
+            self.notice(blind)
+        finishing = time.perf_counter()
+        rest = left_over(checkpoint, names, model, blocks, sink.layers)
+
+        def times() -> Times:
+            return Times(
+                optq=__version__,
+                model=self.model_config.model_id,
+                calib=calib if isinstance(calib, str) else record.calibration["text"],
+                device=str(device),
+                threads=torch.get_num_threads(),
+                seconds={"total": time.perf_counter() - started, "load": loaded, **work.seconds},
+                layers={layer.name: layer.seconds for layer in record.layers},
+            )
+
+        last = rest, quantizer.percdamp, record, times
         if isinstance(sink, Writer):
             sink.finish(*last)
         record = ranks.share(lambda: record)
@@ -257,11 +260,10 @@ class Runner:
                 writer.take(sink)
                 writer.finish(*last)
 
-        total = time.perf_counter() - started
         return Result(
             layers=record.layers,
             dense=record.dense,
-            seconds={"total": total, "load": loaded, **work.seconds},
+            seconds=times().seconds,
             bits_per_weight=record.bits_per_weight,
             bytes=record.bytes,
             choices=record.choices,

@@ -24,6 +24,7 @@ from optq.ranks import UNIT, Ranks
 
 MEMORY = 2**29  # bytes for experts that are solved together: more of them are hardly faster
 PORTION = 2**30  # bytes for rows that are solved together; they are independent
+RUNS = 32  # of columns, of whose Hessian the record has the mean diagonal
 LEAST = 1024  # rows of a portion: the column loop costs the same for fewer
 
 
@@ -38,6 +39,7 @@ class Outcome:
     damp: float
     damp_tries: int
     dead_columns: int
+    diagonal: list[float]  # of H, as :class:`optq.record.SiteRecord` has it
     seconds: dict[str, float]
 
     @classmethod
@@ -119,12 +121,22 @@ class Solving:
                 problem.damp,
                 problem.damp_tries,
                 int(problem.dead.sum()),
+                diagonal(problem),
                 problem.seconds,
             )
             for (_, sums), weight, problem, solution in zip(
                 some, weights, problems, solutions, strict=True
             )
         ]
+
+
+def diagonal(problem: Problem) -> list[float]:
+    """The diagonal of ``H`` in the order of the sweep: means of equal runs of columns."""
+    values = problem.H.diagonal()
+    if problem.order is not None:
+        values = values[problem.order]
+    runs = values.double().tensor_split(min(RUNS, len(values)))
+    return [float(f"{run.mean().item():.4g}") for run in runs]
 
 
 def together(site: Site) -> int:

@@ -38,12 +38,12 @@ from torch import Tensor
 from optq.core.grid import Storage
 from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError, require_positive
-from optq.model.batch import Passed
+from optq.model.batch import Passed, handed_on
 from optq.model.blocks import Block
 from optq.model.checkpoint import Checkpoint
 from optq.model.layer import Layer
 from optq.model.leaves import learning
-from optq.model.sensitivity import handed_on, metrics, some_of
+from optq.model.sensitivity import metrics, some_of
 from optq.model.shards import open_model
 from optq.record import TunedBlock
 

@@ -25,10 +25,11 @@ from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.formats.place import place_of
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
+from optq.model.dense import LeftOver
 from optq.model.linear import QuantizedLinear
 from optq.model.names import disk_names
 from optq.model.source import load_model
-from optq.record import RunRecord
+from optq.record import TIMES, RunRecord
 
 BY_NAME = {row.name: row for row in (*zoo.ROWS, *zoo.MULTIMODAL)}
 QUANTIZER = RTN(4, 32)
@@ -70,7 +71,7 @@ def solve_all(folder, quantizer=QUANTIZER, form=FORMATS["gptq"], skip=None):
 
 def commit(out, solutions):
     for name, solution in solutions.items():
-        out.commit({name: (solution, SCHEME)}, [])
+        out.commit({name: (solution, SCHEME)})
 
 
 def write(folder, target, form=FORMATS["gptq"], force=False, skip=None):
@@ -79,7 +80,7 @@ def write(folder, target, form=FORMATS["gptq"], force=False, skip=None):
     with place_of(Path(target), source, force) as place:
         out = writer.Writer(place, source, form, torch.float32)
         commit(out, solutions)
-        out.finish(dense, record=RECORD)
+        out.finish(LeftOver(dense), record=RECORD)
     return solutions
 
 
@@ -98,7 +99,8 @@ def logits(model):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = (path for path in sorted(folder.iterdir()) if path.name != TIMES)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def everything_beside(source):
@@ -394,7 +396,7 @@ def test_a_failing_disk_leaves_nothing_behind(source, tmp_path, monkeypatch, pla
         ):
             made = writer.Writer(place, checkpoint, form, torch.float32)
             commit(made, solutions)
-            made.finish(dense, record=RECORD)
+            made.finish(LeftOver(dense), record=RECORD)
     assert caught.value.__cause__ is error and "\n" not in caught.value.cause
     assert everything_beside(source) == (["out", "source"] if force else ["source"])
     if force:

@@ -42,7 +42,7 @@ class Run:
             batches,
             self.weights,
             self._solve,
-            self.finished.append,
+            lambda block, error: self.finished.append(block),
             propagate,
             **options,
         )

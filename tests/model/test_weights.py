@@ -161,9 +161,9 @@ def test_a_block_read_alone_is_what_transformers_loads(tmp_path, monkeypatch, na
 def test_a_run_has_one_block_in_memory_and_keeps_what_it_is_asked_to(tmp_path, monkeypatch, keep):
     held, done = [], Quantization.done
 
-    def watched(work, block):
+    def watched(work, block, error):
         held.append([b.index for b in work.blocks if _any_values(b.module)])
-        done(work, block)
+        done(work, block, error)
 
     monkeypatch.setattr(Quantization, "done", watched)
     source = saved("qwen3_moe", tmp_path / "model")
@@ -182,11 +182,11 @@ def test_embeddings_are_let_go_before_the_first_block_and_the_head_is_not_there(
     row = next(row for row in zoo.ROWS if row.name == name)
     source, seen, done = zoo.save(row, tmp_path / "model"), [], Quantization.done
 
-    def watched(work, block):
+    def watched(work, block, error):
         shapes = {n: p.numel() for n, p in work.model.named_parameters()}
         seen.append({n for n, size in shapes.items() if not size})
         assert work.model.get_output_embeddings().weight.numel() == 0
-        done(work, block)
+        done(work, block, error)
 
     monkeypatch.setattr(Quantization, "done", watched)
     output = None if keep else tmp_path / "out"
@@ -238,7 +238,7 @@ def test_what_is_called_again_after_the_first_block_comes_back(tmp_path, monkeyp
     model, blocks, on_disk = open_model(Checkpoint.open(str(source)), call_again)
     first = model.model.embed_tokens.weight[1:2].clone()
     weights, gone = Weights(model, blocks, CPU, shards=on_disk), []
-    done = [lambda block: gone.append(model.model.embed_tokens.weight.numel() == 0)]
+    done = [lambda block, error: gone.append(model.model.embed_tokens.weight.numel() == 0)]
     Flow(model, blocks, [zoo.token_ids(2, 16)], weights, list, *done).run()
     assert read and all(torch.equal(each, first) for each in read)
     assert gone == [False] * len(blocks)

@@ -98,3 +98,18 @@ def compare_with_rounding(
     least = (1 - 2 * 2**-9) * damped.sqrt() - 4 * 2**-9 * spread.sqrt()
     least = least.clamp_(min=0).square_()
     return error < least - factored.damp * norm, other.clamp_(min=0)
+
+
+def total(rows: Float[Tensor, " rows"]) -> float:
+    """The sum over rows, the same for any number of threads: they share larger sums."""
+    return sum(part.sum().item() for part in rows.split(2**14))
+
+
+def apart(
+    one: Float[Tensor, "*tokens hidden"], other: Float[Tensor, "*tokens hidden"]
+) -> tuple[float, float]:
+    """The squared difference of hidden states and the square of the ``other``, summed over all."""
+    one, other = (each.flatten(0, -2).float() for each in (one, other.to(one.device)))
+    parts = zip(one.split(2**12), other.split(2**12), strict=True)
+    sums = [((x - y).square().sum(1), y.square().sum(1)) for x, y in parts]
+    return sum(total(x.double()) for x, _ in sums), sum(total(y.double()) for _, y in sums)

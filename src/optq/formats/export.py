@@ -16,9 +16,10 @@ from optq.formats.scheme import Format, heads_of
 from optq.formats.writer import Writer
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import TOGETHER, Checkpoint
+from optq.model.dense import left_over
 from optq.model.lacking import lacking
 from optq.model.names import disk_names
-from optq.model.source import dense_layers, empty_model
+from optq.model.source import empty_model
 
 
 def export(
@@ -46,7 +47,7 @@ def export(
         raise ModelError(f"{checkpoint.folder} lacks {lacks[0]}", TOGETHER)
     conv1d = [layer.name for block in blocks for layer in block.layers if layer.conv1d]
     turned = {on_disk.get(f"{name}.weight", "").removesuffix(".weight") for name in conv1d}
-    dense, outside = dense_layers(checkpoint, on_disk, skeleton, blocks, set(names))
+    rest = left_over(checkpoint, on_disk, skeleton, blocks, set(names))
     every = [bank for block in blocks for bank in block.banks]
     first = {on_disk.get(f"{bank.layers[0].name}.weight"): bank for bank in every}
     banks = {n: first[f"{n}.weight"] for n in names if f"{n}.weight" in first}
@@ -61,9 +62,9 @@ def export(
             weight = read_layer(checkpoint, name, scheme)
             layer = _as_it_is(scheme.layer(name), weight)
             form.check(name, weight.rows, weight.cols, layer, name in turned)
-            writer.commit({name: (weight, layer)}, [])
+            writer.commit({name: (weight, layer)})
         percdamp, packed = settings.get("damp_percent", 0.0), packed_tensors(checkpoint)
-        writer.finish(dense, percdamp, outside=outside, packed=packed)
+        writer.finish(replace(rest, replaced=packed), percdamp)
     return len(names)
 
 

@@ -30,9 +30,9 @@ from optq.core.weight import LayerScheme
 from optq.errors import ModelError, OutputError
 from optq.formats.whole import Whole, sync, writing
 from optq.model.checkpoint import Checkpoint
-from optq.record import LayerRecord, TunedBlock
+from optq.record import Found
 
-VERSION = 1
+VERSION = 2
 PIECES, PIECE = 256, 2**14  # of a file of weights, and bytes of each
 CHANGED = {"tokens": "the calibration text", "config": "the config.json of the source"}
 
@@ -42,10 +42,9 @@ class Done(BaseModel):
 
     tensors: list[str]  # names in the file
     layers: dict[str, LayerScheme]  # by name on disk
-    records: list[LayerRecord]
+    found: Found | None  # None: layers of an export
     bytes: int  # as encoded, and how many weights that is
     weights: int
-    tuned: TunedBlock | None = None
 
 
 class Journal:

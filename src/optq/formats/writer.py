@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from optq.formats.scheme import Format, Solved
 from optq.formats.shard import save
 from optq.formats.whole import Whole, writing
 from optq.model.checkpoint import Checkpoint
-from optq.record import FILE, LayerRecord, RunRecord, TunedBlock
+from optq.model.dense import LeftOver
+from optq.record import FILE, TIMES, Found, RunRecord, Times
 
 SHARD_BYTES = 2**29  # at most, but for a tensor that has more
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,23 +38,19 @@ class Kept:
     def __init__(self, form: Format, dtype: torch.dtype) -> None:
         self.form, self.dtype = form, dtype
         self.layers: dict[str, LayerScheme] = {}  # by name on disk
-        self.records: list[LayerRecord] = []
-        self.tuned: list[TunedBlock] = []
+        self.found: list[Found] = []
         self.bytes = self.weights = 0  # as encoded, and how many weights that is
         self.blocks: list[dict[str, Tensor]] = []
 
-    def commit(
-        self, layers: Solved, records: Sequence[LayerRecord], tuned: TunedBlock | None = None
-    ) -> None:
+    def commit(self, layers: Solved, found: Found | None = None) -> None:
         """Take the solved layers of one block, by name on disk."""
         tensors = self._encode(layers)
         done = Done(
             tensors=list(tensors),
             layers={name: scheme for name, (_, scheme) in layers.items()},
-            records=list(records),
+            found=found,
             bytes=sum(tensor.nbytes for tensor in tensors.values()),
             weights=sum(weight.codes.numel() for weight, _ in layers.values()),
-            tuned=tuned,
         )
         self._take_block(tensors, done)
         self._count(done)
@@ -100,10 +97,9 @@ class Kept:
 
     def _count(self, done: Done) -> None:
         self.layers |= done.layers
-        self.records += done.records
+        self.found += [done.found] if done.found else []
         self.bytes += done.bytes
         self.weights += done.weights
-        self.tuned += [done.tuned] if done.tuned else []
 
     def _take_block(self, tensors: dict[str, Tensor], done: Done) -> None:
         self.blocks.append(tensors)
@@ -112,9 +108,7 @@ class Kept:
 class Dropped(Kept):
     """What a process has that neither writes nor keeps: another one does."""
 
-    def commit(
-        self, layers: Solved, records: Sequence[LayerRecord], tuned: TunedBlock | None = None
-    ) -> None:
+    def commit(self, layers: Solved, found: Found | None = None) -> None:
         pass
 
 
@@ -173,24 +167,19 @@ class Writer(Kept):
 
     def finish(
         self,
-        dense: list[str],
+        rest: LeftOver,
         percdamp: float = 0.0,
         record: RunRecord | None = None,
-        outside: Sequence[str] = (),
-        packed: Collection[str] = (),
+        times: Callable[[], Times] | None = None,
     ) -> None:
-        """Add all that is not quantized, and let the checkpoint appear.
-
-        ``dense`` and ``outside`` are the linear layers that stay as they are, inside the blocks
-        and elsewhere; ``packed`` the tensors of a quantized source that :meth:`commit` replaced.
-        """
-        replaced = {*packed, *(f"{name}.weight" for name in self.layers)}
-        rest = [name for name in self.source.files if name not in replaced]
-        size = self._total + sum(self.source.layout[name].nbytes for name in rest)
+        """Add all that is not quantized, and let the checkpoint appear."""
+        replaced = {*rest.replaced, *(f"{name}.weight" for name in self.layers)}
+        names = [name for name in self.source.files if name not in replaced]
+        size = self._total + sum(self.source.layout[name].nbytes for name in names)
         size += sum(tensor.nbytes for tensor in self._pending.values())
         if self.journal is not None and size <= SHARD_BYTES:
             self._take_back()
-        for name, tensor in self.source.tensors(rest):
+        for name, tensor in self.source.tensors(names):
             if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
                 raise NumericsError(
                     f"{name} holds NaN or infinity", "copy the model again, or train it again"
@@ -198,13 +187,15 @@ class Writer(Kept):
             self._take({name: tensor})
         self._flush()
         with writing(self.target):
-            settings = self.form.config(self.layers, dense, percdamp, outside)
+            settings = self.form.config(self.layers, rest.inside, percdamp, rest.outside)
             config = self.source.config() | {"quantization_config": settings}
             for file, content in {"config.json": config, self.form.settings_file: settings}.items():
                 if file is not None:
                     self._write_json(file, content)
             if record is not None:
                 (self.folder / FILE).write_text(record.text(), encoding="utf-8")
+            if times is not None:
+                self._write_json(TIMES, times().model_dump())
             for path in self.source.companions():
                 if path.is_dir():
                     shutil.copytree(path, self.folder / path.name)

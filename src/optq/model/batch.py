@@ -47,6 +47,8 @@ class Batch(greenlet):
         self.stays = False  # at the end of the next block, where it leaves behind:
         self.passed: Passed | None = None
         self.repeats = False  # the block, with other weights: nothing is to be found out
+        self.leaves = False  # behind the next block what that has made, here:
+        self.left: Tensor | None = None
 
     def wait(self, block: Block) -> None:
         """Sleep, inside the coroutine, before ``block``."""
@@ -82,6 +84,8 @@ class Batch(greenlet):
                         made = None  # makes room
                         made = block(*args, **kwargs)
                 self.repeats = False
+                if self.leaves:
+                    self.leaves, self.left = False, handed_on(made)
                 return made
             except torch.OutOfMemoryError as error:
                 if [each._version for each in tensors] != before:
@@ -101,6 +105,13 @@ class Batch(greenlet):
         with default_modes():
             self.parent.switch()
         self.before = self.site = self.input = None  # the input that was handed over may go
+
+
+def handed_on(made: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    if isinstance(made, Tensor):
+        return made
+    return next(each for each in made if isinstance(each, Tensor))
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from optq.model.blocks import Block, linears_outside
+from optq.model.checkpoint import Checkpoint
 from optq.model.names import renaming
 
 SKIPPED = "left out with --skip"
@@ -76,3 +78,50 @@ def reasons(
 
     found = {place: why(place) for place in on_disk}
     return {place: reason for place, reason in found.items() if reason is not None}
+
+
+@dataclass(frozen=True)
+class LeftOver:
+    """The linear layers that stay dense, by name on disk: inside the blocks, and elsewhere.
+
+    ``replaced`` are tensors of the source that others stand for: fused ones, or packed ones.
+    """
+
+    inside: list[str]
+    outside: Sequence[str] = ()
+    replaced: Collection[str] = ()
+
+
+def left_over(
+    checkpoint: Checkpoint,
+    on_disk: dict[str, str],
+    model: Any,
+    blocks: list[Block],
+    packed: Collection[str],
+) -> LeftOver:
+    """What of a model is not quantized.
+
+    ``packed`` are the names on disk of the others, ``on_disk`` what :func:`disk_names` found.
+    Elsewhere are the head, towers, projections, and each matrix on disk that the model does not
+    load: layers for drafts, a value head. Inside are routers too, which are no linear layers.
+    """
+    matrices = [n for n, t in checkpoint.layout.items() if n.endswith(".weight") and t.ndim == 2]
+    others = sorted({*matrices} - {*on_disk.values()})
+    routers = (
+        f"{block.name}.{name}"
+        for block in blocks
+        for name, module in block.module.named_modules()
+        if (block.banks or block.dense) and not isinstance(module, nn.Linear | nn.Embedding)
+        if on_disk.get(f"{block.name}.{name}.weight") in matrices
+    )
+
+    def dense(linears: Iterable[str]) -> list[str]:
+        names = [on_disk.get(f"{n}.weight", n).removesuffix(".weight") for n in linears]
+        return [name for name in names if name not in packed]
+
+    inside = dense([*(name for block in blocks for name in block.linears), *routers])
+    banks = [bank for block in blocks for bank in block.banks if bank.layers[0].solved]
+    of_experts = (layer for bank in banks for layer in bank.layers)
+    fused = {f"{x.name.rsplit('.', 2)[0]}.{x.attribute}" for x in of_experts}
+    replaced = [on_disk[name] for name in fused if name in on_disk]
+    return LeftOver(inside, dense([*linears_outside(model, blocks), *others]), replaced)

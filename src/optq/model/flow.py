@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from optq.core.clock import elapsed
+from optq.core.error import apart
 from optq.errors import ModelError
 from optq.model.activations import Activations
 from optq.model.batch import Batch, Passed
@@ -52,7 +53,8 @@ class Flow:
     ``solve(sites)`` quantizes the layers of each site, which comes with its sums, and puts their
     weights in place; the sites are of one shape, and sums are made as they are asked for. Experts
     that another rank solves come without sums: ``together(site)`` of them, in turn, are each one's.
-    ``done(block)`` is called when no batch needs the block any more, before its weights go.
+    ``done(block, error)`` is called when no batch needs the block any more, before its weights go;
+    ``error`` is how far the hidden states are then from full precision, where both streams run.
     ``restore(block)`` gives the quantized weights of its layers where they are known: then nothing
     is solved in it.
     ``activations`` keeps what the batches hold. ``tune(block, passages)`` is called with what each
@@ -65,7 +67,7 @@ class Flow:
     batches: list[Tensor]
     weights: Weights
     solve: Callable[[Iterator[tuple[Site, SiteSums | None]]], None]
-    done: Callable[[Block], None] = lambda block: None
+    done: Callable[[Block, float | None], None] = lambda block, error: None
     propagate: bool = False
     activations: Activations | None = None
     restore: Callable[[Block], Iterator[tuple[Layer, Tensor]] | None] = lambda block: None
@@ -126,7 +128,7 @@ class Flow:
         tunes = self.tune is not None and known is None and not block.head
         batches = [batch for batch in waiting if batch.kind != "scout"]
         for batch in batches:
-            batch.stays = tunes
+            batch.stays, batch.leaves = tunes, self._twice and not block.head
         self._advance(batches)
         while site := self._next(batches):
             here = [batch for batch in batches if batch.site is site]
@@ -144,7 +146,7 @@ class Flow:
         if tunes and self.tune:
             self._tune(self.tune, block, batches)
         self._finished.add(block)
-        self.done(block)
+        self.done(block, self._drifted(batches))
         self.weights.drop(block)
 
     def _tune(self, tune: Callable[..., bool], block: Block, batches: list[Batch]) -> None:
@@ -157,6 +159,19 @@ class Flow:
         for batch in quantized:
             batch.repeats = changed
         self._advance(batches)
+
+    def _drifted(self, batches: list[Batch]) -> float | None:
+        """The streams' squared difference behind a block, over the full-precision one's square."""
+        left = {(batch.kind, batch.first_sample): batch.left for batch in batches}
+        parts = []
+        for batch in batches:
+            batch.left = None
+            own, full = (left.get((kind, batch.first_sample)) for kind in ("quantized", "full"))
+            if batch.kind == "full" and own is not None and full is not None:
+                parts.append(apart(own, full))
+        every = [part for some in self.ranks.gather(parts, "errors") for part in some]
+        energy = sum(part[1] for part in every)
+        return sum(part[0] for part in every) / energy if energy else None
 
     def _next(self, batches: list[Batch]) -> Site | None:
         """The earliest site that any batch waits for, on this rank or another."""

@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from optq.errors import NumericsError, not_finite_remedy
+from optq.model.batch import handed_on
 from optq.model.blocks import Block
 from optq.model.experts import Bank
 from optq.model.experts_call import called_through
@@ -186,13 +187,6 @@ class _Passing:
                 parameter.data = parameter.data.new_empty(0)
                 self._gone[place] = parameter
         self.here = None
-
-
-def handed_on(made: Any) -> Tensor:
-    """The hidden states among what a block returns."""
-    if isinstance(made, Tensor):
-        return made
-    return next(each for each in made if isinstance(each, Tensor))
 
 
 def _begin(module: nn.Module, args: Any, output: Tensor) -> Tensor:

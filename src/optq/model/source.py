@@ -9,18 +9,17 @@ files hold them is asked once, and an adapter that lies beside them does not get
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optq.boundary import library
 from optq.errors import DataError, ModelError, SettingError
-from optq.model.blocks import Block, linears_outside
 from optq.model.checkpoint import TOGETHER, Checkpoint
 from optq.model.lacking import misshapen, wrong_expert
 from optq.model.names import disk_names
@@ -140,37 +139,6 @@ def _lacking(folder: Path, error: Exception) -> list[str]:
     here = {each.name for each in distributions()}
     needed = ("sentencepiece", "protobuf", "tiktoken", "blobfile")
     return [package for package in needed if package in said and package not in here]
-
-
-def dense_layers(
-    checkpoint: Checkpoint,
-    on_disk: dict[str, str],
-    model: Any,
-    blocks: list[Block],
-    packed: Collection[str],
-) -> tuple[list[str], list[str]]:
-    """The names on disk of the linear layers that stay dense: inside the blocks, and elsewhere.
-
-    ``packed`` are the names on disk of the others, ``on_disk`` what :func:`disk_names` found.
-    Elsewhere are the head, towers, projections, and each matrix on disk that the model does not
-    load: layers for drafts, a value head. Inside are routers too, which are no linear layers.
-    """
-    matrices = [n for n, t in checkpoint.layout.items() if n.endswith(".weight") and t.ndim == 2]
-    others = sorted({*matrices} - {*on_disk.values()})
-    routers = (
-        f"{block.name}.{name}"
-        for block in blocks
-        for name, module in block.module.named_modules()
-        if (block.banks or block.dense) and not isinstance(module, nn.Linear | nn.Embedding)
-        if on_disk.get(f"{block.name}.{name}.weight") in matrices
-    )
-
-    def dense(linears: Iterable[str]) -> list[str]:
-        names = [on_disk.get(f"{n}.weight", n).removesuffix(".weight") for n in linears]
-        return [name for name in names if name not in packed]
-
-    inside = dense([*(name for block in blocks for name in block.linears), *routers])
-    return inside, dense([*linears_outside(model, blocks), *others])
 
 
 def check_vocabulary(model: Any, tokens: Tensor) -> None:
