@@ -102,6 +102,24 @@ def scheme_of(title: str, group: Any) -> LayerScheme:
     return LayerScheme(weights["num_bits"], groupsize, weights["symmetric"], actorder)
 
 
+def of_experts(settings: dict[str, Any]) -> LayerScheme:
+    """The scheme that transformers reads experts with: of one group, by the targets' form.
+
+    As ``get_experts_scheme`` of its integration has it.
+    """
+    groups = settings["config_groups"]
+
+    def some(pattern: str) -> list[str]:
+        return [
+            title
+            for title, group in groups.items()
+            if any(re.match(pattern, target) for target in group["targets"])
+        ]
+
+    title = [*some("re:.*experts"), *some("(?!re:)"), *groups][0]
+    return scheme_of(title, groups[title])
+
+
 def patterns_in(what: str, patterns: Any) -> list[str]:
     """Names, ``re:`` expressions and ``Linear``, checked."""
     if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
