@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from optq import GPTQ, RTN, ModelConfig, Runner, load
 from optq.budget import Mixed
 from optq.errors import OptqError
+from optq.formats import detect, reader
 from optq.formats.gguf import export_gguf
 from optq.formats.readers import TOOLS, who_loads
 from optq.model.checkpoint import Checkpoint
@@ -174,13 +175,30 @@ def test_checkpoints_of_other_tools(name):
         assert loaded(FIXTURES / name, found["transformers"].why) is OTHERS[name][0]
 
 
-def test_widths_within_a_budget(made):
-    """Of dense layers each has its own; experts that have not all the same are not read."""
-    config = "wide", Mixed(bits_per_weight=3.6, groupsize=32)
-    assert [each.loads for each in answers(made(*config)).values()][:3] == [UNKNOWN, NO, UNKNOWN]
-    folder = made(*config, CT)
+@pytest.mark.parametrize("form", ["gptq", CT])
+def test_widths_within_a_budget(made, form):
+    folder = made("wide", Mixed(bits_per_weight=3.6, groupsize=32), form)
     found = answers(folder)
-    assert found["transformers"].loads and loaded(folder, "")
+    servers = [NO, UNKNOWN] if form == "gptq" else [YES, NO]
+    assert [found[tool].loads for tool in TOOLS[1:3]] == servers
+    assert found["transformers"].loads is (UNKNOWN if form == "gptq" else YES)
+    assert form == "gptq" or loaded(folder, "")
+
+
+def test_experts_beside_layers_of_other_widths(made):
+    """transformers reads all experts with one of the groups: theirs comes first."""
+    folder = made("sparse", Mixed(bits_per_weight=3.6, groupsize=32), CT)
+    checkpoint = Checkpoint.open(str(folder))
+    layer = detect(checkpoint).layer
+    experts = {layer(name) for name in reader.quantized_layers(checkpoint) if "experts" in name}
+    assert len(experts) == 1 and layer("model.layers.0.self_attn.q_proj") not in experts
+    assert answers(folder)["transformers"].loads and loaded(folder, "")
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    config["quantization_config"]["config_groups"] = dict(reversed(groups.items()))
+    (folder / "config.json").write_text(json.dumps(config))
+    assert answers(folder)["transformers"].why == "takes another of the config groups for experts"
+    assert not loaded(folder, "")
 
 
 def test_models_that_are_not_quantized(tmp_path):
@@ -205,8 +223,8 @@ def test_methods_of_which_nothing_is_known(tmp_path, settings, cause):
     folder = zoo.save(ROWS["llama"], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    for reader in answers(folder).values():
-        assert reader.loads is None and cause in reader.why
+    for each in answers(folder).values():
+        assert each.loads is None and cause in reader.why
 
 
 def test_a_model_that_is_no_language_model(tmp_path):

@@ -19,11 +19,12 @@ STATUSES = ("compressed", "frozen")
 
 
 def groups_of(layers: Schemes) -> dict[str, Any]:
-    """A group for each scheme; a head's is the last: transformers takes the first for experts."""
+    """A group for each scheme; that of experts first: transformers takes it for them."""
     heads = heads_of(layers)
     inside = [name for name in layers if name not in heads]
     same = {layers[name] for name in inside}
-    targets: dict[LayerScheme, list[str]] = {layers[name]: [] for name in (*inside, *heads)}
+    order = [*filter(EXPERT.fullmatch, inside), *inside, *heads]
+    targets: dict[LayerScheme, list[str]] = {layers[name]: [] for name in order}
     for name in heads:
         targets[layers[name]] += dict.fromkeys([name, HEAD])
     for name in inside if len(same) > 1 else ():

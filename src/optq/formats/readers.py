@@ -168,7 +168,7 @@ def _transformers(packed: _Packed) -> Answer:
     if any(each.actorder for each in packed.schemes):
         return False, "knows no groups in act-order in compressed-tensors"
     if experts and of_experts(quantization(packed.checkpoint) or {}) not in experts:
-        return False, "takes another of the config groups for the experts"
+        return False, "takes another of the config groups for experts"
     if all(each.sym for each in packed.schemes):
         return True, "reads it with the package compressed-tensors"
     if len(packed.schemes) > 1:
