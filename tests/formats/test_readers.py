@@ -224,7 +224,7 @@ def test_methods_of_which_nothing_is_known(tmp_path, settings, cause):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     for each in answers(folder).values():
-        assert each.loads is None and cause in reader.why
+        assert each.loads is None and cause in each.why
 
 
 def test_a_model_that_is_no_language_model(tmp_path):
