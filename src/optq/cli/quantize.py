@@ -121,9 +121,8 @@ def quantize(
     from optq.core.gptq import BEST
     from optq.model.head import with_own_head
     from optq.plan import Skeleton
-    from optq.quantize import Progress
     from optq.ranks import reports
-    from optq.report import progress, said, tables
+    from optq.report import live, said, tables
     from optq.runner import Runner
 
     config, skeleton = ModelConfig(model, device, dtype), None
@@ -172,27 +171,14 @@ def quantize(
     )
     if dry_run:
         plan = runner.plan(skeleton)
-        told = {"model": model, "out": str(out), "method": method, "qep": bool(qep), "head": head}
-        told["tune"] = tune
-        settings = {"format": file_format} | told | asdict(quantizer)
+        facts = {"model": model, "out": str(out), "method": method, "qep": bool(qep), "head": head}
+        facts["tune"] = tune
+        settings = {"format": file_format} | facts | asdict(quantizer)
         print_json(settings | plan.told()) if as_json else tables.planned(plan)
         plan.check(out)
         return
-    with progress.bar("quantizing", reports()) as bar:
-        bar(0, 1, "reading model and text")
-
-        def solved(step: Progress) -> None:
-            if step.tuned is not None:
-                return bar(step.block, step.blocks, f"{step.site} {said.gained(step.tuned)}")
-            if not step.layers:
-                return bar(step.block, step.blocks, f"{step.site} at each width")
-            worst = max(step.layers, key=lambda layer: layer.relative_error)
-            note = f"{step.site} error {worst.relative_error:.2%}"
-            bar(step.block, step.blocks, note)
-
-        runner.progress = solved
-        runner.tuning = lambda step, steps, far: bar(step, steps, f"tuning: divergence {far:.4f}")
-        runner.reading = lambda done, of: bar(0, 1, f"reading text: {done} of {of}")
+    with live.quantizing(reports()) as told:
+        runner.progress, runner.tuning, runner.reading = told.solved, told.tuning, told.reading
         result = runner.run()
     if not reports():
         return

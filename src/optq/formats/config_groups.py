@@ -19,11 +19,12 @@ STATUSES = ("compressed", "frozen")
 
 
 def groups_of(layers: Schemes) -> dict[str, Any]:
-    """A group for each scheme; a head's is the last: transformers takes the first for experts."""
+    """A group for each scheme; that of experts first: transformers takes it for them."""
     heads = heads_of(layers)
     inside = [name for name in layers if name not in heads]
     same = {layers[name] for name in inside}
-    targets: dict[LayerScheme, list[str]] = {layers[name]: [] for name in (*inside, *heads)}
+    order = [*filter(EXPERT.fullmatch, inside), *inside, *heads]
+    targets: dict[LayerScheme, list[str]] = {layers[name]: [] for name in order}
     for name in heads:
         targets[layers[name]] += dict.fromkeys([name, HEAD])
     for name in inside if len(same) > 1 else ():
@@ -100,6 +101,24 @@ def scheme_of(title: str, group: Any) -> LayerScheme:
     # "dynamic" was a second name of "group", "static" is one of "weight".
     actorder = grouped and weights.get("actorder") in ("group", "dynamic")
     return LayerScheme(weights["num_bits"], groupsize, weights["symmetric"], actorder)
+
+
+def of_experts(settings: dict[str, Any]) -> LayerScheme:
+    """The scheme that transformers reads experts with: of one group, by the targets' form.
+
+    As ``get_experts_scheme`` of its integration has it.
+    """
+    groups = settings["config_groups"]
+
+    def some(pattern: str) -> list[str]:
+        return [
+            title
+            for title, group in groups.items()
+            if any(re.match(pattern, target) for target in group["targets"])
+        ]
+
+    title = [*some("re:.*experts"), *some("(?!re:)"), *groups][0]
+    return scheme_of(title, groups[title])
 
 
 def patterns_in(what: str, patterns: Any) -> list[str]:

@@ -94,14 +94,24 @@ def export_gguf(
         return _export(checkpoint, arch, place, head)
 
 
-def _export(
-    checkpoint: Checkpoint, arch: MODEL_ARCH, place: Whole, head: int | None
-) -> dict[str, Any]:
-    model, target = empty_model(checkpoint), place.target
+def begun(checkpoint: Checkpoint, model: Any) -> gguf.GGUFWriter:
+    """A file with all but tensors; ``model`` may be empty.
+
+    Raises :class:`ModelError` for a model, or a tokenizer, that llama.cpp would not run as it is.
+    """
+    arch = architecture(checkpoint.config())
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
     sparse = sum(is_bank(module) for module in model.modules())
     add_settings(writer, model.config, arch, sparse)
     add_vocabulary(writer, load_tokenizer(checkpoint), model.config)
+    return writer
+
+
+def _export(
+    checkpoint: Checkpoint, arch: MODEL_ARCH, place: Whole, head: int | None
+) -> dict[str, Any]:
+    model, target = empty_model(checkpoint), place.target
+    writer = begun(checkpoint, model)
     tensors, moved, left_out = _tensors(checkpoint, model, arch, head)
     count = Counter(tensor.kind for tensor in tensors)
     writer.add_name(target.stem)

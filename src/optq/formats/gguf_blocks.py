@@ -37,41 +37,58 @@ def choose(layer: QuantizedWeight, name: str) -> tuple[Kind, float]:
     exact = 2**layer.wbits - 8 <= int(layer.zeros.min()) and int(layer.zeros.max()) <= 8
     kind = Kind.Q8_0 if layer.wbits == 8 else Kind.Q4_0 if exact else Kind.Q4_1
     minima = _minima(layer.scales, layer.zeros)
-    again = "quantize again with"
+    if misfit := misfits(layer.cols, layer.width, layer.wbits, layer.sym, layer.consecutive):
+        raise _misfit(name, *misfit)
     for refused, reason, remedy in (
-        (
-            layer.cols % BLOCK,
-            f"its {layer.cols} columns are no multiple of 32",
-            f"{again} --skip for this layer",
-        ),
-        (
-            not layer.consecutive,
-            "its groups follow the order of quantization",
-            f"{again} --static-groups",
-        ),
-        (
-            layer.width % BLOCK,
-            f"its groups of {layer.width} columns are no multiple of 32",
-            f"{again} --groupsize 32, 64, 128 or -1",
-        ),
-        (layer.wbits == 8 and not layer.sym, "it is asymmetric at 8 bits", f"{again} --sym"),
         (
             not torch.equal(layer.scales.half().float(), layer.scales),
             "float16 does not hold its scales",
-            f"{again} --format gptq, whose scales are float16",
+            "quantize again with --format gptq, whose scales are float16",
         ),
         (
             kind == Kind.Q4_1 and not minima.half().isfinite().all(),
             "float16 does not hold its minima",
-            f"{again} --sym",
+            "quantize again with --sym",
         ),
     ):
         if refused:
-            raise SettingError(f"{name} does not fit llama.cpp's blocks: {reason}", remedy)
+            raise _misfit(name, reason, remedy)
     if kind != Kind.Q4_1:
         return kind, 0.0
     steps = torch.where(layer.scales == 0, 1, layer.scales).abs()
     return kind, float(((minima.half().float() - minima).abs() / steps).max())
+
+
+def misfits(
+    cols: int, width: int, wbits: int, sym: bool, consecutive: bool
+) -> tuple[str, str] | None:
+    """Why no type holds a layer with groups of ``width`` columns, and what to do; or None."""
+    again = "quantize again with"
+    for refused, reason, remedy in (
+        (
+            cols % BLOCK,
+            f"its {cols} columns are no multiple of 32",
+            f"{again} --skip for this layer",
+        ),
+        (
+            not consecutive,
+            "its groups follow the order of quantization",
+            f"{again} --static-groups",
+        ),
+        (
+            width % BLOCK,
+            f"its groups of {width} columns are no multiple of 32",
+            f"{again} --groupsize 32, 64, 128 or -1",
+        ),
+        (wbits == 8 and not sym, "it is asymmetric at 8 bits", f"{again} --sym"),
+    ):
+        if refused:
+            return reason, remedy
+    return None
+
+
+def _misfit(name: str, reason: str, remedy: str) -> SettingError:
+    return SettingError(f"{name} does not fit llama.cpp's blocks: {reason}", remedy)
 
 
 def encode(layer: QuantizedWeight, kind: Kind) -> Tensor:

@@ -3,11 +3,13 @@
 Read in the source of transformers 5.23 and vLLM 0.33, not run in the latter. vLLM runs experts of
 4 and 8 bits, symmetric. Its fast kernel takes groups of 32, 64 and 128 columns and whole rows, of
 inputs that are a multiple of 128 wide; several GPUs share the columns of down projections, each
-whole groups.
+whole groups. What :mod:`optq.formats.readers` says of a checkpoint that is there is said from the
+same rules: each begins with a verb, and its program stands before it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from optq.core.weight import LayerScheme
@@ -34,57 +36,88 @@ def notices(
     ``banks`` are packed, ``dense`` are not; ``names`` are those on disk of the tensors of
     ``model``; ``head``: it is packed.
     """
-    lines = _of_experts(form, scheme, model, banks, dense, names)
-    if head and form is not COMPRESSED_TENSORS:  # optimum packs what is inside the blocks
-        line = "transformers does not read a packed head from these files: compressed-tensors it"
-        lines.append(f"{line} does")
+    refused = experts_in_transformers(form, scheme.sym, model, banks, dense, names)
+    lines = [f"transformers {refused}"] if refused else []
+    if banks and not for_optq_alone(model, banks, names):
+        refused = experts_in_vllm(scheme)
+        said = [refused] if refused else slow_in_vllm(scheme.groupsize, banks)
+        lines += [f"vLLM {why}" for why in said]
+    if head and (refused := head_in_transformers(form)):
+        lines.append(f"transformers {refused}")
     return lines
 
 
-def _of_experts(
+def head_in_transformers(form: Format) -> str | None:
+    """Why it does not read a packed head."""
+    if form is COMPRESSED_TENSORS:
+        return None  # optimum packs what is inside the blocks
+    return "does not read a packed head from these files: compressed-tensors it does"
+
+
+def experts_in_transformers(
     form: Format,
-    scheme: LayerScheme,
+    sym: bool,
     model: Any,
     banks: list[Bank],
     dense: list[Bank],
     names: dict[str, str],
-) -> list[str]:
-    lines = []
+) -> str | None:
+    """Why it does not read these files for the experts in them; None where it does."""
+    if banks and _singly(form, model, banks, names):
+        alone = for_optq_alone(model, banks, names)
+        cause = "has the experts of this model in one tensor and reads none singly"
+        return f"{cause}: these files are for {'OPTQ alone' if alone else 'vLLM and OPTQ'}"
+    if banks and form is not COMPRESSED_TENSORS:
+        return "does not read experts from these files: compressed-tensors it does"
     # It expects what it merges, or takes apart, to be packed.
     if form is COMPRESSED_TENSORS and any(_becomes_another(bank, model, names) for bank in dense):
-        lines = ["transformers does not load these files: it wants no expert left dense (--skip)"]
-    if not banks:
-        return lines
-    apart = form is COMPRESSED_TENSORS and isinstance(banks[0], Copies)
-    if not apart and not merges(model, names[f"{banks[0].layers[0].name}.weight"]):
-        cause = "transformers has the experts of this model in one tensor and reads none singly"
-        parameters = banks[0].module.named_parameters(recurse=False)
-        if any("bias" in name for name, _ in parameters):  # GPT-OSS, and vLLM's loader of it
-            return [f"{cause}: these files are for OPTQ alone"]
-        lines = [f"{cause}: these files are for vLLM and OPTQ"]
-    elif form is not COMPRESSED_TENSORS:
-        lines = ["transformers does not read experts from these files: compressed-tensors it does"]
-    elif not scheme.sym and not lines:
-        lines = ["transformers reads experts from these files only if symmetric (--sym)"]
-    if scheme.wbits not in (4, 8) or not scheme.sym or scheme.actorder:
-        ways = "--wbits 4 or 8", "--sym", "--static-groups"
-        lacking = scheme.wbits not in (4, 8), not scheme.sym, scheme.actorder
-        wanted = " ".join(way for way, lacks in zip(ways, lacking, strict=True) if lacks)
-        return [*lines, f"vLLM does not run such experts: it wants {wanted}"]
-    return [*lines, *_kernel(scheme.groupsize, banks)]
+        return "does not load these files: it wants no expert left dense (--skip)"
+    if banks and not sym:
+        return "reads experts from these files only if symmetric (--sym)"
+    return None
+
+
+def experts_in_vllm(scheme: LayerScheme) -> str | None:
+    """Why it does not run experts of this scheme; None where it does."""
+    if scheme.wbits in (4, 8) and scheme.sym and not scheme.actorder:
+        return None
+    ways = "--wbits 4 or 8", "--sym", "--static-groups"
+    lacking = scheme.wbits not in (4, 8), not scheme.sym, scheme.actorder
+    wanted = " ".join(way for way, lacks in zip(ways, lacking, strict=True) if lacks)
+    return f"does not run such experts: it wants {wanted}"
+
+
+def for_optq_alone(model: Any, banks: list[Bank], names: dict[str, str]) -> bool:
+    """Whether these are experts whose single names no other program reads: GPT-OSS's."""
+    parameters = banks[0].module.named_parameters(recurse=False)
+    biased = any("bias" in name for name, _ in parameters)
+    return biased and not merges(model, names[f"{banks[0].layers[0].name}.weight"])
+
+
+def _singly(form: Format, model: Any, banks: list[Bank], names: dict[str, str]) -> bool:
+    """Whether transformers would not know what single experts are called."""
+    if form is COMPRESSED_TENSORS and isinstance(banks[0], Copies):  # it takes them apart
+        return False
+    return not merges(model, names[f"{banks[0].layers[0].name}.weight"])
 
 
 def of_widths(form: Format, banks: list[Bank]) -> list[str]:
     """The same of experts that have widths of their own, when these are known."""
-    widths = sorted({layer.wbits for bank in banks for layer in bank.layers if layer.wbits})
-    lines = []
-    if form is COMPRESSED_TENSORS and len(widths) > 1:  # it asks for one group of all of them
-        lines = ["transformers reads experts from these files only if all have the same width"]
-    if few := [str(wbits) for wbits in widths if wbits not in (4, 8)]:
+    widths = {layer.wbits for bank in banks for layer in bank.layers if layer.wbits}
+    refused = widths_in_transformers(form, widths)
+    lines = [f"transformers {refused}"] if refused else []
+    if few := [str(wbits) for wbits in sorted(widths) if wbits not in (4, 8)]:
         lines.append(
             f"vLLM does not run experts of {' and '.join(few)} bits: a larger budget would"
         )
     return lines
+
+
+def widths_in_transformers(form: Format, widths: Collection[int]) -> str | None:
+    """Why it does not read experts of these widths: it asks for one group of all of them."""
+    if form is not COMPRESSED_TENSORS or len(widths) < 2:
+        return None
+    return "reads experts from these files only if all have the same width"
 
 
 def _becomes_another(bank: Bank, model: Any, names: dict[str, str]) -> bool:
@@ -98,11 +131,11 @@ def _becomes_another(bank: Bank, model: Any, names: dict[str, str]) -> bool:
     return on_disk is None or merges(model, on_disk)
 
 
-def _kernel(groupsize: int, banks: list[Bank]) -> list[str]:
+def slow_in_vllm(groupsize: int, banks: list[Bank]) -> list[str]:
     """What keeps vLLM's fast kernel from the experts."""
     hidden = {bank.inner[0][0].shape[1] for bank in banks}
     inside = {bank.down[0][0].shape[1] for bank in banks}
-    slow = "vLLM runs these experts without its fast kernel"
+    slow = "runs these experts without its fast kernel"
     if odd := [width for width in hidden if width % 128]:
         return [f"{slow}: their {odd[0]} inputs are no multiple of 128"]
     if groupsize == -1:
@@ -123,6 +156,6 @@ def _kernel(groupsize: int, banks: list[Bank]) -> list[str]:
     columns = " and ".join(map(str, sorted(inside)))
     offers = ", ".join(f"--groupsize {size} for {number}" for size, number in ways)
     return [
-        f"vLLM can share these experts' {columns} columns in groups of {groupsize} among"
+        f"can share these experts' {columns} columns in groups of {groupsize} among"
         f" {reached} GPU{'s' * (reached > 1)} at most: choose {offers}"
     ]
