@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import optq.probe
-import optq.runner
+import optq.stages
 from optq import GPTQ, Mixed, ModelConfig, Runner, load
 from optq.budget import knapsack
 from optq.cli import app
@@ -186,7 +186,7 @@ def test_a_run_that_was_cut_off_keeps_its_choice(llama, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"bits_per_weight was 3\.6 and is 3\.7"):
         run(llama, Mixed(3.7, groupsize=32), out)
     with monkeypatch.context() as patch:
-        patch.setattr(optq.runner, "measured", lambda *_: pytest.fail("it is known already"))
+        patch.setattr(optq.stages, "measured", lambda *_: pytest.fail("it is known already"))
         steps = []
         result = run(llama, mixed, out, progress=lambda step: steps.append(step.block))
     assert 0 not in steps

@@ -27,11 +27,10 @@ from optq.core.solver import Solver
 from optq.data.calibration import tokens_for
 from optq.data.given import described, given
 from optq.data.text import Text
-from optq.distill import tuned
 from optq.errors import NumericsError, SettingError
 from optq.formats import FORMATS
 from optq.formats.journal import Journal, settings
-from optq.formats.notices import notices, of_widths
+from optq.formats.notices import notices
 from optq.formats.place import place_of
 from optq.formats.scheme import Format
 from optq.formats.whole import Whole
@@ -43,13 +42,12 @@ from optq.model.dense import left_over
 from optq.model.head import with_own_head
 from optq.model.shards import open_model
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
-from optq.probe import choose, measured
 from optq.quantize import Progress, Quantization, names_on_disk, record_of
 from optq.ranks import Ranks, together
 from optq.record import Times, without_tokens
 from optq.result import Result
+from optq.stages import solve_blocks, tune_scales
 from optq.tune import Tune
-from optq.tuning import Tuner
 
 
 @dataclass
@@ -159,23 +157,13 @@ class Runner:
         device, quantizer, calib = self.model_config.torch_device(), self.quantizer, self._calib()
         model, blocks, shards = open_model(checkpoint, self._blocks)
         names = names_on_disk(model, blocks, checkpoint, quantizer, form)
-        banks = [bank for block in blocks for bank in block.banks]
-        skipped = [bank for block in blocks for bank in block.dense]
-        packed = quantizer.scheme(), model, banks, skipped, names, self.head is not None
-        for line in notices(form, *packed) if ranks.first else ():
-            self.notice(line)
-        qep = QEP() if self.qep is True else self.qep or None
         if ranks.first:
-            size = calibration_size(calib, model, self.nsamples, self.seqlen)
-            plan = self._plan(Skeleton.of(checkpoint, self.skip, self.head), form, size, False)
-            plan.check(self.output)
-            for line in plan.warnings():
-                self.notice(line)
+            self._foretell(checkpoint, form, model, blocks, names)
         how = self.nsamples, self.seqlen, self.seed, self.chat, self.reading
         tokens = ranks.share(lambda: tokens_for(model, checkpoint, calib, *how))
-        dtype, storage = model.dtype, form.storage(model.dtype)
+        dtype, storage, tune = model.dtype, form.storage(model.dtype), self._tune
+        qep = QEP() if self.qep is True else self.qep or None
         sink: Kept
-        journal = None
         if place is None:
             sink = Kept(form, dtype) if ranks.first else Dropped(form, dtype)
         else:
@@ -183,40 +171,17 @@ class Runner:
             journal = Journal(place, what, len(blocks), self.restart)
             sink = Writer(place, checkpoint, form, dtype, journal)
         progress: Callable[[Progress], None] = self.progress if ranks.first else lambda _: None
-        tune = self._tune
         keep = self.output is None and tune.model is None  # which reads the model once more
         around = (storage, sink, keep, progress, shards, ranks)
         work = Quantization(model, blocks, names, quantizer, qep, *around)
-        whole, distilled = model, None
         loaded = time.perf_counter() - started
         beside = None if place is None else place.part.parent
         held = Activations(device, self.activation_memory, beside, ranks.here)
-        choices = None
-        try:
-            if isinstance(quantizer, Mixed):
-                start = time.perf_counter()
-                probed = quantizer, checkpoint, self._blocks, form, tokens, held, progress, ranks
-                choices = choose(blocks, journal, ranks, lambda: measured(*probed))
-                work.seconds["choose"] = time.perf_counter() - start
-                for line in of_widths(form, banks) if ranks.first else ():
-                    self.notice(line)
-            start, tuner = time.perf_counter(), None
-            if tune.blocks is not None and sink.finished() < len(blocks):
-                where = checkpoint, lambda m: find_blocks(m, self.skip), tokens, device
-                tuner = Tuner.of(tune.blocks, storage, self.seed, *where)
-                work.seconds["tune"] = time.perf_counter() - start
-            work.calibrate(tokens, held, tuner)
-            if tune.model is not None:
-                start, whole = time.perf_counter(), None
-                tuning = tokens, storage, tune.model, self.seed, self.tuning
-                whole, distilled = tuned(checkpoint, self._blocks, names, sink, device, *tuning)
-                work.seconds["scales"] = time.perf_counter() - start
-        except torch.OutOfMemoryError as error:
-            many = f"{tokens.shape[0]} x {tokens.shape[1]} tokens" if whole else "the whole model"
-            cause = f"{device} has too little memory for {many}"
-            remedy = "choose fewer --nsamples, a shorter --seqlen, or --device cpu"
-            instead = "--tune blocks goes on from here, and leaves the scales of all as they are"
-            raise SettingError(cause, remedy if whole else instead) from error
+        asked = tune, self.seed, self._blocks
+        choices = solve_blocks(work, checkpoint, tokens, held, *asked, self.notice)
+        whole, distilled = model, None
+        if tune.model is not None:
+            whole, distilled = tune_scales(work, checkpoint, tokens, device, *asked, self.tuning)
         record = record_of(
             work,
             sink,
@@ -274,6 +239,26 @@ class Runner:
             _model=whole if self.output is None else None,
             _write=save,
         )
+
+    def _foretell(
+        self,
+        checkpoint: Checkpoint,
+        form: Format,
+        model: Any,
+        blocks: list[Block],
+        names: dict[str, str],
+    ) -> None:
+        """Say what a person should know before the work, and refuse what will not fit."""
+        banks = [bank for block in blocks for bank in block.banks]
+        skipped = [bank for block in blocks for bank in block.dense]
+        packed = self.quantizer.scheme(), model, banks, skipped, names, self.head is not None
+        size = calibration_size(self._calib(), model, self.nsamples, self.seqlen)
+        plan = self._plan(Skeleton.of(checkpoint, self.skip, self.head), form, size, False)
+        for line in notices(form, *packed):
+            self.notice(line)
+        plan.check(self.output)
+        for line in plan.warnings():
+            self.notice(line)
 
     def _blocks(self, model: Any) -> list[Block]:
         return find_blocks(model, self.skip, self.head)
