@@ -763,8 +763,8 @@ def test_the_last_line_says_what_to_do_next(
         (["inspect", folder], f"optq quantize {folder} OUT"),
         (["bench", out, "--device", "cpu"], f"optq generate {out} PROMPT"),
         (
-            ["export", out, tmp_path / "v2", "--format", "gptq_v2"],
-            f"optq inspect {tmp_path / 'v2'}",
+            ["export", out, v2, "--format", "gptq_v2"],
+            f"optq inspect {v2}",
         ),
         (["export", out, gguf, "--format", "gguf"], f"llama-cli -m '{gguf}'"),
         (compared, f"optq quantize {folder} OUT --plain --wbits 3 {settings}"),
