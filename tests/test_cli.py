@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from optq import GPTQ, ModelConfig, Runner, cli, compare
 from optq.formats.whole import Whole
+from optq.report import live
 
 COMMAND = Path(sys.executable).with_name("optq")
 BY_NAME = {row.name: row for row in zoo.ROWS}
@@ -319,14 +320,17 @@ def test_force_replaces_the_whole_folder(optq, words, tmp_path):
 def test_an_interrupted_run(words, tmp_path, monkeypatch, capfd):
     """It says what it keeps; the same command goes on from that, another one must say --restart."""
     on_term, out, hidden = signal.getsignal(signal.SIGTERM), tmp_path / "out", ".out.partial"
+    blocks = []  # that each run says are done
 
     def run(*more):
         monkeypatch.setattr(sys, "argv", ["optq", *map(str, (*words, *more))])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        return end.value.code, capfd.readouterr().err.replace(f"{tmp_path}/", "").splitlines()
+        said = capfd.readouterr().err.replace(f"{tmp_path}/", "").splitlines()
+        blocks.append([line for line in said if BLOCK.fullmatch(line)])
+        return end.value.code, [line for line in said if line not in blocks[-1]]
 
-    def interrupted(_):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -346,6 +350,17 @@ def test_an_interrupted_run(words, tmp_path, monkeypatch, capfd):
         run("--wbits", 4)
     code, said = run("--wbits", 3, "--restart")
     assert code == 0 and said == [f"optq: threw away what was in {hidden}"]
+    assert [len(lines) for lines in blocks] == [2, 0, 0, 2, 3]
+    shutil.rmtree(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(live.Live, "end", interrupted)  # when the second block has begun
+        assert run("--wbits", 4)[0] == 130
+    code, said = run("--wbits", 4)
+    assert code == 0 and said == [f"optq: going on after 1 of 3 blocks, which {hidden} holds"]
+    told = [BLOCK.fullmatch(line) for line in blocks[-1]]
+    assert [(line[1], line[2], line[5] is None) for line in told] == [
+        ("2", "3", False), ("3", "3", True),
+    ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     signal.signal(signal.SIGTERM, on_term)
 
