@@ -48,7 +48,7 @@ def optq_says(capfd, monkeypatch):
 
 
 def checked(code, out, err) -> tuple[str, str]:
-    """The cause and the remedy of a refusal that keeps its form; what is done and kept may be said first."""
+    """Cause and remedy of a refusal that keeps its form; what is done and kept may come first."""
     assert code == 2, err
     assert out == ""
     before = "blocks are kept in", ": relative error"  # a block is done
