@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from optq import GPTQ, ModelConfig, Runner, cli, compare
 from optq.formats.whole import Whole
+from optq.report import live
 
 COMMAND = Path(sys.executable).with_name("optq")
 BY_NAME = {row.name: row for row in zoo.ROWS}
@@ -30,6 +31,11 @@ QUANTIZE_KEYS = {
     "bits_per_weight", "bytes", "seconds", "layers",
 }  # fmt: skip
 LAYER_KEYS = {"name", "rows", "cols", "error", "relative_error", "rtn_error", "damp", "seconds"}
+# What is said of a block that is done where no terminal shows it.
+BLOCK = re.compile(
+    r"block (\d+) of (\d+): relative error [\d.e-]+%( \(rounding [\d.e-]+%\))?(, [a-z].*?)??"
+    r", \d+ s(, about \d+ s left)?"
+)
 STAGES = {"total", "forward", "hessian", "factor", "solve", "write"}
 
 
@@ -70,8 +76,9 @@ def optq(capfd, monkeypatch):
             cli.main()
         done = Done(end.value.code, *capfd.readouterr())
         assert done.code == 0
+        said = [line for line in done.err.splitlines() if not BLOCK.fullmatch(line)]
         if words[0] != "generate":  # which says there how fast it was
-            assert done.err == err
+            assert said == err.splitlines()
         return done
 
     yield run
@@ -313,14 +320,17 @@ def test_force_replaces_the_whole_folder(optq, words, tmp_path):
 def test_an_interrupted_run(words, tmp_path, monkeypatch, capfd):
     """It says what it keeps; the same command goes on from that, another one must say --restart."""
     on_term, out, hidden = signal.getsignal(signal.SIGTERM), tmp_path / "out", ".out.partial"
+    blocks = []  # that each run says are done
 
     def run(*more):
         monkeypatch.setattr(sys, "argv", ["optq", *map(str, (*words, *more))])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        return end.value.code, capfd.readouterr().err.replace(f"{tmp_path}/", "").splitlines()
+        said = capfd.readouterr().err.replace(f"{tmp_path}/", "").splitlines()
+        blocks.append([line for line in said if BLOCK.fullmatch(line)])
+        return end.value.code, [line for line in said if line not in blocks[-1]]
 
-    def interrupted(_):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -340,6 +350,17 @@ def test_an_interrupted_run(words, tmp_path, monkeypatch, capfd):
         run("--wbits", 4)
     code, said = run("--wbits", 3, "--restart")
     assert code == 0 and said == [f"optq: threw away what was in {hidden}"]
+    assert [len(lines) for lines in blocks] == [2, 0, 0, 2, 3]
+    shutil.rmtree(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(live.Live, "end", interrupted)  # when the second block has begun
+        assert run("--wbits", 4)[0] == 130
+    code, said = run("--wbits", 4)
+    assert code == 0 and said == [f"optq: going on after 1 of 3 blocks, which {hidden} holds"]
+    told = [BLOCK.fullmatch(line) for line in blocks[-1]]
+    assert [(line[1], line[2], line[5] is None) for line in told] == [
+        ("2", "3", False), ("3", "3", True),
+    ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     signal.signal(signal.SIGTERM, on_term)
 
@@ -698,9 +719,15 @@ def test_streams_of_a_real_process(words):
     assert seen.endswith((b"\x1b[2K", b"\r"))  # and the bar is gone
 
 
-def test_a_real_process_says_nothing_on_stderr(words, folder, tmp_path):
-    done = subprocess.run([COMMAND, *map(str, words)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_real_process_says_a_line_for_each_block(words, folder, tmp_path):
+    command = [COMMAND, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [BLOCK.fullmatch(line) for line in done.stderr.splitlines()]
+    assert done.returncode == 0 and [line.group(1, 2) for line in lines] == [
+        ("1", "3"), ("2", "3"), ("3", "3"),
+    ]  # fmt: skip
+    assert [line[5] is None for line in lines] == [False, False, True]  # time left
+    assert all(line[3] and line[4] is None for line in lines)
     done = subprocess.run(
         [
             sys.executable,
@@ -718,6 +745,54 @@ def test_a_real_process_says_nothing_on_stderr(words, folder, tmp_path):
     )
     assert done.returncode == 0 and done.stdout.endswith("\n")
     assert re.fullmatch(r"optq: .* tokens/s\n", done.stderr)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_last_line_says_what_to_do_next(
+    optq, words, folder, text, tmp_path, small_demo, monkeypatch, width
+):
+    """Of every command that ends in a table, on a terminal and elsewhere; not with --json."""
+    from rich.console import Console
+
+    from optq.evaluate import speed
+    from optq.report import steps, tables
+
+    terminal = Console(force_terminal=True, width=width, highlight=False, markup=False, emoji=False)
+    for console in (tables, steps) if width == 80 else ():
+        monkeypatch.setattr(console, "stdout", terminal)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    monkeypatch.setattr(speed, "BUFFER", 2**20)
+    row = compare.Row("none", 16, -1, 16.0, 100, 2.0)
+    rows = [row, compare.Row("gptq", 4, 128, 4.2, 100, 2.5, 0.5, 1.0)]
+    monkeypatch.setattr(compare, "demo_rows", lambda device, progress: rows)
+    out, v2, gguf = tmp_path / "out", tmp_path / "v2", tmp_path / "out of it.gguf"
+    monkeypatch.setattr("optq.formats.gguf.export_gguf", lambda *_: FILE)
+    compared = ["compare", folder, "--calib", text, "--text", text, "--nsamples", 4, "--seqlen", 32]
+    compared += ["--groupsize", 32, "--wbits", "3,2", "--methods", "rtn,plain"]
+    compared += ["--results", tmp_path / "rows.jsonl", "--device", "cpu"]
+    settings = f"--groupsize 32 --calib {text} --nsamples 4 --seqlen 32"
+    for run, wanted in (
+        ([*words, "--dry-run"], "the same command without --dry-run"),
+        (words, f"optq eval {out}, or optq inspect {out}, or optq generate {out} PROMPT"),
+        (["inspect", out], f"optq eval {out}"),
+        (["inspect", folder], f"optq quantize {folder} OUT"),
+        (["bench", out, "--device", "cpu"], f"optq generate {out} PROMPT"),
+        (
+            ["export", out, v2, "--format", "gptq_v2"],
+            f"optq inspect {v2}",
+        ),
+        (["export", out, gguf, "--format", "gguf"], f"llama-cli -m '{gguf}'"),
+        (compared, f"optq quantize {folder} OUT --plain --wbits 3 {settings}"),
+        (["demo"], "optq quantize MODEL OUT, of a folder or a hub id in the place of MODEL"),
+    ):
+        said = optq(*run).out.replace("\x1b[1m", "").replace("\x1b[0m", "")
+        assert said.splitlines()[-1] == f"next: {wanted}"
+        assert width == 80 or all(line == line.rstrip() for line in said.splitlines())
+        if run[0] not in ("export", "quantize"):
+            assert "next:" not in optq(*run, "--json").out
+
+
+FILE = {"file": "out.gguf", "bytes": 6e6, "tensors": {"Q4_0": 28, "F32": 9}, "minimum_moved": 0.0}
 
 
 def test_experts_have_a_line_a_projection_and_those_short_of_tokens_one(capfd):

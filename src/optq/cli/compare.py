@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from optq.cli.app import app, print_json, words
-from optq.cli.options import Device, Dtype, Json, Model, Seqlen, Skip
+from optq.cli.options import NSAMPLES, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.cli.solver import fitting_groupsize, tell_groupsize
 
 
@@ -17,11 +17,15 @@ from optq.cli.solver import fitting_groupsize, tell_groupsize
 def demo(device: Device = "auto", as_json: Json = False) -> None:
     """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model."""
     from optq.compare import demo_rows
-    from optq.report import progress, tables
+    from optq.report import progress, steps, tables
 
     with progress.bar("optq demo") as bar:
         rows = [asdict(row) for row in demo_rows(device, bar)]
-    print_json({"model": "demo", "rows": rows}) if as_json else tables.compared(rows)
+    if as_json:
+        print_json({"model": "demo", "rows": rows})
+        return
+    tables.compared(rows)
+    steps.show("optq quantize MODEL OUT, of a folder or a hub id in the place of MODEL")
 
 
 @app.command()
@@ -37,7 +41,7 @@ def compare(
     groupsize: Annotated[str | None, typer.Option(help="One or more; as of quantize.")] = None,
     calib: Annotated[str | None, typer.Option(help="As of quantize.")] = None,
     text: Annotated[str | None, typer.Option(help="Held-out text, as --text of eval.")] = None,
-    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = NSAMPLES,
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
     skip: Skip = None,
@@ -54,7 +58,7 @@ def compare(
     from optq.config import ModelConfig
     from optq.plan import Skeleton
     from optq.report import chart as svg
-    from optq.report import progress, tables
+    from optq.report import progress, steps, tables
 
     if chart is not None:
         svg.check(chart)
@@ -82,4 +86,10 @@ def compare(
         tell_groupsize(sizes[0])
     if chart is not None:
         svg.write(chart, model, rows)
-    print_json({"model": model, "rows": rows}) if as_json else tables.compared(rows)
+    if as_json:
+        print_json({"model": model, "rows": rows})
+        return
+    tables.compared(rows)
+    same = {"calib": calib, "nsamples": None if nsamples == NSAMPLES else nsamples}
+    same |= {"seqlen": seqlen, "seed": seed or None, "skip": skip, "dtype": dtype}
+    steps.show(steps.after_comparison(model, rows, same))

@@ -15,3 +15,4 @@ Seqlen = Annotated[
 FORMATS_HELP = "gptq, gptq_v2, compressed-tensors"
 Skip = Annotated[str | None, typer.Option(help="Regex of layers to leave dense.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+NSAMPLES = 128  # calibration sequences, where nothing is asked for

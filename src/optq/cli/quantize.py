@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from optq.cli.app import app, print_json, refuse_given, say, size
-from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen, Skip
+from optq.cli.options import FORMATS_HELP, NSAMPLES, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.cli.solver import (
     DEFAULT_GROUPSIZE,
     DEFAULT_WBITS,
@@ -83,7 +83,7 @@ def quantize(
             " Default: c4; demo for the bundled model."
         ),
     ] = None,
-    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = NSAMPLES,
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
@@ -122,7 +122,7 @@ def quantize(
     from optq.model.head import with_own_head
     from optq.plan import Skeleton
     from optq.ranks import reports
-    from optq.report import live, said, tables
+    from optq.report import live, said, steps, tables
     from optq.runner import Runner
 
     config, skeleton = ModelConfig(model, device, dtype), None
@@ -176,6 +176,8 @@ def quantize(
         settings = {"format": file_format} | facts | asdict(quantizer)
         print_json(settings | plan.told()) if as_json else tables.planned(plan)
         plan.check(out)
+        if not as_json:
+            steps.show("the same command without --dry-run")
         return
     with live.quantizing(reports()) as told:
         runner.progress, runner.tuning, runner.reading = told.solved, told.tuning, told.reading
@@ -221,7 +223,8 @@ def quantize(
             **said.held(result.activations),
             **said.tuned(tuned, distilled),
             "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
-            "next": f"optq eval {out}{' --text demo' if calib == 'demo' else ''}"
-            f"    optq inspect {out}    optq generate {out} PROMPT",
         }
     )
+    text = ("--text", "demo") if calib == "demo" else ()
+    after = ("eval", out, *text), ("inspect", out), ("generate", out, "PROMPT")
+    steps.show(", or ".join(steps.command(*words) for words in after))

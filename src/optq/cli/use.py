@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -104,11 +105,15 @@ def bench(model: Model, device: Device = "auto", as_json: Json = False) -> None:
     """Speed and memory of the quantized MODEL, beside the same model with dense weights."""
     from optq.config import load
     from optq.evaluate.speed import measure_speed
-    from optq.report import progress, tables
+    from optq.report import progress, steps, tables
 
     with progress.bar("optq bench") as bar:
         report = measure_speed(load(model, device), bar)
-    print_json({"model": model, **asdict(report)}) if as_json else tables.speed(report)
+    if as_json:
+        print_json({"model": model, **asdict(report)})
+        return
+    tables.speed(report)
+    steps.show(steps.command("generate", model, "PROMPT"))
 
 
 @app.command()
@@ -126,7 +131,7 @@ def export(
     from optq.config import ModelConfig
     from optq.formats import FORMATS
     from optq.formats.export import export as convert
-    from optq.report import tables
+    from optq.report import said, steps, tables
 
     if file_format not in (*FORMATS, "gguf"):
         raise SettingError(
@@ -136,21 +141,25 @@ def export(
     if file_format == "gguf":
         from optq.formats.gguf import export_gguf
 
-        tables.facts({"wrote": out, **export_gguf(checkpoint, out, force, say, head)})
+        tables.facts(said.exported(out, export_gguf(checkpoint, out, force, say, head)))
+        steps.show(shlex.join(["llama-cli", "-m", str(out)]))
         return
     refuse_given({"head": head}, f"export --format {file_format}", "quantize with --head instead")
     layers = convert(checkpoint, out, FORMATS[file_format], force, say)
-    tables.facts(
-        {"wrote": out, "format": file_format, "layers": layers, "next": f"optq inspect {out}"}
-    )
+    tables.facts({"wrote": out, "format": file_format, "layers": layers})
+    steps.show(steps.command("inspect", out))
 
 
 @app.command()
 def inspect(model: Model, as_json: Json = False) -> None:
-    """What is in a checkpoint: bits, groups, sizes, errors by layer."""
+    """What is in a checkpoint: who loads it, bits, groups, sizes, errors by layer."""
     from optq.config import ModelConfig
     from optq.formats.describe import describe
-    from optq.report import tables
+    from optq.report import steps, tables
 
     what = describe(ModelConfig(model).checkpoint())
-    print_json(what) if as_json else tables.checkpoint(what)
+    if as_json:
+        print_json(what)
+        return
+    tables.checkpoint(what)
+    steps.show(steps.after_inspection(model, what))

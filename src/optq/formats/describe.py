@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from optq.formats import detect
 from optq.formats.reader import packed_tensors, quantized_layers
+from optq.formats.readers import who_loads
 from optq.model.checkpoint import Checkpoint
 from optq.model.dequantize import Dequantized
 from optq.record import FILE, RunRecord
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Format, settings, sizes in bytes, and the records of the layers if OPTQ wrote them."""
+    """Who loads it, format, settings, sizes in bytes; of OPTQ's own the records of the layers."""
     config = checkpoint.config()
     found, form, on_disk = detect(checkpoint), "not quantized", checkpoint
     if isinstance(checkpoint, Dequantized):
@@ -22,6 +24,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         form += str(checkpoint.into).removeprefix("torch.")
     sizes = {name: tensor.nbytes for name, tensor in on_disk.layout.items()}
     what: dict[str, Any] = {
+        "loads": [asdict(reader) for reader in who_loads(checkpoint)],
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "files": len(set(checkpoint.files.values())),
         "tensors": len(sizes),

@@ -55,3 +55,16 @@ def tuned(blocks: Sequence[TunedBlock], model: DistillRecord | None) -> dict[str
             else f"as they were: nothing was gained in {ends} on a divergence of {before}"
         )
     return said
+
+
+def exported(out: object, made: Mapping[str, Any]) -> dict[str, str]:
+    """What :func:`optq.formats.gguf.export_gguf` gives."""
+    said = {
+        "wrote": f"{out}  (gguf, {size(made['bytes'])})",
+        "tensors": ", ".join(f"{count} {kind}" for kind, count in made["tensors"].items()),
+    }
+    if moved := made["minimum_moved"]:
+        said["minima"] = f"rounded to float16, which moves them by {moved:.3f} of a step at most"
+    if left := made.get("left_out"):
+        said["left out"] = ", ".join(left)
+    return said

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.bar import Bar
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,7 @@ stdout = Console(highlight=False, markup=False, emoji=False)
 if not stdout.is_terminal:  # a file or a pipe has no width: nothing is folded
     stdout = Console(highlight=False, markup=False, emoji=False, width=1000)
 
+BARS = ""  # the header of a column that a table can do without
 TITLES = {
     "none": "full precision",
     "rtn": "round to nearest",
@@ -41,8 +43,25 @@ def size(count: float) -> str:
 def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for index, name in enumerate(names):
-        table.add_column(name, justify="left" if index in left else "right")
+        is_left = index in left  # numbers are not cut
+        table.add_column(
+            name, justify="left" if is_left else "right", no_wrap=not is_left, overflow="fold"
+        )
     return table
+
+
+def _print(table: Table) -> None:
+    """Without bars where a terminal is too narrow; elsewhere without blanks that end a line."""
+    if stdout.is_terminal:
+        wanted = Measurement.get(stdout, stdout.options.update_width(1000), table).maximum
+        if wanted > stdout.width and table.columns[-1].header == BARS:
+            table.columns.pop()
+        stdout.print(table)
+        return
+    with stdout.capture() as text:
+        stdout.print(table)
+    for line in text.get().splitlines():
+        print(line.rstrip())
 
 
 def _bar(value: float, most: float, width: int = 30, color: str = "default") -> Bar | Text:
@@ -59,18 +78,21 @@ def facts(pairs: Mapping[str, object]) -> None:
     table.add_column(overflow="fold")
     for name, value in pairs.items():
         table.add_row(name, str(value))
-    stdout.print(table)
+    _print(table)
 
 
 def checkpoint(what: Mapping[str, Any]) -> None:
     """What :func:`optq.formats.describe.describe` found."""
-    lines = {}
+    answers = {True: "yes", False: "no", None: "not known"}
+    lines = {each["tool"]: f"{answers[each['loads']]}: {each['why']}" for each in what["loads"]}
     for name, value in what.items():
+        if name in ("loads", "layers"):
+            continue
         if name.endswith("bytes"):
             lines[name.replace("bytes", "size").replace("_", " ")] = size(value)
         elif isinstance(value, Mapping):
             lines[name] = ", ".join(f"{key} {each}" for key, each in value.items())
-        elif name != "layers" and value is not None:
+        elif value is not None:
             lines[name.replace("_", " ")] = str(value)
     facts(lines)
     if what["layers"]:
@@ -100,10 +122,9 @@ def planned(plan: Any) -> None:
     for row in plan.dense:
         names = ", ".join(row.names[:2]) + (", .." if len(row.names) > 2 else "")
         table.add_row(row.why, str(row.tensors), size(row.bytes), names)
-    stdout.print(table)
+    _print(table)
     for line in (*plan.notices, *plan.warnings()):
         stdout.print(f"note: {line}")
-    stdout.print("next: the same command without --dry-run")
 
 
 def duration(seconds: float) -> str:
@@ -118,7 +139,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
     groups = len({row["groupsize"] for row in rows[1:]}) > 1
     names = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
     left = (1 + groups, 7 + groups)  # the method and the bar
-    table = _table(*names, "perplexity", "rise", "seconds", "", left=left)
+    table = _table(*names, "perplexity", "rise", "seconds", BARS, left=left)
     for row in rows:
         same = [r for r in rows if (r["wbits"], r["groupsize"]) == (row["wbits"], row["groupsize"])]
         plain = row["method"] == "none"
@@ -139,7 +160,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
             ),
             end_section=row is same[-1],
         )
-    stdout.print(table)
+    _print(table)
 
 
 def chosen(choices: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -151,24 +172,27 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
     """Who got what width and why; the bar is the divergence that is left, in millinats a token."""
     most = max(choice["divergence"][choice["wbits"]] for choice in choices) or 1.0
     every = sorted({wbits for choice in choices for wbits in choice["divergence"]})
-    names = (f"at {wbits} bits" for wbits in every)
-    table = _table("layers", "weights", "bits", "error", "sensitivity", *names, "", left=(0,))
+    prefix = _shared(name for choice in choices for name in choice["layers"])
+    title, names = f"layers ({prefix}..)", (f"at {wbits}" for wbits in every)
+    table = _table(title, "weights", "bits", "error", "sensitivity", *names, BARS, left=(0,))
     for choice in choices:
         first, *more = choice["layers"]
         found = expert_in(first)
-        name = first if not more else f"{first}, {', '.join(x.rsplit('.', 1)[-1] for x in more)}"
+        name = ", ".join([first, *(each.rpartition(".")[2] for each in more)])
+        if found:
+            name = f"{found[1]}: {len(choice['layers'])} layers of experts"
         left = choice["divergence"]
         table.add_row(
-            f"{found[1]}: {len(choice['layers'])} layers of experts" if found else name,
+            name.removeprefix(prefix),
             f"{choice['weights'] / 1e6:.2f}M",
             str(choice["wbits"]),
             f"{choice['errors'][choice['wbits']]:.2%}",
             f"{choice['sensitivity']:.3f}",
-            *(f"{1e3 * left[wbits]:.3f}" if wbits in left else "-" for wbits in every),
+            *(f"{1e3 * left[wbits]:.3g}" if wbits in left else "-" for wbits in every),
             _bar(left[choice["wbits"]], most, width=20),
         )
-    stdout.print(table)
-    stdout.print("at 2 bits ..: how far predictions diverge then, in millinats a token, estimated;")
+    _print(table)
+    stdout.print("at 2, ..: how far predictions diverge at 2 bits, in millinats a token, estimated")
     stdout.print("sensitivity: nats a token for each unit of relative error")
     stdout.print()
 
@@ -176,13 +200,13 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
 def stages(seconds: Mapping[str, float]) -> None:
     """Where the time went."""
     total = seconds["total"] or 1.0
-    table = _table("stage", "seconds", "", left=(0, 2))
+    table = _table("stage", "seconds", BARS, left=(0, 2))
     parts = {stage: value for stage, value in seconds.items() if stage != "total"}
     parts["other"] = max(total - sum(parts.values()), 0)
     for stage, value in parts.items():
         table.add_row(stage, f"{value:.1f}", _bar(value, total))
     table.add_row("total", f"{total:.1f}", "")
-    stdout.print(table)
+    _print(table)
 
 
 def expert_in(name: str) -> re.Match[str] | None:
@@ -205,13 +229,9 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
         for name, same in rows.items()
     ]
     most = max((record["relative_error"] for record in records), default=1.0) or 1.0
-    first, last = (each(record["name"] for record in records).split(".") for each in (min, max))
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
-    prefix = "".join(f"{part}." for part in first[:same])
-    names = (f"layer ({prefix}..)", "rows x cols", "error", "relative", "of rounding's", "")
+    prefix = _shared(record["name"] for record in records)
+    names = (f"layer ({prefix}..)", "rows x cols", "error", "relative", "of rounding's", BARS)
     table = _table(*names, left=(0, 5))
-    for column in table.columns:
-        column.no_wrap = True
     for record in records:
         rounding = record["rtn_error"]
         table.add_row(
@@ -222,7 +242,15 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
             f"{record['error'] / rounding:.0%}" if rounding else "-",
             _bar(record["relative_error"], most, width=20),
         )
-    stdout.print(table)
+    _print(table)
+
+
+def _shared(names: Iterable[str]) -> str:
+    """The parts that all names begin with."""
+    every = [name.split(".") for name in names]
+    first, last = min(every), max(every)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    return "".join(f"{part}." for part in first[:same])
 
 
 def completions(prompt: str, names: Sequence[str], made: Sequence[tuple[str, object]]) -> None:
@@ -232,7 +260,7 @@ def completions(prompt: str, names: Sequence[str], made: Sequence[tuple[str, obj
         table.add_column(name, overflow="fold", ratio=1)
     table.add_row(*(prompt + text for text, _ in made), end_section=True)
     table.add_row(*(str(speed) for _, speed in made))
-    stdout.print(table)
+    _print(table)
 
 
 def speed(report: Any) -> None:
@@ -246,7 +274,7 @@ def speed(report: Any) -> None:
         table.add_row(name, f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}x")
     ratio = f"{packed.bytes / dense.bytes:.3f}x"
     table.add_row("quantized layers", size(packed.bytes), size(dense.bytes), ratio)
-    stdout.print(table)
+    _print(table)
     stdout.print()
     names = ("rows x cols", "layers", "kernel", "packed", "dense", "ratio", "of bandwidth")
     table = _table(*names, left=(0, 2))
@@ -260,5 +288,5 @@ def speed(report: Any) -> None:
             f"{shape.dense_microseconds / shape.microseconds:.2f}x",
             f"{shape.bandwidth:.0%}",
         )
-    stdout.print(table)
+    _print(table)
     stdout.print(f"memory bandwidth {size(report.bandwidth)}/s, measured in this run")

@@ -1,0 +1,52 @@
+"""What to do next: the last line of every command that ends in a table."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optq.report.tables import stdout
+
+# The options of `optq quantize` that make a row of `optq compare`.
+OPTIONS = {
+    "rtn": ("--method", "rtn"),
+    "plain": ("--plain",),
+    "no-qep": ("--no-qep",),
+    "gptq": (),
+    "best": ("--best",),
+}
+
+
+def show(step: str) -> None:
+    """``step`` as it can be copied: a terminal may wrap it, nothing else does."""
+    stdout.print(f"next: {step}", soft_wrap=True)
+
+
+def command(*words: object) -> str:
+    """``optq ..`` as a shell takes it."""
+    return shlex.join(["optq", *map(str, words)])
+
+
+def after_comparison(
+    model: str, rows: Sequence[Mapping[str, Any]], same: Mapping[str, object]
+) -> str:
+    """The run that gives the row of the lowest perplexity; of equal ones, the smallest.
+
+    ``same`` are options of all rows, None where one was left out.
+    """
+    row = min(rows[1:], key=lambda row: (row["perplexity"], row["bytes"]))
+    bits = "--bits-per-weight" if row["method"] == "budget" else "--wbits"
+    words: list[object] = [*OPTIONS.get(row["method"], ()), bits, row["wbits"]]
+    words += ["--groupsize", row["groupsize"]]
+    for name, value in same.items():
+        words += [f"--{name}", value] if value is not None else []
+    return command("quantize", model, "OUT", *words)
+
+
+def after_inspection(model: str, what: Mapping[str, Any]) -> str:
+    """Quantize what is not, and measure what is."""
+    if "quantized_layers" not in what:
+        return command("quantize", model, "OUT")
+    text = what.get("calibration", {}).get("text")
+    return command("eval", model, *(("--text", "demo") if text == "demo" else ()))
