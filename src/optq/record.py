@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +16,7 @@ from optq.errors import ModelError
 FILE = "optq.json"
 TIMES = "optq_times.json"
 VERSION = 2  # of both documents; files without one are of the first
+Document = TypeVar("Document", bound=BaseModel)
 MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
@@ -177,6 +178,11 @@ class Times(BaseModel):
     seconds: dict[str, float]  # by stage, and in all
     layers: dict[str, float]
 
+    @classmethod
+    def read(cls, path: Path) -> Times:
+        """The times in a file. Raises :class:`ModelError` for a damaged one, or a newer version."""
+        return _read(cls, path, "only the times of the run are lost")
+
 
 class RunRecord(BaseModel):
     """One run: its settings, what it was calibrated on, and what became of each layer."""
@@ -202,18 +208,21 @@ class RunRecord(BaseModel):
     @classmethod
     def read(cls, path: Path) -> RunRecord:
         """The record in a file. Raises :class:`ModelError` for a damaged one, or a newer version"""
-        lost = "only its errors by layer are lost"
-        try:
-            made = json.loads(path.read_text(encoding="utf-8"))
-            if made.get("version", VERSION) > VERSION:
-                raise ModelError(
-                    f"{path} is of version {made['version']}, newer than this OPTQ",
-                    f"update OPTQ, or delete the file: {lost}",
-                )
-            return cls.model_validate(made)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path} is damaged", f"delete it: {lost}") from error
+        return _read(cls, path, "only its errors by layer are lost")
 
     def text(self) -> str:
         """What the file says."""
         return json.dumps(self.model_dump(), indent=2) + "\n"
+
+
+def _read(document: type[Document], path: Path, lost: str) -> Document:
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        if made.get("version", VERSION) > VERSION:
+            raise ModelError(
+                f"{path} is of version {made['version']}, newer than this OPTQ",
+                f"update OPTQ, or delete the file: {lost}",
+            )
+        return document.model_validate(made)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged", f"delete it: {lost}") from error

@@ -56,3 +56,22 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         what |= made.model_dump(include={"method", "quantizer", "qep", "calibration", "layers"})
         what["bits_per_weight"] = round(made.bits_per_weight, 3)
     return what
+
+
+def weights(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many weights a checkpoint has quantized, and how many bytes all its tensors would take
+    if they were not, in the dtype that its config names. Of codes that fill their words; a layer
+    with a remainder, of compressed-tensors, counts as if it had none.
+    """
+    found, packed = detect(checkpoint), packed_tensors(checkpoint)
+    assert found is not None
+    count = 0
+    for name in quantized_layers(checkpoint):
+        scheme = found.layer(name)
+        codes = next(f"{name}.{part}" for part in found.form.parts if f"{name}.{part}" in packed)
+        count += checkpoint.layout[codes].numel() * 32 // scheme.wbits if scheme else 0
+    config = checkpoint.config()
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    size = 4 if dtype.endswith("float32") else 2
+    rest = checkpoint.layout.keys() - {*packed}
+    return count, count * size + sum(checkpoint.layout[name].nbytes for name in rest)

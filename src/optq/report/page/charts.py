@@ -1,0 +1,215 @@
+"""The charts as Vega-Lite specs, made with Altair: what is drawn, by names of data that the page
+fills in. Colors of text and lines are the page's (``page.js``), so that they follow light and dark.
+
+Scales that carry numbers are viridis, and blue-orange where there is a middle: both read without
+color vision. Series are told apart by Okabe and Ito's colors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+PERCENT = ".3~p"  # three significant digits
+SERIES = tuple(f"var(--series-{index})" for index in range(7))  # in page.css
+WIDE = 30  # a range of values, high over low, that asks for a scale of logarithms
+
+
+def heat(
+    title: str,
+    field: str,
+    values: Sequence[float],
+    blocks: Sequence[str],
+    kinds: Sequence[str],
+    form: str,
+    middle: float | None = None,
+) -> dict[str, Any]:
+    """Blocks down, kinds of layers across; ``middle``: the value where neither side is better."""
+    several = "datum.layers > 1 ? datum.name + ', worst of ' + datum.layers : datum.name"
+    color = alt.Color(
+        f"{field}:Q", scale=_scale(values, middle), title=title, legend=_legend(form)
+    )
+    base = alt.Chart(alt.NamedData("cells")).transform_calculate(label=several)
+    step = 22 if len(blocks) <= 12 else 15 if len(blocks) <= 36 else 11
+    x = alt.X("kind_label:N", scale=alt.Scale(domain=list(kinds)), title=None).axis(
+        labelAngle=-35, labelLimit=140, orient="top", labelAlign="left", labelPadding=4
+    )
+    y = alt.Y("block_label:N", scale=alt.Scale(domain=list(blocks)), title="block").axis(
+        labelOverlap=True, titleAngle=-90
+    )
+    tooltip = [
+        alt.Tooltip("label:N", title="layer"),
+        alt.Tooltip("error:Q", title="relative error", format=PERCENT),
+        alt.Tooltip("mean:Q", title="mean of all", format=PERCENT),
+        alt.Tooltip("left:Q", title="of rounding's error", format=PERCENT),
+        alt.Tooltip("bits:Q", title="bits"),
+    ]
+    if field not in ("error", "left", "bits"):
+        tooltip.append(alt.Tooltip(f"{field}:Q", title=title, format=form))
+    rects = base.mark_rect(cursor="pointer", stroke="var(--page)", strokeWidth=1).encode(
+        x=x, y=y, color=color, tooltip=tooltip
+    )
+    ring = (
+        alt.Chart(alt.NamedData("chosen"))
+        .mark_rect(fill=None, stroke="var(--ring)", strokeWidth=3)
+        .encode(x=x, y=y)
+    )
+    return _spec(alt.layer(rects, ring).properties(width="container", height=alt.Step(step)))
+
+
+def experts(values: Sequence[float], kinds: Sequence[str]) -> dict[str, Any]:
+    """Those of one block: their numbers across, their projections down."""
+    x = alt.X("expert:O", title="expert").axis(labelOverlap=True, labelAngle=0)
+    y = alt.Y("kind_label:N", scale=alt.Scale(domain=list(kinds)), title=None).axis(labelLimit=140)
+    color = alt.Color(
+        "error:Q", scale=_scale(values), title="relative error", legend=_legend(PERCENT)
+    )
+    tooltip = [
+        alt.Tooltip("name:N", title="layer"),
+        alt.Tooltip("error:Q", title="relative error", format=PERCENT),
+        alt.Tooltip("left:Q", title="of rounding's error", format=PERCENT),
+        alt.Tooltip("tokens:Q", title="tokens seen", format=",.4~r"),
+        alt.Tooltip("borrowed:Q", title="borrowed", format=",.4~r"),
+    ]
+    rects = (
+        alt.Chart(alt.NamedData("cells"))
+        .mark_rect(cursor="pointer")
+        .encode(x=x, y=y, color=color, tooltip=tooltip)
+    )
+    ring = (
+        alt.Chart(alt.NamedData("chosen"))
+        .mark_rect(fill=None, stroke="var(--ring)", strokeWidth=2)
+        .encode(x=x, y=y)
+    )
+    return _spec(alt.layer(rects, ring).properties(width="container", height=alt.Step(26)))
+
+
+def gain(kinds: Sequence[str]) -> dict[str, Any]:
+    """What is left of round-to-nearest's error: a tick for each block, by kinds of layers."""
+    x = alt.X("left:Q", title="of round-to-nearest's error", scale=alt.Scale(zero=True)).axis(
+        format="~p"
+    )
+    y = alt.Y("kind_label:N", scale=alt.Scale(domain=list(kinds)), title=None).axis(labelLimit=140)
+    base = alt.Chart(alt.NamedData("cells"))
+    ticks = base.mark_tick(thickness=2, size=16, opacity=0.65, color=SERIES[0]).encode(
+        x=x,
+        y=y,
+        tooltip=[
+            alt.Tooltip("name:N", title="layer"),
+            alt.Tooltip("left:Q", title="of rounding's error", format=PERCENT),
+        ],
+    )
+    middle = base.mark_point(filled=True, size=60, color=SERIES[5], opacity=1).encode(
+        x="median(left):Q",
+        y=y,
+        tooltip=[alt.Tooltip("median(left):Q", title="median over blocks", format=PERCENT)],
+    )
+    return _spec(alt.layer(ticks, middle).properties(width="container", height=alt.Step(24)))
+
+
+def depth(names: Sequence[str]) -> dict[str, Any]:
+    """How far hidden states are from full precision's behind each block."""
+    x = alt.X("block:Q", title="behind block", axis=alt.Axis(tickMinStep=1, format="d"))
+    y = alt.Y("error:Q", title="relative error of hidden states", axis=alt.Axis(format="~p"))
+    base = alt.Chart(alt.NamedData("blocks")).encode(x=x, y=y)
+    tooltip = [
+        alt.Tooltip("checkpoint:N"),
+        alt.Tooltip("block:Q", title="behind block"),
+        alt.Tooltip("error:Q", title="relative error", format=PERCENT),
+    ]
+    legend = alt.Legend(title=None, orient="top") if len(names) > 1 else None
+    color = alt.Color(
+        "checkpoint:N",
+        sort=list(names),
+        scale=alt.Scale(domain=list(names), range=list(SERIES)),
+        legend=legend,
+    )
+    line = base.mark_line(strokeWidth=2.5).encode(color=color)
+    points = base.mark_point(filled=True, size=55, opacity=1).encode(color=color, tooltip=tooltip)
+    return _spec(alt.layer(line, points).properties(width="container", height=240))
+
+
+def times() -> dict[str, Any]:
+    """Seconds by stage."""
+    base = alt.Chart(alt.NamedData("stages")).encode(
+        y=alt.Y("stage:N", sort=None, title=None),
+        x=alt.X("seconds:Q", title="seconds"),
+        tooltip=[
+            alt.Tooltip("stage:N"),
+            alt.Tooltip("seconds:Q", format=".3~r"),
+            alt.Tooltip("share:Q", title="of all", format=".1%"),
+        ],
+    )
+    bars = base.mark_bar(color=SERIES[0], height={"band": 0.7})
+    return _spec(bars.properties(width="container", height=alt.Step(24)))
+
+
+def codes() -> dict[str, Any]:
+    """How often each value of a layer's grid is taken; of 8 bits, 16 values together."""
+    bars = (
+        alt.Chart(alt.NamedData("codes"))
+        .mark_bar(color=SERIES[0])
+        .encode(
+            x=alt.X("code:O", sort=None, title="code", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("share:Q", title="of the weights", axis=alt.Axis(format="~p")),
+            tooltip=[
+                alt.Tooltip("code:O"),
+                alt.Tooltip("share:Q", title="of the weights", format=PERCENT),
+            ],
+        )
+    )
+    return _spec(bars.properties(width="container", height=200))
+
+
+def diagonal() -> dict[str, Any]:
+    """The Hessian's diagonal, as means of runs of columns in the order of the sweep."""
+    line = (
+        alt.Chart(alt.NamedData("runs"))
+        .mark_line(interpolate="step", strokeWidth=2, color=SERIES[0])
+        .encode(
+            x=alt.X("column:Q", title="column, in the order of the sweep"),
+            y=alt.Y("mean:Q", title="mean of diag H", scale=alt.Scale(type="log")).axis(
+                format="~g", labelOverlap=True, tickCount=5
+            ),
+        )
+    )
+    points = (
+        alt.Chart(alt.NamedData("runs"))
+        .mark_point(filled=True, size=45, opacity=1, color=SERIES[0])
+        .encode(
+            x="column:Q",
+            y="mean:Q",
+            tooltip=[
+                alt.Tooltip("column:Q", title="from column", format=",d"),
+                alt.Tooltip("mean:Q", title="mean of diag H", format=".2~g"),
+            ],
+        )
+    )
+    return _spec(alt.layer(line, points).properties(width="container", height=200))
+
+
+def _scale(values: Sequence[float], middle: float | None = None) -> alt.Scale:
+    there = [value for value in values if value]
+    low, high = min(there, default=1.0), max(there, default=1.0)
+    if middle is not None:
+        far = max(high / middle, middle / low, 1.01)
+        return alt.Scale(
+            type="log", scheme="blueorange", domain=[middle / far, middle * far], reverse=False
+        )
+    if low > 0 and high > WIDE * low:
+        return alt.Scale(type="log", scheme="viridis", domain=[low, high])
+    return alt.Scale(scheme="viridis", domain=[0 if low > 0 else low, high])
+
+
+def _legend(form: str) -> alt.Legend:
+    return alt.Legend(
+        format=form, orient="bottom", direction="horizontal", gradientLength=220, titleLimit=300
+    )
+
+
+def _spec(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
+    """As JSON says it, without Altair's default sizes and address of the schema."""
+    made: Mapping[str, Any] = chart.to_dict(validate=True)
+    return {name: value for name, value in made.items() if name not in ("$schema", "config")}

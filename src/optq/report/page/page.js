@@ -1,0 +1,366 @@
+"use strict";
+(() => {
+const facts = JSON.parse(document.getElementById("facts").textContent);
+const $ = (id) => document.getElementById(id);
+const views = new Map();
+
+// Numbers, as pack.py packs them.
+
+function bytes(text) {
+  const raw = atob(text), found = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) found[i] = raw.charCodeAt(i);
+  return found;
+}
+
+function column(packed) {
+  if (packed.list) return packed.list;
+  if (packed.of) return Array.from(bytes(packed.at), (place) => packed.of[place]);
+  const logs = packed.log !== undefined, first = logs ? 2 : 1;
+  const steps = new Uint16Array(bytes(logs ? packed.log : packed.linear).buffer);
+  const scale = (packed.high - packed.low) / (65535 - first);
+  return Array.from(steps, (step) => {
+    if (step === 0) return null;
+    if (logs && step === 1) return 0;
+    const value = packed.low + scale * (step - first);
+    return logs ? Math.exp(value) : value;
+  });
+}
+
+function starts(counts) {
+  const found = [0];
+  for (const count of counts) found.push(found[found.length - 1] + count);
+  return found;
+}
+
+const digits = (value, n) => String(Number(value.toPrecision(n)));
+const percent = (value) => (value === null ? "-" : `${digits(100 * value, 3)}%`);
+const short = (value) => (value === null ? "-" : digits(value, 3));
+const whole = (value) => (value === null ? "-" : Number(value.toPrecision(4)).toLocaleString("en"));
+
+// Charts: Vega-Lite's specs from charts.py, with data and the page's own colors.
+
+const text = { labelColor: "var(--ink)", titleColor: "var(--muted)", titleFontWeight: 500 };
+const config = {
+  aria: false,
+  font: "system-ui, 'Segoe UI', Roboto, sans-serif",
+  view: { stroke: null },
+  axis: {
+    ...text, labelFontSize: 12, titleFontSize: 12, gridColor: "var(--line)",
+    domainColor: "var(--line)", tickColor: "var(--line)",
+  },
+  legend: { ...text, labelFontSize: 12, titleFontSize: 12 },
+};
+
+function tip(handler, event, item, value) {
+  const box = $("tip");
+  if (value === null || value === undefined || value === "") {
+    box.hidden = true;
+    return;
+  }
+  const rows = Object.entries(value).filter(([, each]) => each !== "null" && each !== "");
+  box.replaceChildren(...rows.map(([name, each]) => {
+    const row = document.createElement("div");
+    row.append(element("span", name), element("b", String(each)));
+    return row;
+  }));
+  box.hidden = false;
+  const { width, height } = box.getBoundingClientRect();
+  const left = Math.min(event.clientX + 14, innerWidth - width - 8);
+  const below = event.clientY + 16 + height < innerHeight;
+  box.style.left = `${Math.max(left, 8)}px`;
+  box.style.top = `${below ? event.clientY + 16 : Math.max(event.clientY - height - 10, 8)}px`;
+}
+
+function element(tag, words) {
+  const made = document.createElement(tag);
+  made.textContent = words;
+  return made;
+}
+
+function draw(id, spec, data, click) {
+  const box = $(id);
+  if (views.has(id)) views.get(id).finalize();
+  box.replaceChildren();
+  $("tip").hidden = true;
+  const whole = { ...structuredClone(spec), background: null,
+    autosize: { type: "fit-x", contains: "padding" } };
+  const compiled = vegaLite.compile(whole, { config }).spec;
+  for (const source of compiled.data) {
+    if (data[source.name]) source.values = data[source.name];
+  }
+  const view = new vega.View(vega.parse(compiled), { renderer: "svg", container: box, hover: true });
+  view.tooltip(tip);
+  if (click) view.addEventListener("click", (_, item) => item && item.datum && click(item.datum));
+  view.run();
+  views.set(id, view);
+}
+
+// Charts below the first screen are drawn when they come near it, or all before printing.
+
+const waiting = new Map();
+const near = new IntersectionObserver((entries) => {
+  for (const entry of entries) if (entry.isIntersecting) drawn(entry.target.id);
+}, { rootMargin: "400px" });
+
+function later(id, how) {
+  waiting.set(id, how);
+  near.observe($(id));
+}
+
+function drawn(id) {
+  const how = waiting.get(id);
+  waiting.delete(id);
+  near.unobserve($(id));
+  if (how) how();
+}
+
+addEventListener("beforeprint", () => [...waiting.keys()].forEach(drawn));
+
+// Tables behind the charts, made when they are opened.
+
+const tables = {};
+
+function fill(details) {
+  const [names, rows] = tables[details.dataset.table]();
+  const table = document.createElement("table"), head = table.createTHead().insertRow();
+  for (const name of names) {
+    const cell = element("th", name);
+    cell.scope = "col";
+    head.append(cell);
+  }
+  const body = table.createTBody();
+  for (const row of rows) {
+    const line = body.insertRow();
+    for (const value of row) line.insertCell().textContent = value;
+  }
+  details.querySelector(".scroll").replaceChildren(table);
+}
+
+for (const details of document.querySelectorAll("details.data")) {
+  details.addEventListener("toggle", () => details.open && fill(details));
+}
+
+if (facts.charts.times) {
+  later("times", () => draw("times", facts.charts.times, { stages: facts.stages }));
+  tables.stages = () => [["stage", "seconds", "of all"],
+    facts.stages.map((each) => [each.stage, each.seconds.toFixed(2), percent(each.share)])];
+}
+if (facts.charts.depth) {
+  later("depth", () => draw("depth", facts.charts.depth, { blocks: facts.depth }));
+  tables.depth = () => [["behind block", "relative error", "checkpoint"],
+    facts.depth.map((each) => [each.block, percent(each.error), each.checkpoint])];
+}
+if (!facts.cells) return;
+
+// Layers.
+
+const of = {};
+for (const [name, packed] of Object.entries(facts.columns)) of[name] = column(packed);
+const bins = column(facts.bins), binStarts = starts(bins), codeBytes = bytes(facts.codes);
+const runs = column(facts.runs), runStarts = starts(runs), levelBytes = bytes(facts.levels);
+const lowest = column(facts.lowest), highest = column(facts.highest);
+
+function nameOf(index) {
+  const block = facts.blocks[of.block[index]], kind = facts.kinds[of.kind[index]];
+  return block === kind ? block : `${block}.${kind.replace("*", of.expert[index])}`;
+}
+
+const members = new Map();  // block and kind -> layers
+for (let i = 0; i < facts.count; i++) {
+  const key = `${of.block[i]},${of.kind[i]}`;
+  if (!members.has(key)) members.set(key, []);
+  members.get(key).push(i);
+}
+const cellAt = new Map();
+for (const cell of facts.cells) {
+  cell.block_label = facts.block_labels[cell.block];
+  cell.kind_label = facts.kind_labels[cell.kind];
+  cell.name = nameOf(cell.layer);
+  cellAt.set(`${cell.block},${cell.kind}`, cell);
+}
+let chosen = facts.cells.reduce((a, b) => (b.error > a.error ? b : a)).layer;
+let opened = null;  // the block whose experts are shown
+
+const placeOf = (index) => ({
+  block_label: facts.block_labels[of.block[index]],
+  kind_label: facts.kind_labels[of.kind[index]],
+  expert: of.expert[index],
+});
+
+function drawHeat() {
+  const metric = facts.metrics[Number($("metric").value)];
+  const cells = facts.cells.filter((cell) => cell[metric.field] !== null);
+  draw("heat", metric.spec, { cells, chosen: [placeOf(chosen)] },
+    (datum) => datum.layer !== undefined && choose(datum.layer, true));
+}
+
+function drawExperts() {
+  const rows = [];
+  for (let i = 0; i < facts.count; i++) {
+    if (of.block[i] === opened && of.expert[i] !== null) {
+      rows.push({ ...placeOf(i), layer: i, name: nameOf(i), error: of.relative_error[i],
+        left: of.left[i], tokens: of.tokens[i], borrowed: of.borrowed[i] });
+    }
+  }
+  const first = rows.length ? new Set(rows.map((row) => row.expert)).size : 0;
+  $("experts-title").textContent = `The ${first} experts of block ${facts.block_labels[opened]}`;
+  draw("experts", facts.charts.experts, { cells: rows, chosen: [placeOf(chosen)] },
+    (datum) => datum.layer !== undefined && choose(datum.layer, true));
+}
+
+function ring(id) {
+  if (views.has(id)) views.get(id).data("chosen", [placeOf(chosen)]).run();
+}
+
+function codesOf(index) {
+  const here = codeBytes.subarray(binStarts[index], binStarts[index + 1]);
+  const all = here.reduce((a, b) => a + b, 0) || 1;
+  const many = of.wbits[index] === 8 && here.length === 16;
+  return Array.from(here, (count, i) => (
+    { code: many ? `${16 * i}–${16 * i + 15}` : String(i), share: count / all }));
+}
+
+function runsOf(index) {
+  const site = of.site[index];
+  if (site === null) return [];
+  const here = levelBytes.subarray(runStarts[site], runStarts[site + 1]);
+  const span = Math.log(highest[site] / lowest[site]);
+  return Array.from(here, (level, i) => ({
+    column: Math.round((i * of.cols[index]) / here.length),
+    mean: level === 0 ? 0 : lowest[site] * Math.exp((span * (level - 1)) / 254),
+  }));
+}
+
+function said(index) {
+  const rows = [
+    ["relative error", percent(of.relative_error[index])],
+    ["of rounding's error", percent(of.left[index])],
+    ["error", short(of.error[index])],
+    ["rows x columns", `${of.rows[index]} x ${of.cols[index]}`],
+    ["bits", of.wbits[index] === null ? "-" : String(of.wbits[index])],
+    ["tokens read", whole(of.tokens[index])],
+    ["damping", short(of.damp[index])
+      + (of.damp_tries[index] ? `, after ${of.damp_tries[index]} more tries` : "")],
+    ["columns without tokens", String(of.dead_columns[index])],
+    ["rows that fell back", String(of.fallback_rows[index])],
+    ["codes at the ends", percent(of.at_ends[index])],
+  ];
+  if (of.scale_min[index] !== null) {
+    rows.push(["scales", `${short(of.scale_min[index])} to ${short(of.scale_max[index])}`]);
+  }
+  if (of.borrowed[index]) rows.push(["borrowed tokens", whole(of.borrowed[index])]);
+  if (of.calls[index] > 1) rows.push(["calls in a forward", String(of.calls[index])]);
+  return rows;
+}
+
+function part(id, data, rows, none) {
+  $(`${id}-note`).textContent = rows.length ? "" : none;
+  if (rows.length) draw(id, facts.charts[id], { [data]: rows });
+  else $(id).replaceChildren();
+}
+
+function drawLayer() {
+  const few = facts.detailed < facts.count ? `Kept for the ${facts.detailed} worst layers.` : "";
+  const none = few || "Not in this record.";
+  part("codes", "codes", codesOf(chosen), none);
+  part("diagonal", "runs", runsOf(chosen).filter((run) => run.mean > 0), none);
+}
+
+function options(select, labels, values, value) {
+  select.replaceChildren(...labels.map((label, i) => new Option(label, values[i])));
+  select.value = String(value);
+}
+
+function choose(index, open) {
+  chosen = index;
+  const block = of.block[index], kind = of.kind[index], expert = of.expert[index];
+  const inside = facts.kinds.map((_, k) => k).filter((k) => members.has(`${block},${k}`));
+  options($("pick-block"), facts.block_labels, facts.blocks.map((_, i) => i), block);
+  options($("pick-kind"), inside.map((k) => facts.kind_labels[k]), inside, kind);
+  $("pick-expert-label").hidden = expert === null;
+  if (expert !== null) {
+    const experts = members.get(`${block},${kind}`);
+    options($("pick-expert"), experts.map((i) => of.expert[i]), experts, index);
+  }
+  $("chosen-title").textContent = nameOf(index);
+  $("chosen-facts").replaceChildren(...said(index).map(([name, value]) => {
+    const row = document.createElement("div");
+    row.append(element("dt", name), element("dd", value));
+    return row;
+  }));
+  ring("heat");
+  if ($("experts-panel")) {
+    if (open && expert !== null && opened !== block) {
+      opened = block;
+      $("experts-panel").hidden = false;
+      drawExperts();
+    } else if (open && expert === null) {
+      opened = null;
+      $("experts-panel").hidden = true;
+    } else if (opened !== null) ring("experts");
+  }
+  if (!waiting.has("codes")) drawLayer();
+  for (const details of document.querySelectorAll("#chosen details.data[open]")) fill(details);
+}
+
+function step(down, across) {
+  let block = of.block[chosen], kind = of.kind[chosen];
+  for (;;) {
+    block += down;
+    kind += across;
+    if (block < 0 || kind < 0 || block >= facts.blocks.length || kind >= facts.kinds.length) return;
+    const cell = cellAt.get(`${block},${kind}`);
+    if (cell) return choose(cell.layer, true);
+  }
+}
+
+$("heat").addEventListener("keydown", (event) => {
+  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const move = moves[event.key];
+  if (move && !event.ctrlKey && !event.altKey && !event.metaKey) {
+    event.preventDefault();
+    step(...move);
+  }
+});
+$("metric").addEventListener("change", drawHeat);
+$("pick-block").addEventListener("change", (event) => {
+  const block = Number(event.target.value), cell = cellAt.get(`${block},${of.kind[chosen]}`);
+  choose((cell || facts.cells.find((each) => each.block === block)).layer, true);
+});
+$("pick-kind").addEventListener("change", (event) =>
+  choose(cellAt.get(`${of.block[chosen]},${event.target.value}`).layer, true));
+$("pick-expert").addEventListener("change", (event) => choose(Number(event.target.value), true));
+for (const button of document.querySelectorAll("[data-layer]")) {
+  button.addEventListener("click", () => {
+    choose(Number(button.dataset.layer), true);
+    $("chosen").scrollIntoView();
+    $("pick-block").focus({ preventScroll: true });
+  });
+}
+
+function spread(kind) {
+  const left = facts.cells.filter((cell) => cell.kind === kind && cell.left !== null)
+    .map((cell) => cell.left).sort((a, b) => a - b);
+  return left.length ? [left[0], vega.median ? vega.median(left) : left[left.length >> 1],
+    left[left.length - 1]].map(percent) : ["-", "-", "-"];
+}
+
+tables.cells = () => [
+  ["layer", "layers", "relative error", "mean", "of rounding's", "codes at the ends", "bits"],
+  facts.cells.map((cell) => [cell.name, cell.layers, percent(cell.error), percent(cell.mean),
+    percent(cell.left), percent(cell.ends), cell.bits ?? "-"])];
+tables.codes = () => [["code", "of the weights"],
+  codesOf(chosen).map((each) => [each.code, percent(each.share)])];
+tables.runs = () => [["from column", "mean of diag H"],
+  runsOf(chosen).map((each) => [each.column, digits(each.mean, 2)])];
+tables.gain = () => [["layers", "least", "median", "most"],
+  facts.kinds.map((_, kind) => [facts.kind_labels[kind], ...spread(kind)])];
+
+later("heat", drawHeat);
+later("codes", drawLayer);
+if (facts.charts.gain) {
+  later("gain", () => draw("gain", facts.charts.gain,
+    { cells: facts.cells.filter((cell) => cell.left !== null) }));
+}
+choose(chosen, false);
+})();
