@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -45,23 +46,24 @@ def page(several: Several) -> str:
         facts=facts,
         css=Markup(inlined("page.css")),
         js=Markup(inlined("page.js")),
-        library=Markup(_inside(library() if facts["charts"] else "")),
-        data=Markup(_inside(json.dumps(facts, separators=(",", ":"), allow_nan=False))),
+        library=Markup(library() if facts["charts"] else ""),
+        data=Markup(_json(facts)),
     )
     return text
 
 
-def _inside(script: str) -> str:
-    """What may stand inside a script without ending it."""
-    return script.replace("</", "<\\/").replace("<!--", "<\\!--")
+def _json(value: object) -> str:
+    """As a script may hold it: nothing in it ends the script."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 @cache
 def library() -> str:
-    """Vega and Vega-Lite, which vl-convert carries: JavaScript that sets both on ``window``."""
+    """Vega-Embed with Vega inside, which vl-convert carries: it sets ``window.vegaEmbed``."""
     import vl_convert
 
-    return vl_convert.javascript_bundle("window.vega = vega; window.vegaLite = vegaLite;")
+    made = vl_convert.javascript_bundle()
+    return re.sub("</(script)", r"<\\/\1", made, flags=re.IGNORECASE)  # it would end the script
 
 
 def data(several: Several) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""The charts as Vega-Lite specs, made with Altair: what is drawn, by names of data that the page
-fills in. Colors of text and lines are the page's (``page.js``), so that they follow light and dark.
+"""The charts: made with Altair, compiled from Vega-Lite to Vega here, which takes a browser longer,
+and drawn by ``page.js``, which fills in data by name. Colors of text, lines and marks are variables
+of ``page.css``, and so follow light and dark.
 
 Scales that carry numbers are viridis, and blue-orange where there is a middle: both read without
 color vision. Series are told apart by Okabe and Ito's colors.
@@ -14,6 +15,20 @@ import altair as alt
 
 PERCENT = ".3~p"  # three significant digits
 SERIES = tuple(f"var(--series-{index})" for index in range(7))  # in page.css
+TEXT = {
+    **{"labelColor": "var(--ink)", "titleColor": "var(--muted)", "titleFontWeight": 500},
+    **{"labelFontSize": 12, "titleFontSize": 12},
+}
+LINES = {"gridColor": "var(--line)", "domainColor": "var(--line)", "tickColor": "var(--line)"}
+CONFIG = {
+    "aria": False,  # the page says what a chart shows, and has its numbers as a table
+    "background": None,
+    "font": "system-ui, 'Segoe UI', Roboto, sans-serif",
+    "view": {"stroke": None},
+    "axis": TEXT | LINES,
+    "legend": TEXT,
+    "autosize": {"type": "fit-x", "contains": "padding"},
+}
 WIDE = 30  # a range of values, high over low, that asks for a scale of logarithms
 
 
@@ -44,7 +59,7 @@ def heat(
         alt.Tooltip("error:Q", title="relative error", format=PERCENT),
         alt.Tooltip("mean:Q", title="mean of all", format=PERCENT),
         alt.Tooltip("left:Q", title="of rounding's error", format=PERCENT),
-        alt.Tooltip("bits:Q", title="bits"),
+        alt.Tooltip("bits:N", title="bits"),
     ]
     if field not in ("error", "left", "bits"):
         tooltip.append(alt.Tooltip(f"{field}:Q", title=title, format=form))
@@ -210,6 +225,11 @@ def _legend(form: str) -> alt.Legend:
 
 
 def _spec(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
-    """As JSON says it, without Altair's default sizes and address of the schema."""
-    made: Mapping[str, Any] = chart.to_dict(validate=True)
-    return {name: value for name, value in made.items() if name not in ("$schema", "config")}
+    """What Vega reads."""
+    import vl_convert
+
+    made: Mapping[str, Any] = chart.to_dict()
+    spec = {name: value for name, value in made.items() if name not in ("$schema", "config")}
+    compiled: dict[str, Any] = vl_convert.vegalite_to_vega(spec, config=CONFIG)
+    del compiled["$schema"]
+    return compiled

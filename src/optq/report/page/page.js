@@ -37,19 +37,7 @@ const percent = (value) => (value === null ? "-" : `${digits(100 * value, 3)}%`)
 const short = (value) => (value === null ? "-" : digits(value, 3));
 const whole = (value) => (value === null ? "-" : Number(value.toPrecision(4)).toLocaleString("en"));
 
-// Charts: Vega-Lite's specs from charts.py, with data and the page's own colors.
-
-const text = { labelColor: "var(--ink)", titleColor: "var(--muted)", titleFontWeight: 500 };
-const config = {
-  aria: false,
-  font: "system-ui, 'Segoe UI', Roboto, sans-serif",
-  view: { stroke: null },
-  axis: {
-    ...text, labelFontSize: 12, titleFontSize: 12, gridColor: "var(--line)",
-    domainColor: "var(--line)", tickColor: "var(--line)",
-  },
-  legend: { ...text, labelFontSize: 12, titleFontSize: 12 },
-};
+// Charts: specs of Vega from charts.py, with data by name.
 
 function tip(handler, event, item, value) {
   const box = $("tip");
@@ -77,44 +65,40 @@ function element(tag, words) {
   return made;
 }
 
-function draw(id, spec, data, click) {
-  const box = $(id);
-  if (views.has(id)) views.get(id).finalize();
-  box.replaceChildren();
+const drawings = new Map();  // how often each chart was begun: the last one counts
+
+async function draw(id, spec, data, click) {
+  const turn = (drawings.get(id) || 0) + 1;
+  drawings.set(id, turn);
+  const own = structuredClone(spec), box = document.createElement("div");
+  for (const source of own.data) if (data[source.name]) source.values = data[source.name];
+  $(id).replaceChildren(box);
   $("tip").hidden = true;
-  const whole = { ...structuredClone(spec), background: null,
-    autosize: { type: "fit-x", contains: "padding" } };
-  const compiled = vegaLite.compile(whole, { config }).spec;
-  for (const source of compiled.data) {
-    if (data[source.name]) source.values = data[source.name];
-  }
-  const view = new vega.View(vega.parse(compiled), { renderer: "svg", container: box, hover: true });
-  view.tooltip(tip);
+  const { view } = await vegaEmbed(box, own,
+    { mode: "vega", renderer: "svg", actions: false, defaultStyle: false, tooltip: tip });
+  if (views.has(id)) views.get(id).finalize();
+  if (drawings.get(id) !== turn) return;
   if (click) view.addEventListener("click", (_, item) => item && item.datum && click(item.datum));
-  view.run();
   views.set(id, view);
+  if (data.chosen) ring(id);  // it may be another by now
 }
 
-// Charts below the first screen are drawn when they come near it, or all before printing.
+// Charts are drawn one after the other, so that the page is there before the last of them.
 
 const waiting = new Map();
-const near = new IntersectionObserver((entries) => {
-  for (const entry of entries) if (entry.isIntersecting) drawn(entry.target.id);
-}, { rootMargin: "400px" });
 
 function later(id, how) {
   waiting.set(id, how);
-  near.observe($(id));
 }
 
-function drawn(id) {
-  const how = waiting.get(id);
-  waiting.delete(id);
-  near.unobserve($(id));
-  if (how) how();
+async function drawAll() {
+  for (const [id, how] of waiting) {
+    waiting.delete(id);
+    await how();
+    await new Promise((done) => setTimeout(done, 0));
+  }
+  document.documentElement.dataset.drawn = "yes";
 }
-
-addEventListener("beforeprint", () => [...waiting.keys()].forEach(drawn));
 
 // Tables behind the charts, made when they are opened.
 
@@ -150,7 +134,10 @@ if (facts.charts.depth) {
   tables.depth = () => [["behind block", "relative error", "checkpoint"],
     facts.depth.map((each) => [each.block, percent(each.error), each.checkpoint])];
 }
-if (!facts.cells) return;
+if (!facts.cells) {
+  drawAll();
+  return;
+}
 
 // Layers.
 
@@ -190,7 +177,7 @@ const placeOf = (index) => ({
 function drawHeat() {
   const metric = facts.metrics[Number($("metric").value)];
   const cells = facts.cells.filter((cell) => cell[metric.field] !== null);
-  draw("heat", metric.spec, { cells, chosen: [placeOf(chosen)] },
+  return draw("heat", metric.spec, { cells, chosen: [placeOf(chosen)] },
     (datum) => datum.layer !== undefined && choose(datum.layer, true));
 }
 
@@ -255,15 +242,15 @@ function said(index) {
 
 function part(id, data, rows, none) {
   $(`${id}-note`).textContent = rows.length ? "" : none;
-  if (rows.length) draw(id, facts.charts[id], { [data]: rows });
-  else $(id).replaceChildren();
+  if (rows.length) return draw(id, facts.charts[id], { [data]: rows });
+  $(id).replaceChildren();
 }
 
 function drawLayer() {
   const few = facts.detailed < facts.count ? `Kept for the ${facts.detailed} worst layers.` : "";
   const none = few || "Not in this record.";
-  part("codes", "codes", codesOf(chosen), none);
-  part("diagonal", "runs", runsOf(chosen).filter((run) => run.mean > 0), none);
+  return Promise.all([part("codes", "codes", codesOf(chosen), none),
+    part("diagonal", "runs", runsOf(chosen).filter((run) => run.mean > 0), none)]);
 }
 
 function options(select, labels, values, value) {
@@ -299,7 +286,7 @@ function choose(index, open) {
       $("experts-panel").hidden = true;
     } else if (opened !== null) ring("experts");
   }
-  if (!waiting.has("codes")) drawLayer();
+  if (views.has("heat")) drawLayer();
   for (const details of document.querySelectorAll("#chosen details.data[open]")) fill(details);
 }
 
@@ -341,8 +328,9 @@ for (const button of document.querySelectorAll("[data-layer]")) {
 function spread(kind) {
   const left = facts.cells.filter((cell) => cell.kind === kind && cell.left !== null)
     .map((cell) => cell.left).sort((a, b) => a - b);
-  return left.length ? [left[0], vega.median ? vega.median(left) : left[left.length >> 1],
-    left[left.length - 1]].map(percent) : ["-", "-", "-"];
+  const half = left.length >> 1, last = left.length - 1;
+  const middle = left.length % 2 ? left[half] : (left[half - 1] + left[half]) / 2;
+  return left.length ? [left[0], middle, left[last]].map(percent) : ["-", "-", "-"];
 }
 
 tables.cells = () => [
@@ -356,11 +344,10 @@ tables.runs = () => [["from column", "mean of diag H"],
 tables.gain = () => [["layers", "least", "median", "most"],
   facts.kinds.map((_, kind) => [facts.kind_labels[kind], ...spread(kind)])];
 
-later("heat", drawHeat);
-later("codes", drawLayer);
+choose(chosen, false);
 if (facts.charts.gain) {
   later("gain", () => draw("gain", facts.charts.gain,
     { cells: facts.cells.filter((cell) => cell.left !== null) }));
 }
-choose(chosen, false);
+drawHeat().then(drawLayer).then(drawAll);
 })();
