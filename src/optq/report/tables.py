@@ -172,7 +172,7 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
     """Who got what width and why; the bar is the divergence that is left, in millinats a token."""
     most = max(choice["divergence"][choice["wbits"]] for choice in choices) or 1.0
     every = sorted({wbits for choice in choices for wbits in choice["divergence"]})
-    prefix = _shared(name for choice in choices for name in choice["layers"])
+    prefix = shared(name for choice in choices for name in choice["layers"])
     title, names = f"layers ({prefix}..)", (f"at {wbits}" for wbits in every)
     table = _table(title, "weights", "bits", "error", "sensitivity", *names, BARS, left=(0,))
     for choice in choices:
@@ -229,7 +229,7 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
         for name, same in rows.items()
     ]
     most = max((record["relative_error"] for record in records), default=1.0) or 1.0
-    prefix = _shared(record["name"] for record in records)
+    prefix = shared(record["name"] for record in records)
     names = (f"layer ({prefix}..)", "rows x cols", "error", "relative", "of rounding's", BARS)
     table = _table(*names, left=(0, 5))
     for record in records:
@@ -245,7 +245,7 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
     _print(table)
 
 
-def _shared(names: Iterable[str]) -> str:
+def shared(names: Iterable[str]) -> str:
     """The parts that all names begin with."""
     every = [name.split(".") for name in names]
     first, last = min(every), max(every)

@@ -31,7 +31,7 @@ def page(several: Several) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.lstrip_blocks = True
-    environment.filters |= {"percent": percent, "number": number}
+    environment.filters |= {"percent": percent, "number": number, "code": code, "dotted": dotted}
 
     def inlined(name: str) -> str:
         return loader.get_source(environment, name)[0]
@@ -155,6 +155,24 @@ def percent(share: float) -> str:
 
 def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
+
+
+def code(words: str) -> Any:
+    """What stands between backticks as HTML's code."""
+    from markupsafe import Markup, escape
+
+    parts = [escape(part) for part in words.split("`")]
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part
+        for index, part in enumerate(parts)
+    )
+
+
+def dotted(name: str) -> Any:
+    """A layer's name, that a line may break after its dots."""
+    from markupsafe import Markup
+
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def check(path: Path, force: bool) -> None:

@@ -8,6 +8,7 @@ color vision. Series are told apart by Okabe and Ito's colors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,6 @@ TEXT = {
 }
 LINES = {"gridColor": "var(--line)", "domainColor": "var(--line)", "tickColor": "var(--line)"}
 CONFIG = {
-    "aria": False,  # the page says what a chart shows, and has its numbers as a table
     "background": None,
     "font": "system-ui, 'Segoe UI', Roboto, sans-serif",
     "view": {"stroke": None},
@@ -43,9 +43,8 @@ def heat(
 ) -> dict[str, Any]:
     """Blocks down, kinds of layers across; ``middle``: the value where neither side is better."""
     several = "datum.layers > 1 ? datum.name + ', worst of ' + datum.layers : datum.name"
-    color = alt.Color(
-        f"{field}:Q", scale=_scale(values, middle), title=title, legend=_legend(form)
-    )
+    scale = _scale(values, middle)
+    color = alt.Color(f"{field}:Q", scale=scale, title=title, legend=_legend(form, scale))
     base = alt.Chart(alt.NamedData("cells")).transform_calculate(label=several)
     step = 22 if len(blocks) <= 12 else 15 if len(blocks) <= 36 else 11
     x = alt.X("kind_label:N", scale=alt.Scale(domain=list(kinds)), title=None).axis(
@@ -78,8 +77,9 @@ def experts(values: Sequence[float], kinds: Sequence[str]) -> dict[str, Any]:
     """Those of one block: their numbers across, their projections down."""
     x = alt.X("expert:O", title="expert").axis(labelOverlap=True, labelAngle=0)
     y = alt.Y("kind_label:N", scale=alt.Scale(domain=list(kinds)), title=None).axis(labelLimit=140)
+    scale = _scale(values)
     color = alt.Color(
-        "error:Q", scale=_scale(values), title="relative error", legend=_legend(PERCENT)
+        "error:Q", scale=scale, title="relative error", legend=_legend(PERCENT, scale)
     )
     tooltip = [
         alt.Tooltip("name:N", title="layer"),
@@ -104,7 +104,7 @@ def experts(values: Sequence[float], kinds: Sequence[str]) -> dict[str, Any]:
 def gain(kinds: Sequence[str]) -> dict[str, Any]:
     """What is left of round-to-nearest's error: a tick for each block, by kinds of layers."""
     x = alt.X("left:Q", title="of round-to-nearest's error", scale=alt.Scale(zero=True)).axis(
-        format="~p"
+        format="~p", tickCount=5
     )
     y = alt.Y("kind_label:N", scale=alt.Scale(domain=list(kinds)), title=None).axis(labelLimit=140)
     base = alt.Chart(alt.NamedData("cells"))
@@ -150,7 +150,7 @@ def times() -> dict[str, Any]:
     """Seconds by stage."""
     base = alt.Chart(alt.NamedData("stages")).encode(
         y=alt.Y("stage:N", sort=None, title=None),
-        x=alt.X("seconds:Q", title="seconds"),
+        x=alt.X("seconds:Q", title="seconds", axis=alt.Axis(tickCount=5)),
         tooltip=[
             alt.Tooltip("stage:N"),
             alt.Tooltip("seconds:Q", format=".3~r"),
@@ -185,9 +185,9 @@ def diagonal() -> dict[str, Any]:
         .mark_line(interpolate="step", strokeWidth=2, color=SERIES[0])
         .encode(
             x=alt.X("column:Q", title="column, in the order of the sweep"),
-            y=alt.Y("mean:Q", title="mean of diag H", scale=alt.Scale(type="log")).axis(
-                format="~g", labelOverlap=True, tickCount=5
-            ),
+            y=alt.Y(
+                "mean:Q", title="mean of diag H", scale=alt.Scale(type="log", nice=False)
+            ).axis(format="~g", labelOverlap=True, tickCount=4, grid=False),
         )
     )
     points = (
@@ -205,23 +205,37 @@ def diagonal() -> dict[str, Any]:
     return _spec(alt.layer(line, points).properties(width="container", height=200))
 
 
-def _scale(values: Sequence[float], middle: float | None = None) -> alt.Scale:
+def _scale(values: Sequence[float], middle: float | None = None) -> dict[str, Any]:
     there = [value for value in values if value]
     low, high = min(there, default=1.0), max(there, default=1.0)
     if middle is not None:
         far = max(high / middle, middle / low, 1.01)
-        return alt.Scale(
-            type="log", scheme="blueorange", domain=[middle / far, middle * far], reverse=False
-        )
+        domain = [middle / far, middle * far]
+        return {"type": "log", "scheme": "blueorange", "domain": domain}
     if low > 0 and high > WIDE * low:
-        return alt.Scale(type="log", scheme="viridis", domain=[low, high])
-    return alt.Scale(scheme="viridis", domain=[0 if low > 0 else low, high])
+        return {"type": "log", "scheme": "viridis", "domain": [low, high]}
+    return {"scheme": "viridis", "domain": [min(low, 0), high]}
 
 
-def _legend(form: str) -> alt.Legend:
-    return alt.Legend(
-        format=form, orient="bottom", direction="horizontal", gradientLength=220, titleLimit=300
-    )
+def _legend(form: str, scale: Mapping[str, Any]) -> alt.Legend:
+    values: Any = alt.Undefined
+    if scale.get("type") == "log":
+        values = _marks(*scale["domain"])
+    place = {"orient": "bottom", "direction": "horizontal", "gradientLength": 240}
+    return alt.Legend(format=form, titleLimit=300, values=values, **place)
+
+
+def _marks(low: float, high: float) -> list[float]:
+    """Round numbers between two others, as far apart as logarithms, at most six; two at least."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        found = [float(f"{step}e{ten}") for ten in decades for step in steps]
+        found = [value for value in found if low <= value <= high]
+        if len(found) <= 6:
+            break
+    if len(found) < 2:
+        return [float(f"{low * (high / low) ** (i / 4):.2g}") for i in range(5)]
+    return found[:: -(-len(found) // 6)]
 
 
 def _spec(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:

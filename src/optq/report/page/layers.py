@@ -13,9 +13,13 @@ import numpy as np
 
 from optq.record import LayerRecord, RunRecord
 from optq.report.page import pack
-from optq.report.tables import expert_in
+from optq.report.tables import expert_in, shared
 
 DETAILED = 20_000  # layers whose histograms, and their sites' diagonals, are in the page
+NUMBERS = (
+    *("rows", "cols", "wbits", "error", "relative_error", "damp", "damp_tries", "tokens"),
+    *("dead_columns", "fallback_rows", "borrowed", "calls", "at_ends", "scale_min", "scale_max"),
+)
 INSIDE = re.compile(r"(.*?\.\d+)\.(.+)")  # a block, and a layer's name inside
 
 
@@ -121,17 +125,14 @@ def columns(record: RunRecord, places: Places) -> dict[str, Any]:
     """All layers and sites, packed; ``detailed`` says of how many there are histograms."""
     layers = record.layers
     sites = {site.site: index for index, site in enumerate(record.sites)}
-    of = lambda name: pack.column([getattr(layer, name) for layer in layers])  # noqa: E731
-    numbers = ("rows", "cols", "wbits", "error", "relative_error", "damp", "damp_tries", "tokens")
-    more = ("dead_columns", "fallback_rows", "borrowed", "calls", "at_ends")
-    found = {name: of(name) for name in (*numbers, *more, "scale_min", "scale_max")}
+    found = {name: pack.column([getattr(layer, name) for layer in layers]) for name in NUMBERS}
     found["left"] = pack.column(
         [layer.error / layer.rtn_error if layer.rtn_error else None for layer in layers]
     )
     found["block"] = pack.column([place.block for place in places.every])
     found["kind"] = pack.column([place.kind for place in places.every])
-    found["expert"] = _whole([place.expert for place in places.every])
-    found["site"] = _whole([sites.get(layer.site or "") for layer in layers])
+    found["expert"] = pack.column([place.expert for place in places.every])
+    found["site"] = pack.column([sites.get(layer.site or "") for layer in layers])
     worst = sorted(range(len(layers)), key=lambda i: -layers[i].relative_error)[:DETAILED]
     shown = {*worst}
     bins = [len(layer.histogram) if i in shown else 0 for i, layer in enumerate(layers)]
@@ -152,11 +153,6 @@ def columns(record: RunRecord, places: Places) -> dict[str, Any]:
     }
 
 
-def _whole(values: list[int | None]) -> dict[str, Any]:
-    """Indices, that no scale may blur: a list where they are many."""
-    return pack.column(values) if len({*values}) <= pack.FEW else {"list": values}
-
-
 def worst(record: RunRecord, count: int) -> list[dict[str, Any]]:
     """The layers of the largest relative error; one for each block and projection of experts."""
     found: dict[tuple[str, str], tuple[int, LayerRecord]] = {}
@@ -167,10 +163,12 @@ def worst(record: RunRecord, count: int) -> list[dict[str, Any]]:
         ):
             found[block, inside] = index, layer
     ranked = sorted(found.values(), key=lambda pair: -pair[1].relative_error)[:count]
+    prefix = shared(layer.name for _, layer in ranked)
     return [
         {
             "index": index,
             "name": layer.name,
+            "short": layer.name.removeprefix(prefix.partition("layers.")[0]),
             "error": layer.relative_error,
             "left": layer.error / layer.rtn_error if layer.rtn_error else None,
         }

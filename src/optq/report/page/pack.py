@@ -1,8 +1,9 @@
 """Many numbers in few bytes: columns as the page reads them back (``column`` of ``page.js``).
 
 A record of 18,000 layers has to fit, with a library of charts, into 4 MB. So a column of few
-different values is a list of these and one byte for each place; of many, two bytes for each, on a
-scale of logarithms where none is below zero (to 0.1% over twelve decades), else on a linear one.
+different values is a list of these and one byte for each place; many numbers that are not whole have
+two bytes each, on a scale of logarithms where none is below zero (to 0.1% over twelve decades), else
+on a linear one.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ Number = float | int | None
 
 
 def column(values: Sequence[Any]) -> dict[str, Any]:
-    """``{"of", "at"}``, ``{"low", "high", "log"}`` or ``{"low", "high", "linear"}``.
+    """``{"of", "at"}``, ``{"list"}``, ``{"low", "high", "log"}`` or ``{"low", "high", "linear"}``.
 
-    The last two are for numbers alone, None among them: the step 0 stands for it, and in a column
+    The last two are for floats alone, None among them: the step 0 stands for it, and in a column
     on a scale of logarithms the step 1 for zero.
     """
     different = list(dict.fromkeys(values))
@@ -30,6 +31,8 @@ def column(values: Sequence[Any]) -> dict[str, Any]:
         places = {value: place for place, value in enumerate(different)}
         at = np.array([places[value] for value in values], dtype=np.uint8)
         return {"of": [rounded(value) for value in different], "at": text(at)}
+    if not any(isinstance(value, float) for value in different):
+        return {"list": list(values)}
     numbers = np.array([math.nan if v is None else v for v in values], dtype=np.float64)
     known = numbers[~np.isnan(numbers)]
     logarithmic = bool((known >= 0).all())

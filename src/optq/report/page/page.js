@@ -35,7 +35,7 @@ function starts(counts) {
 const digits = (value, n) => String(Number(value.toPrecision(n)));
 const percent = (value) => (value === null ? "-" : `${digits(100 * value, 3)}%`);
 const short = (value) => (value === null ? "-" : digits(value, 3));
-const whole = (value) => (value === null ? "-" : Number(value.toPrecision(4)).toLocaleString("en"));
+const whole = (value) => value.toLocaleString("en");
 
 // Charts: specs of Vega from charts.py, with data by name.
 
@@ -76,6 +76,8 @@ async function draw(id, spec, data, click) {
   $("tip").hidden = true;
   const { view } = await vegaEmbed(box, own,
     { mode: "vega", renderer: "svg", actions: false, defaultStyle: false, tooltip: tip });
+  // The page says what a chart shows, and has its numbers as a table.
+  box.querySelector("svg").setAttribute("aria-hidden", "true");
   if (views.has(id)) views.get(id).finalize();
   if (drawings.get(id) !== turn) return;
   if (click) view.addEventListener("click", (_, item) => item && item.datum && click(item.datum));
@@ -178,7 +180,11 @@ function drawHeat() {
   const metric = facts.metrics[Number($("metric").value)];
   const cells = facts.cells.filter((cell) => cell[metric.field] !== null);
   return draw("heat", metric.spec, { cells, chosen: [placeOf(chosen)] },
-    (datum) => datum.layer !== undefined && choose(datum.layer, true));
+    (datum) => {
+      if (datum.layer === undefined) return;
+      choose(datum.layer, true);
+      if (opened !== null) $("experts-panel").scrollIntoView({ block: "nearest" });
+    });
 }
 
 function drawExperts() {
@@ -191,7 +197,7 @@ function drawExperts() {
   }
   const first = rows.length ? new Set(rows.map((row) => row.expert)).size : 0;
   $("experts-title").textContent = `The ${first} experts of block ${facts.block_labels[opened]}`;
-  draw("experts", facts.charts.experts, { cells: rows, chosen: [placeOf(chosen)] },
+  return draw("experts", facts.charts.experts, { cells: rows, chosen: [placeOf(chosen)] },
     (datum) => datum.layer !== undefined && choose(datum.layer, true));
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from optq.findings import Findings, OnText
@@ -49,7 +50,8 @@ def _made(known: Known) -> str:
         calib = "calibrated"
     called = f"{record.method.upper()}, {layers.widths(record)}, {groups}"
     head = f", head at {record.head} bits" if record.head else ""
-    return f"{called}{head}; {calib}; format {what['format']}"
+    model = f"{Path(known.times.model).name}: " if known.times else ""
+    return f"{model}{called}{head}; {calib}; format {what['format']}"
 
 
 def _size(known: Known) -> dict[str, Any]:
@@ -58,16 +60,21 @@ def _size(known: Known) -> dict[str, Any]:
     bits = known.record.bits_per_weight if known.record else None
     if bits is None and known.weights and packed:
         bits = 8 * packed / known.weights
-    parts = f"{size(packed)} of it in {known.what['quantized_layers']} quantized layers"
+    parts = f"{in_short(packed)} of it in {known.what['quantized_layers']} quantized layers"
     how = f"read from {known.dense}" if known.exact else "reckoned from shapes"
     return {
-        "after": size(after),
-        "before": None if before is None else size(before),
+        "after": in_short(after),
+        "before": None if before is None else in_short(before),
         "share": None if not before else after / before,
         "bits": bits,
         "parts": parts if packed else "",
         "how": how,
     }
+
+
+def in_short(count: float) -> str:
+    """Bytes with three digits."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e10 else size(count)
 
 
 def main_text(findings: Findings | None) -> OnText | None:

@@ -56,7 +56,7 @@ def _of_record(record: RunRecord) -> list[str]:
         lambda x: x.damp_tries > 0,
         "damp_tries",
     )
-    found += [f"of experts {said}" for said in short_of_tokens_of(layers)]
+    found += [f"experts: {said}" for said in short_of_tokens_of(layers)]
     some(
         "have rows that fell back to rounding, which served them better",
         lambda x: x.fallback_rows > 0.01 * x.rows,
