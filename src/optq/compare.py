@@ -29,6 +29,7 @@ from optq.formats.fit import check_layers
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.source import sequence_length
+from optq.result import Result
 from optq.runner import Runner
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
@@ -64,7 +65,8 @@ class Row:
 class Comparison:
     """What is compared on what. ``calib`` and ``text`` are SPECs of :mod:`optq.data`.
 
-    ``budgets`` are bits per weight within which each layer has a width of its own.
+    ``budgets`` are bits per weight within which each layer has a width of its own; ``done`` is
+    called with each row that was measured, and what its run gave.
     """
 
     config: ModelConfig
@@ -78,6 +80,7 @@ class Comparison:
     seed: int = 0
     skip: str | None = None
     budgets: Sequence[float] = ()
+    done: Callable[[Row, Result], object] = lambda *_: None
 
     def run(self, results: Path | None = None, progress: Update = lambda *_: None) -> list[Row]:
         """All rows, the full-precision model first.
@@ -139,7 +142,9 @@ class Comparison:
         model = result.model.to(self.config.torch_device())
         measured = perplexity(model, windows).perplexity
         rise = measured - full.perplexity
-        return Row(*setting, result.bits_per_weight, result.bytes, measured, rise, seconds)
+        row = Row(*setting, result.bits_per_weight, result.bytes, measured, rise, seconds)
+        self.done(row, result)
+        return row
 
     def _quantizer(self, method: str, wbits: float, groupsize: int) -> Solver | Mixed:
         named = [name for name in COMPARED if name != "budget"]
@@ -208,7 +213,9 @@ class Rows:
             raise OutputError.of(self.path, error, "--results") from error
 
 
-def demo_rows(device: str, progress: Update) -> list[Row]:
+def demo_rows(
+    device: str, progress: Update, done: Callable[[Row, Result], object] = lambda *_: None
+) -> list[Row]:
     """The bundled model as it is, rounded, and with GPTQ, at 4, 3 and 2 bits."""
     comparison = Comparison(
         ModelConfig("demo", device),
@@ -219,5 +226,6 @@ def demo_rows(device: str, progress: Update) -> list[Row]:
         text="demo",
         nsamples=DEMO_SAMPLES,
         seqlen=DEMO_SEQLEN,
+        done=done,
     )
     return comparison.run(progress=progress)

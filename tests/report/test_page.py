@@ -182,7 +182,7 @@ def test_without_a_record_the_rest_is_left_out():
     known = records.known()
     bare = Known(known.place, known.config, known.what, known.before, weights=known.weights)
     page = build.page(Several([bare]))
-    assert "written without a record of the run" in page and "not known" in page
+    assert "there is no record of the run" in page and "not known" in page
     assert "4.25 bits a weight" in page and "Error by layer" not in page
     assert "<script" not in page and len(page) < 20_000
 

@@ -15,17 +15,23 @@ from optq.cli.solver import fitting_groupsize, tell_groupsize
 
 @app.command()
 def demo(device: Device = "auto", as_json: Json = False) -> None:
-    """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model."""
+    """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model; and a report."""
+    from optq.cli.report import DemoReport
     from optq.compare import demo_rows
     from optq.report import progress, steps, tables
 
-    with progress.bar("optq demo") as bar:
-        rows = [asdict(row) for row in demo_rows(device, bar)]
     if as_json:
+        with progress.bar("optq demo") as bar:
+            rows = [asdict(row) for row in demo_rows(device, bar)]
         print_json({"model": "demo", "rows": rows})
         return
+    with DemoReport() as report:
+        with progress.bar("optq demo") as bar:
+            rows = [asdict(row) for row in demo_rows(device, bar, report.add)]
+        path = report.write()
     tables.compared(rows)
-    steps.show("optq quantize MODEL OUT, of a folder or a hub id in the place of MODEL")
+    see = "" if path is None else f"open {path} in a browser; or "
+    steps.show(f"{see}optq quantize MODEL OUT, of a folder or a hub id in the place of MODEL")
 
 
 @app.command()

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import webbrowser
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optq.cli.app import app
+from optq.cli.app import app, say
 from optq.cli.options import Model
+from optq.errors import ModelError, OtherMethodError, OutputError, SettingError
 
 if TYPE_CHECKING:
+    from optq.compare import Row
+    from optq.model.checkpoint import Checkpoint
     from optq.report.page.known import Known
 
 
@@ -51,18 +57,15 @@ def report(
 def known(model: str, against: str | None = None) -> Known:
     """What is on disk of a checkpoint, and how large it was before."""
     from optq.config import ModelConfig
-    from optq.errors import ModelError, SettingError
     from optq.findings import FILE, Findings
-    from optq.formats.describe import describe, weights
+    from optq.formats.describe import weights
     from optq.record import FILE as RECORD
     from optq.record import TIMES, RunRecord, Times
     from optq.report.page.known import Known, different
 
     checkpoint = ModelConfig(model).checkpoint()
-    what, folder, config = describe(checkpoint), checkpoint.folder, checkpoint.config()
-    if "quantized_layers" not in what:
-        raise ModelError(f"{model} is not quantized", "give what optq quantize wrote")
-    count, before = weights(checkpoint)
+    what, folder, config = _described(checkpoint), checkpoint.folder, checkpoint.config()
+    count, before = weights(checkpoint) if "quantized_layers" in what else (None, None)
     if against is not None:
         dense = ModelConfig(against).plain_checkpoint(whole=False)
         if why := different(config, dense.config()):
@@ -83,6 +86,74 @@ def known(model: str, against: str | None = None) -> Known:
         times=Times.read(times) if times.is_file() else None,
         findings=Findings.read(found) if found.is_file() else None,
     )
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of a method that is not read: its size, and who loads it. Raises for a plain model."""
+    from optq.formats.describe import describe
+    from optq.formats.readers import who_loads
+
+    try:
+        what = describe(checkpoint)
+    except OtherMethodError as error:
+        config = checkpoint.config()
+        return {
+            "loads": [asdict(reader) for reader in who_loads(checkpoint)],
+            "architecture": (config.get("architectures") or [config.get("model_type")])[0],
+            "format": error.cause,
+            "bytes": sum(tensor.nbytes for tensor in checkpoint.layout.values()),
+        }
+    if "quantized_layers" not in what:
+        raise ModelError(
+            f"{checkpoint.folder} is not quantized", "give a folder that optq quantize wrote"
+        )
+    return what
+
+
+class DemoReport:
+    """The report that ``optq demo`` leaves in the current folder, of its rows of GPTQ.
+
+    The library of charts is made ready in the meantime.
+    """
+
+    FILE = Path("optq_demo.html")
+
+    def __enter__(self) -> DemoReport:
+        from optq.report.page import build
+
+        self.found: list[Known] = []
+        self.folder = TemporaryDirectory()
+        self.pool = ThreadPoolExecutor(1)
+        self.pool.submit(build.library)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.folder.cleanup()
+
+    def add(self, row: Row, result: Any) -> None:
+        """Keep what is known of a row."""
+        if row.method != "gptq":
+            return
+        name = f"demo at {row.wbits} bits"
+        place = Path(self.folder.name) / name
+        result.save(place)
+        self.found.append(replace(known(str(place), "demo"), place=name))
+
+    def write(self) -> Path | None:
+        """The file; None, and a word why, where it cannot be written."""
+        from optq.report.page import build
+        from optq.report.page.known import Several
+
+        if not self.found:
+            return None
+        try:
+            build.check(self.FILE, False)
+            build.write(self.FILE, build.page(Several(self.found)))
+        except OutputError as error:
+            say(f"no report: {error.cause}")
+            return None
+        return self.FILE
 
 
 def _next(first: Known) -> str:

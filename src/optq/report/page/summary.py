@@ -41,7 +41,8 @@ def of(known: Known, name: str) -> dict[str, Any]:
 def _made(known: Known) -> str:
     record, what = known.record, known.what
     if record is None:
-        return f"{what['format']}, {what.get('bits')} bits; written without a record of the run"
+        bits = f", {what['bits']} bits" if "bits" in what else ""
+        return f"{what['format']}{bits}; there is no record of the run"
     quantizer, text = record.quantizer, record.calibration
     group = quantizer.get("groupsize", -1)
     groups = "one scale to a row" if group == -1 else f"groups of {group}"
@@ -60,14 +61,16 @@ def _size(known: Known) -> dict[str, Any]:
     bits = known.record.bits_per_weight if known.record else None
     if bits is None and known.weights and packed:
         bits = 8 * packed / known.weights
-    parts = f"{in_short(packed)} of it in {known.what['quantized_layers']} quantized layers"
+    parts = ""
+    if packed:
+        parts = f"{in_short(packed)} of it in {known.what['quantized_layers']} quantized layers"
     how = f"read from {known.dense}" if known.exact else "reckoned from shapes"
     return {
         "after": in_short(after),
         "before": None if before is None else in_short(before),
         "share": None if not before else after / before,
         "bits": bits,
-        "parts": parts if packed else "",
+        "parts": parts,
         "how": how,
     }
 
