@@ -675,7 +675,7 @@ def test_the_demo(optq, small_demo, monkeypatch):
     assert rise["gptq", 2] < rise["rtn", 2]
 
     rows = [compare.Row(**row) for row in rows]
-    monkeypatch.setattr(compare, "demo_rows", lambda device, progress: rows)
+    monkeypatch.setattr(compare, "demo_rows", lambda device, progress, *_: rows)
     table = optq("demo").out
     assert table.count("GPTQ") == table.count("round to nearest") == 3
     assert "full precision" in table and f"{rows[0].perplexity:.2f}" in table
@@ -764,7 +764,7 @@ def test_the_last_line_says_what_to_do_next(
     monkeypatch.setattr(speed, "BUFFER", 2**20)
     row = compare.Row("none", 16, -1, 16.0, 100, 2.0)
     rows = [row, compare.Row("gptq", 4, 128, 4.2, 100, 2.5, 0.5, 1.0)]
-    monkeypatch.setattr(compare, "demo_rows", lambda device, progress: rows)
+    monkeypatch.setattr(compare, "demo_rows", lambda device, progress, *_: rows)
     out, v2, gguf = tmp_path / "out", tmp_path / "v2", tmp_path / "out of it.gguf"
     monkeypatch.setattr("optq.formats.gguf.export_gguf", lambda *_: FILE)
     compared = ["compare", folder, "--calib", text, "--text", text, "--nsamples", 4, "--seqlen", 32]
