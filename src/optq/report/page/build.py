@@ -14,7 +14,7 @@ from optq import __version__
 from optq.errors import OutputError
 from optq.record import RunRecord
 from optq.report.page import charts, layers, pack, summary
-from optq.report.page.known import Known, Several
+from optq.report.page.known import Several
 
 FILE = "optq_report.html"
 SIGN = '<meta name="generator" content="OPTQ'  # by which a report knows another
@@ -45,7 +45,7 @@ def page(several: Several) -> str:
         every=every,
         facts=facts,
         css=Markup(inlined("page.css")),
-        js=Markup(inlined("page.js")),
+        js=Markup("\n".join(map(inlined, ("draw.js", "layers.js", "page.js")))),
         library=Markup(library() if facts["charts"] else ""),
         data=Markup(_json(facts)),
     )
@@ -62,7 +62,7 @@ def library() -> str:
     """Vega-Embed with Vega inside, which vl-convert carries: it sets ``window.vegaEmbed``."""
     import vl_convert
 
-    made = vl_convert.javascript_bundle()
+    made = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return re.sub("</(script)", r"<\\/\1", made, flags=re.IGNORECASE)  # it would end the script
 
 

@@ -185,9 +185,9 @@ def diagonal() -> dict[str, Any]:
         .mark_line(interpolate="step", strokeWidth=2, color=SERIES[0])
         .encode(
             x=alt.X("column:Q", title="column, in the order of the sweep"),
-            y=alt.Y(
-                "mean:Q", title="mean of diag H", scale=alt.Scale(type="log", nice=False)
-            ).axis(format="~g", labelOverlap=True, tickCount=4, grid=False),
+            y=alt.Y("mean:Q", title="mean of diag H", scale=alt.Scale(type="log", nice=False)).axis(
+                format="~g", labelOverlap=True, tickCount=4, grid=False
+            ),
         )
     )
     points = (
@@ -218,11 +218,12 @@ def _scale(values: Sequence[float], middle: float | None = None) -> dict[str, An
 
 
 def _legend(form: str, scale: Mapping[str, Any]) -> alt.Legend:
-    values: Any = alt.Undefined
+    legend = alt.Legend(
+        format=form, titleLimit=300, orient="bottom", direction="horizontal", gradientLength=240
+    )
     if scale.get("type") == "log":
-        values = _marks(*scale["domain"])
-    place = {"orient": "bottom", "direction": "horizontal", "gradientLength": 240}
-    return alt.Legend(format=form, titleLimit=300, values=values, **place)
+        legend["values"] = _marks(*scale["domain"])
+    return legend
 
 
 def _marks(low: float, high: float) -> list[float]:
@@ -238,7 +239,7 @@ def _marks(low: float, high: float) -> list[float]:
     return found[:: -(-len(found) // 6)]
 
 
-def _spec(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
+def _spec(chart: alt.LayerChart | alt.Chart | alt.FacetChart) -> dict[str, Any]:
     """What Vega reads."""
     import vl_convert
 

@@ -1,9 +1,9 @@
 """Many numbers in few bytes: columns as the page reads them back (``column`` of ``page.js``).
 
 A record of 18,000 layers has to fit, with a library of charts, into 4 MB. So a column of few
-different values is a list of these and one byte for each place; many numbers that are not whole have
-two bytes each, on a scale of logarithms where none is below zero (to 0.1% over twelve decades), else
-on a linear one.
+different values is a list of these and one byte for each place; many numbers that are not whole
+have two bytes each, on a scale of logarithms where none is below zero (to 0.1% over twelve
+decades), else on a linear one.
 """
 
 from __future__ import annotations
