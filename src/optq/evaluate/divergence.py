@@ -85,7 +85,7 @@ def divergence(
             found = _of_window(logits[window, :-1], beside[window, :-1], ids[window, 1:])
             losses = found[0].cpu().double()
             require_finite(losses[:1], place, "the model", model.dtype)
-            require_finite(losses[1:], place, "the dense model", dense.head.model.dtype)
+            require_finite(losses[1:], place, "the dense model", dense.head.dtype)
             sums[:, place], kl[place], same[place] = losses.sum(1), found[1].cpu(), found[2].cpu()
             if not kl[place].isfinite().all():
                 raise NumericsError(

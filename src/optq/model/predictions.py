@@ -43,8 +43,9 @@ def at_once(windows: Tensor) -> int:
 class Head:
     """``model`` without its body, which is let go: what its head reads becomes logits."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.head = model, _head(model)
+        self.device, self.dtype = device, model.dtype  # which packed weights alone do not say
         body = model.base_model_prefix
         if body not in model._modules:
             raise _headless(model)
@@ -54,8 +55,8 @@ class Head:
     def __call__(
         self, hidden: Float[Tensor, "batch seqlen hidden"]
     ) -> Float[Tensor, "batch seqlen vocabulary"]:
-        hidden = hidden.to(next(self.head.parameters(), hidden).device)
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        hidden = hidden.to(self.device)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
         handle = self.head.register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
         self.nothing.hidden = hidden
         try:
@@ -99,7 +100,7 @@ def predictions(
                 done += len(ids)
                 progress(done, every)
             found.append(kept.hidden)
-    only = Head(model)
+    only = Head(model, model.device)
     return [Predictions(only, hidden) for hidden in found]
 
 
@@ -147,7 +148,7 @@ def streamed(
     finally:
         handle.remove()
     weights.outside.fetch(head)
-    only = Head(model)
+    only = Head(model, device)
     return [Predictions(only, kept.hidden) for kept in every]
 
 

@@ -40,7 +40,8 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
+def columns(*names: str, left: tuple[int, ...] = (0,)) -> Table:
+    """An empty table; the columns ``left`` are of words, all others of numbers."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for index, name in enumerate(names):
         is_left = index in left  # numbers are not cut
@@ -50,7 +51,7 @@ def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
+def write(table: Table) -> None:
     """Without bars where a terminal is too narrow; elsewhere without blanks that end a line."""
     if stdout.is_terminal:
         wanted = Measurement.get(stdout, stdout.options.update_width(1000), table).maximum
@@ -78,7 +79,7 @@ def facts(pairs: Mapping[str, object]) -> None:
     table.add_column(overflow="fold")
     for name, value in pairs.items():
         table.add_row(name, str(value))
-    _print(table)
+    write(table)
 
 
 def checkpoint(what: Mapping[str, Any]) -> None:
@@ -118,11 +119,11 @@ def planned(plan: Any) -> None:
     lines["time"] = f"about {duration(plan.seconds)}, without reading text: an estimate"
     facts(lines)
     stdout.print()
-    table = _table("stays dense", "tensors", "bytes", "", left=(0, 3))
+    table = columns("stays dense", "tensors", "bytes", "", left=(0, 3))
     for row in plan.dense:
         names = ", ".join(row.names[:2]) + (", .." if len(row.names) > 2 else "")
         table.add_row(row.why, str(row.tensors), size(row.bytes), names)
-    _print(table)
+    write(table)
     for line in (*plan.notices, *plan.warnings()):
         stdout.print(f"note: {line}")
 
@@ -139,7 +140,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
     groups = len({row["groupsize"] for row in rows[1:]}) > 1
     names = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
     left = (1 + groups, 7 + groups)  # the method and the bar
-    table = _table(*names, "perplexity", "rise", "seconds", BARS, left=left)
+    table = columns(*names, "perplexity", "rise", "seconds", BARS, left=left)
     for row in rows:
         same = [r for r in rows if (r["wbits"], r["groupsize"]) == (row["wbits"], row["groupsize"])]
         plain = row["method"] == "none"
@@ -160,7 +161,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
             ),
             end_section=row is same[-1],
         )
-    _print(table)
+    write(table)
 
 
 def chosen(choices: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -174,7 +175,7 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
     every = sorted({wbits for choice in choices for wbits in choice["divergence"]})
     prefix = _shared(name for choice in choices for name in choice["layers"])
     title, names = f"layers ({prefix}..)", (f"at {wbits}" for wbits in every)
-    table = _table(title, "weights", "bits", "error", "sensitivity", *names, BARS, left=(0,))
+    table = columns(title, "weights", "bits", "error", "sensitivity", *names, BARS, left=(0,))
     for choice in choices:
         first, *more = choice["layers"]
         found = expert_in(first)
@@ -191,7 +192,7 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
             *(f"{1e3 * left[wbits]:.3g}" if wbits in left else "-" for wbits in every),
             _bar(left[choice["wbits"]], most, width=20),
         )
-    _print(table)
+    write(table)
     stdout.print("at 2, ..: how far predictions diverge at 2 bits, in millinats a token, estimated")
     stdout.print("sensitivity: nats a token for each unit of relative error")
     stdout.print()
@@ -200,13 +201,13 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
 def stages(seconds: Mapping[str, float]) -> None:
     """Where the time went."""
     total = seconds["total"] or 1.0
-    table = _table("stage", "seconds", BARS, left=(0, 2))
+    table = columns("stage", "seconds", BARS, left=(0, 2))
     parts = {stage: value for stage, value in seconds.items() if stage != "total"}
     parts["other"] = max(total - sum(parts.values()), 0)
     for stage, value in parts.items():
         table.add_row(stage, f"{value:.1f}", _bar(value, total))
     table.add_row("total", f"{total:.1f}", "")
-    _print(table)
+    write(table)
 
 
 def expert_in(name: str) -> re.Match[str] | None:
@@ -231,7 +232,7 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
     most = max((record["relative_error"] for record in records), default=1.0) or 1.0
     prefix = _shared(record["name"] for record in records)
     names = (f"layer ({prefix}..)", "rows x cols", "error", "relative", "of rounding's", BARS)
-    table = _table(*names, left=(0, 5))
+    table = columns(*names, left=(0, 5))
     for record in records:
         rounding = record["rtn_error"]
         table.add_row(
@@ -242,7 +243,7 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
             f"{record['error'] / rounding:.0%}" if rounding else "-",
             _bar(record["relative_error"], most, width=20),
         )
-    _print(table)
+    write(table)
 
 
 def _shared(names: Iterable[str]) -> str:
@@ -260,13 +261,13 @@ def completions(prompt: str, names: Sequence[str], made: Sequence[tuple[str, obj
         table.add_column(name, overflow="fold", ratio=1)
     table.add_row(*(prompt + text for text, _ in made), end_section=True)
     table.add_row(*(str(speed) for _, speed in made))
-    _print(table)
+    write(table)
 
 
 def speed(report: Any) -> None:
     """What :func:`optq.evaluate.speed.measure_speed` found."""
     packed, dense = report.packed, report.dense
-    table = _table(f"{report.device}, {report.dtype}", "packed", "dense", "ratio")
+    table = columns(f"{report.device}, {report.dtype}", "packed", "dense", "ratio")
     for name, one, other in (
         ("prefill, tokens/s", packed.prefill, dense.prefill),
         ("decode, tokens/s", packed.decode, dense.decode),
@@ -274,10 +275,10 @@ def speed(report: Any) -> None:
         table.add_row(name, f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}x")
     ratio = f"{packed.bytes / dense.bytes:.3f}x"
     table.add_row("quantized layers", size(packed.bytes), size(dense.bytes), ratio)
-    _print(table)
+    write(table)
     stdout.print()
     names = ("rows x cols", "layers", "kernel", "packed", "dense", "ratio", "of bandwidth")
-    table = _table(*names, left=(0, 2))
+    table = columns(*names, left=(0, 2))
     for shape in report.shapes:
         table.add_row(
             f"{shape.rows} x {shape.cols}",
@@ -288,5 +289,5 @@ def speed(report: Any) -> None:
             f"{shape.dense_microseconds / shape.microseconds:.2f}x",
             f"{shape.bandwidth:.0%}",
         )
-    _print(table)
+    write(table)
     stdout.print(f"memory bandwidth {size(report.bandwidth)}/s, measured in this run")
