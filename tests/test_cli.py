@@ -381,7 +381,8 @@ def test_eval_of_both_models(optq, words, folder, text, tmp_path):
     measured = []
     for model in (folder, tmp_path / "out"):
         done = optq("eval", model, "--text", text, "--device", "cpu", "--json").json
-        assert done.keys() == {"model", "text", "seqlen", "tokens", "perplexity"}
+        keys = {"model", "text", "seqlen", "tokens", "perplexity"}
+        assert done.keys() == keys | ({"completions"} if model != folder else set())
         assert (done["model"], done["text"], done["seqlen"]) == (str(model), str(text), 64)
         assert done["tokens"] > 1000 and done["tokens"] % 63 == 0
         measured.append(done["perplexity"])
@@ -434,7 +435,9 @@ def test_eval_of_tasks(optq, harness, folder, text):
     assert harness == [(["piqa", "lambada"], 5), (["piqa", "lambada"], None)]
     lines = [line.split() for line in optq(*words).out.splitlines()]
     assert lines == [
+        ["task", "metric", "score"],
         ["piqa", "acc", "0.2500"], ["lambada", "acc", "1.0000"], ["lambada", "perplexity", "-"],
+        ["next:", "optq", "quantize", str(folder), "OUT"],
     ]  # fmt: skip
 
 
@@ -776,6 +779,8 @@ def test_the_last_line_says_what_to_do_next(
         (words, f"optq eval {out}, or optq inspect {out}, or optq generate {out} PROMPT"),
         (["inspect", out], f"optq eval {out}"),
         (["inspect", folder], f"optq quantize {folder} OUT"),
+        (["eval", out, folder, "--text", text], f"optq report {out}"),
+        (["eval", folder, "--text", text], f"optq quantize {folder} OUT"),
         (["bench", out, "--device", "cpu"], f"optq generate {out} PROMPT"),
         (
             ["export", out, v2, "--format", "gptq_v2"],

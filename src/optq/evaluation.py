@@ -131,11 +131,7 @@ class Evaluation:
             self.progress(0, 1, f"{opened.name}: completions")
             own = continued(model, opened.tokenizer)
             completions = beside(own, dense.written if dense else None)
-        tasks = {}
-        if self.shots is not None:
-            first = "" if self.shots.limit is None else f", first {self.shots.limit}"
-            scores = self.shots.run(model, opened.tokenizer)
-            tasks = {f"{task}{first}": found for task, found in scores.items()}
+        tasks = self.shots.run(model, opened.tokenizer) if self.shots else {}
         findings = Findings(
             optq=__version__,
             model=opened.checkpoint.folder.resolve().name,
@@ -162,6 +158,9 @@ class Evaluation:
     def _keep(self, opened: _Opened, findings: Findings) -> None:
         if opened.before is None:
             return
+        if self.shots is not None and self.shots.limit is not None:  # no scores of the task
+            some = {f"{n}, first {self.shots.limit}": each for n, each in findings.tasks.items()}
+            findings = findings.model_copy(update={"tasks": some})
         folder = opened.checkpoint.folder
         try:
             opened.before.with_later(findings).write(folder)

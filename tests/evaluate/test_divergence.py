@@ -38,9 +38,7 @@ def by_hand(model, dense, windows, common=None):
     """
     kl, same, losses = [], [], []
     with torch.no_grad():
-        every = [
-            each(input_ids=windows).logits[:, :-1].double().numpy() for each in (model, dense)
-        ]
+        every = [each(input_ids=windows).logits[:, :-1].double().numpy() for each in (model, dense)]
     for window, q, p in zip(windows, *every, strict=True):
         pair = []
         for z in (q, p):

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from optq.errors import DataError, NumericsError, not_finite_remedy
+from optq.model.predictions import BATCH_TOKENS, Predictions
 
 POSITIONS = 256  # whose float32 logits are held at one time
 
@@ -57,12 +58,12 @@ class Perplexity:
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Predictions,
     windows: Int[Tensor, "windows seqlen"],
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """The model's perplexity on token ids; ``seqlen`` must be 2 or more.
+    """The model's perplexity on token ids, or that of what is kept of one; ``seqlen`` is 2 or more.
 
     ``batch_tokens``: about as many tokens go through the model at once, one window at least.
     ``progress(done, total)`` is called with windows after each batch. The model runs in evaluation
@@ -76,14 +77,15 @@ def perplexity(
         losses = _losses(logits, ids).cpu().double()  # not every device has float64
         del logits  # before the next ones are made
         sums[start : start + len(ids)] = losses.sum(1)
-        require_finite(losses, start, "the model", model.dtype)
+        dtype = model.head.dtype if isinstance(model, Predictions) else model.dtype
+        require_finite(losses, start, "the model", dtype)
         if progress is not None:
             progress(start + len(ids), len(windows))
     return Perplexity.of(sums, windows.shape[1] - 1)
 
 
 def in_batches(
-    model: PreTrainedModel, windows: Int[Tensor, "windows seqlen"], batch_tokens: int
+    model: PreTrainedModel | Predictions, windows: Int[Tensor, "windows seqlen"], batch_tokens: int
 ) -> Iterator[tuple[int, Int[Tensor, "batch seqlen"], Float[Tensor, "batch seqlen vocabulary"]]]:
     """The index of the first, the ids and the logits of some windows, until all are done.
 
@@ -97,6 +99,11 @@ def in_batches(
             "use at least one window of 2 tokens",
         )
     at_once = max(1, batch_tokens // seqlen)
+    if isinstance(model, Predictions):
+        for start in range(0, count, at_once):
+            ids = windows[start : start + at_once].to(model.head.device, torch.int64)
+            yield start, ids, model.logits(start, len(ids))
+        return
     with _evaluation_mode(model):
         for start in range(0, count, at_once):
             ids = windows[start : start + at_once].to(model.device, torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optq.findings import Completed, Findings
-from optq.report.tables import columns, stdout, write
+from optq.report.tables import columns, plus, stdout, write
 
 Found = Sequence[tuple[str, Findings]]  # each model as it was named, and what was found of it
 SHOWN = 48  # characters of a completion
@@ -20,11 +20,6 @@ def show(found: Found, dense: str | None) -> None:
     for model, findings in found:
         if findings.completions:
             _completions(model, findings.completions, dense)
-
-
-def plus(value: float, error: float | None, form: str = ".4f") -> str:
-    """A number with its standard error, where it has one."""
-    return f"{value:{form}}" + ("" if error is None else f" ±{error:{form}}")
 
 
 def _on_texts(found: Found, dense: str | None) -> None:
@@ -73,7 +68,9 @@ def _completions(model: str, completions: Sequence[Completed], dense: str | None
     faults = [each for each in completions if each.fault]
     said = "nothing repeats itself or has invalid bytes"
     if faults:
-        said = f"{len(faults)} of {len(completions)} are not what a text should be"
+        said = f"{len(faults)} of {len(completions)} end in a loop or have invalid bytes"
+        if dense is None:
+            said += " (--against the dense model tells whether it does so too)"
     if any(each.dense is not None for each in completions):
         same = sum(each.dense is not None and each.differs is None for each in completions)
         said += f"; {same} of {len(completions)} are {dense}'s"

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optq.record import Choice
+from optq.report.found import lines_of
 
 # What users call their files is not markup.
 stdout = Console(highlight=False, markup=False, emoji=False)
@@ -51,12 +52,16 @@ def columns(*names: str, left: tuple[int, ...] = (0,)) -> Table:
     return table
 
 
-def write(table: Table) -> None:
-    """Without bars where a terminal is too narrow; elsewhere without blanks that end a line."""
+def write(table: Table, spare: Sequence[str] = ()) -> None:
+    """Elsewhere than on a terminal without blanks that end a line.
+
+    Where a terminal is too narrow, without bars, and then without the columns ``spare``, in turn.
+    """
     if stdout.is_terminal:
-        wanted = Measurement.get(stdout, stdout.options.update_width(1000), table).maximum
-        if wanted > stdout.width and table.columns[-1].header == BARS:
-            table.columns.pop()
+        for name in (BARS, *spare):
+            wanted = Measurement.get(stdout, stdout.options.update_width(1000), table).maximum
+            if wanted > stdout.width:
+                table.columns = [each for each in table.columns if each.header != name]
         stdout.print(table)
         return
     with stdout.capture() as text:
@@ -87,7 +92,7 @@ def checkpoint(what: Mapping[str, Any]) -> None:
     answers = {True: "yes", False: "no", None: "not known"}
     lines = {each["tool"]: f"{answers[each['loads']]}: {each['why']}" for each in what["loads"]}
     for name, value in what.items():
-        if name in ("loads", "layers"):
+        if name in ("loads", "layers", "evaluated"):
             continue
         if name.endswith("bytes"):
             lines[name.replace("bytes", "size").replace("_", " ")] = size(value)
@@ -95,7 +100,7 @@ def checkpoint(what: Mapping[str, Any]) -> None:
             lines[name] = ", ".join(f"{key} {each}" for key, each in value.items())
         elif value is not None:
             lines[name.replace("_", " ")] = str(value)
-    facts(lines)
+    facts(lines | lines_of(what.get("evaluated", {})))
     if what["layers"]:
         stdout.print()
         layers(what["layers"])
@@ -136,11 +141,16 @@ def duration(seconds: float) -> str:
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Methods side by side; bars compare the rises at the same bits and groups."""
+    """Methods side by side; bars compare the rises at the same bits and groups.
+
+    Divergence and agreement have columns where any row knows them.
+    """
     groups = len({row["groupsize"] for row in rows[1:]}) > 1
     names = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
     left = (1 + groups, 7 + groups)  # the method and the bar
-    table = columns(*names, "perplexity", "rise", "seconds", BARS, left=left)
+    far = ("divergence", "agreement") if any(row.get("divergence") for row in rows) else ()
+    left = (*left[:1], left[1] + len(far))
+    table = columns(*names, "perplexity", "rise", *far, "seconds", BARS, left=left)
     for row in rows:
         same = [r for r in rows if (r["wbits"], r["groupsize"]) == (row["wbits"], row["groupsize"])]
         plain = row["method"] == "none"
@@ -152,7 +162,8 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['bits_per_weight']:.2f}",
             size(row["bytes"]),
             f"{row['perplexity']:.2f}",
-            "" if plain else f"{row['rise']:+.2f}",
+            "" if plain else plus(row["rise"], row.get("rise_error"), "+.2f"),
+            *(_far(row) if far and not plain else [""] * len(far)),
             "" if plain else f"{row['seconds']:.1f}",
             _bar(
                 max(row["rise"], 0),
@@ -161,7 +172,23 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> None:
             ),
             end_section=row is same[-1],
         )
-    write(table)
+    write(table, ("seconds", "layers", "agreement"))
+    if far:
+        stdout.print("divergence: KL(full precision || quantized), nats a token")
+        stdout.print("agreement: tokens where both find the same next one likeliest")
+    if any(row.get("rise_error") for row in rows):
+        stdout.print("±: standard error over the windows, which all models read")
+
+
+def _far(row: Mapping[str, Any]) -> list[str]:
+    if row.get("divergence") is None:  # a row that an older version has kept
+        return ["-", "-"]
+    return [plus(row["divergence"], row["divergence_error"]), f"{row['agreement']:.1%}"]
+
+
+def plus(value: float, error: float | None, form: str = ".4f") -> str:
+    """A number with its standard error, where it has one."""
+    return f"{value:{form}}" + ("" if error is None else f" ±{error:{form.lstrip('+')}}")
 
 
 def chosen(choices: Sequence[Choice]) -> list[dict[str, Any]]:
