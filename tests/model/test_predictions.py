@@ -1,4 +1,4 @@
-"""What is kept of a model predicts what the model does: of every row of the zoo, streamed or not."""
+"""What is kept of a model predicts what it does: of every row of the zoo, streamed or not."""
 
 import pytest
 import torch

@@ -62,7 +62,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         what["bits_per_weight"] = round(made.bits_per_weight, 3)
     findings = checkpoint.folder / FINDINGS
     if findings.is_file():
-        found = Findings.read(findings)
+        known = Findings.read(findings)
         hidden = {"texts": {"__all__": {"losses"}}}
-        what["evaluated"] = found.model_dump(include={"texts", "tasks"}, exclude=hidden)
+        what["evaluated"] = known.model_dump(include={"texts", "tasks"}, exclude=hidden)
     return what

@@ -61,6 +61,11 @@ class Head:
         self.nothing.hidden = hidden
         try:
             return self.model(input_ids=ids, use_cache=False).logits
+        except AttributeError as error:
+            raise ModelError(
+                f"{type(self.model).__name__} cannot predict from what its head reads: {error}",
+                "leave --against out, and report this model",
+            ) from error
         finally:
             handle.remove()
             self.nothing.hidden = None
@@ -170,18 +175,14 @@ class _Kept:
     """What the head reads of ``windows``, in memory, or in an unnamed file where that is short."""
 
     def __init__(self, windows: Tensor) -> None:
-        self.windows, self._hidden = windows, None
-
-    @property
-    def hidden(self) -> Tensor:
-        assert self._hidden is not None
-        return self._hidden
+        self.windows = windows
+        self.hidden = windows.new_empty(0)  # of a width that is not known yet
 
     def put(self, first: int, hidden: Tensor) -> None:
-        if self._hidden is None:
+        if not len(self.hidden):
             shape = (*self.windows.shape, hidden.shape[-1])
-            self._hidden = _room(torch.empty(shape, dtype=hidden.dtype, device="meta"))
-        self._hidden[first : first + len(hidden)] = hidden
+            self.hidden = _room(torch.empty(shape, dtype=hidden.dtype, device="meta"))
+        self.hidden[first : first + len(hidden)] = hidden
 
 
 def _room(like: Tensor) -> Tensor:

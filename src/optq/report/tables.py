@@ -21,15 +21,6 @@ if not stdout.is_terminal:  # a file or a pipe has no width: nothing is folded
     stdout = Console(highlight=False, markup=False, emoji=False, width=1000)
 
 BARS = ""  # the header of a column that a table can do without
-TITLES = {
-    "none": "full precision",
-    "rtn": "round to nearest",
-    "plain": "GPTQ, plain",
-    "no-qep": "GPTQ, no QEP",
-    "gptq": "GPTQ",
-    "best": "GPTQ, tuned",
-    "budget": "GPTQ, within a budget",
-}
 
 
 def size(count: float) -> str:
@@ -70,7 +61,7 @@ def write(table: Table, spare: Sequence[str] = ()) -> None:
         print(line.rstrip())
 
 
-def _bar(value: float, most: float, width: int = 30, color: str = "default") -> Bar | Text:
+def bar(value: float, most: float, width: int = 30, color: str = "default") -> Bar | Text:
     """Blocks; number signs where the stream's encoding may have no blocks."""
     if stdout.options.ascii_only:
         return Text("#" * round(width * value / most))
@@ -140,52 +131,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def compared(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Methods side by side; bars compare the rises at the same bits and groups.
-
-    Divergence and agreement have columns where any row knows them.
-    """
-    groups = len({row["groupsize"] for row in rows[1:]}) > 1
-    names = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
-    left = (1 + groups, 7 + groups)  # the method and the bar
-    far = ("divergence", "agreement") if any(row.get("divergence") for row in rows) else ()
-    left = (*left[:1], left[1] + len(far))
-    table = columns(*names, "perplexity", "rise", *far, "seconds", BARS, left=left)
-    for row in rows:
-        same = [r for r in rows if (r["wbits"], r["groupsize"]) == (row["wbits"], row["groupsize"])]
-        plain = row["method"] == "none"
-        groupsize = "row" if row["groupsize"] == -1 else str(row["groupsize"])
-        table.add_row(
-            str(row["wbits"]),
-            *((("" if plain else groupsize),) if groups else ()),
-            TITLES[row["method"]],
-            f"{row['bits_per_weight']:.2f}",
-            size(row["bytes"]),
-            f"{row['perplexity']:.2f}",
-            "" if plain else plus(row["rise"], row.get("rise_error"), "+.2f"),
-            *(_far(row) if far and not plain else [""] * len(far)),
-            "" if plain else f"{row['seconds']:.1f}",
-            _bar(
-                max(row["rise"], 0),
-                max(r["rise"] for r in same) or 1.0,
-                color="red" if row["method"] == "rtn" else "cyan",
-            ),
-            end_section=row is same[-1],
-        )
-    write(table, ("seconds", "layers", "agreement"))
-    if far:
-        stdout.print("divergence: KL(full precision || quantized), nats a token")
-        stdout.print("agreement: tokens where both find the same next one likeliest")
-    if any(row.get("rise_error") for row in rows):
-        stdout.print("±: standard error over the windows, which all models read")
-
-
-def _far(row: Mapping[str, Any]) -> list[str]:
-    if row.get("divergence") is None:  # a row that an older version has kept
-        return ["-", "-"]
-    return [plus(row["divergence"], row["divergence_error"]), f"{row['agreement']:.1%}"]
-
-
 def plus(value: float, error: float | None, form: str = ".4f") -> str:
     """A number with its standard error, where it has one."""
     return f"{value:{form}}" + ("" if error is None else f" ±{error:{form.lstrip('+')}}")
@@ -217,7 +162,7 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
             f"{choice['errors'][choice['wbits']]:.2%}",
             f"{choice['sensitivity']:.3f}",
             *(f"{1e3 * left[wbits]:.3g}" if wbits in left else "-" for wbits in every),
-            _bar(left[choice["wbits"]], most, width=20),
+            bar(left[choice["wbits"]], most, width=20),
         )
     write(table)
     stdout.print("at 2, ..: how far predictions diverge at 2 bits, in millinats a token, estimated")
@@ -232,7 +177,7 @@ def stages(seconds: Mapping[str, float]) -> None:
     parts = {stage: value for stage, value in seconds.items() if stage != "total"}
     parts["other"] = max(total - sum(parts.values()), 0)
     for stage, value in parts.items():
-        table.add_row(stage, f"{value:.1f}", _bar(value, total))
+        table.add_row(stage, f"{value:.1f}", bar(value, total))
     table.add_row("total", f"{total:.1f}", "")
     write(table)
 
@@ -268,7 +213,7 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
             f"{record['error']:.3g}",
             f"{record['relative_error']:.2%}",
             f"{record['error'] / rounding:.0%}" if rounding else "-",
-            _bar(record["relative_error"], most, width=20),
+            bar(record["relative_error"], most, width=20),
         )
     write(table)
 
