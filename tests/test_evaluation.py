@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_several_models_and_texts(plain, packed, texts, monkeypatch):
     def loaded(*args):
         model = load(*args)
         loads.append(sum(each() is not None for each in alive))
-        alive.append(__import__("weakref").ref(model.model))
+        alive.append(weakref.ref(model.model))
         return model
 
     monkeypatch.setattr(evaluation.reader, "load_checkpoint", loaded)
