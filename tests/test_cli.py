@@ -449,7 +449,9 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
     )
     own = tasks.TaskManager
-    monkeypatch.setattr(tasks, "TaskManager", lambda: own(include_path=str(place), include_defaults=False))
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda: own(include_path=str(place), include_defaults=False)
+    )
     optq(*words, "--wbits", "3")
     said = ["optq", "eval", tmp_path / "out", "--tasks", "optq_local", "--device", "cpu", "--json"]
     monkeypatch.setattr(sys, "argv", [*map(str, said)])
@@ -841,6 +843,10 @@ def test_the_last_line_says_what_to_do_next(
     compared += ["--groupsize", 32, "--wbits", "3,2", "--methods", "rtn,plain"]
     compared += ["--results", tmp_path / "rows.jsonl", "--device", "cpu"]
     settings = f"--groupsize 32 --calib {text} --nsamples 4 --seqlen 32"
+    optq(*compared)
+    kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()[1:]]
+    won = min(kept, key=lambda row: row["perplexity"])  # of a random model it may be any
+    best = f"{'--plain' if won['method'] == 'plain' else '--method rtn'} --wbits {won['wbits']}"
     for run, wanted in (
         ([*words, "--dry-run"], "the same command without --dry-run"),
         (words, f"optq eval {out}, or optq inspect {out}, or optq generate {out} PROMPT"),
@@ -854,7 +860,7 @@ def test_the_last_line_says_what_to_do_next(
             f"optq inspect {v2}",
         ),
         (["export", out, gguf, "--format", "gguf"], f"llama-cli -m '{gguf}'"),
-        (compared, f"optq quantize {folder} OUT --plain --wbits 3 {settings}"),
+        (compared, f"optq quantize {folder} OUT {best} {settings}"),
         (["demo"], "optq quantize MODEL OUT, of a folder or a hub id in the place of MODEL"),
     ):
         said = optq(*run).out.replace("\x1b[1m", "").replace("\x1b[0m", "")

@@ -47,8 +47,7 @@ def after_comparison(
 def after_evaluation(models: Sequence[str], quantized: Sequence[str]) -> str:
     """See the report of what is quantized; quantize what is not."""
     if quantized:
-        first, *others = quantized
-        return command("report", first, *(word for each in others for word in ("--with", each)))
+        return command("report", quantized[0])
     return command("quantize", models[0], "OUT")
 
 
