@@ -31,6 +31,7 @@ from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.predictions import Predictions, predictions
 from optq.model.source import sequence_length
+from optq.result import Result
 from optq.runner import Runner
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
@@ -76,7 +77,8 @@ class Row:
 class Comparison:
     """What is compared on what. ``calib`` and ``text`` are SPECs of :mod:`optq.data`.
 
-    ``budgets`` are bits per weight within which each layer has a width of its own.
+    ``budgets`` are bits per weight within which each layer has a width of its own; ``done`` is
+    called with each row that was measured, and what its run gave.
     """
 
     config: ModelConfig
@@ -90,6 +92,7 @@ class Comparison:
     seed: int = 0
     skip: str | None = None
     budgets: Sequence[float] = ()
+    done: Callable[[Row, Result], object] = lambda *_: None
 
     def run(self, results: Path | None = None, progress: Update = lambda *_: None) -> list[Row]:
         """All rows, the full-precision model first.
@@ -153,7 +156,9 @@ class Comparison:
         result = runner.run()
         seconds = time.perf_counter() - start
         found = divergence(result.model.to(self.config.torch_device()), dense, windows)
-        return _row(setting, result.bits_per_weight, result.bytes, found, seconds)
+        row = _row(setting, result.bits_per_weight, result.bytes, found, seconds)
+        self.done(row, result)
+        return row
 
     def _quantizer(self, method: str, wbits: float, groupsize: int) -> Solver | Mixed:
         named = [name for name in COMPARED if name != "budget"]
@@ -241,7 +246,9 @@ class Rows:
             raise OutputError.of(self.path, error, "--results") from error
 
 
-def demo_rows(device: str, progress: Update) -> list[Row]:
+def demo_rows(
+    device: str, progress: Update, done: Callable[[Row, Result], object] = lambda *_: None
+) -> list[Row]:
     """The bundled model as it is, rounded, and with GPTQ, at 4, 3 and 2 bits."""
     comparison = Comparison(
         ModelConfig("demo", device),
@@ -252,5 +259,6 @@ def demo_rows(device: str, progress: Update) -> list[Row]:
         text="demo",
         nsamples=DEMO_SAMPLES,
         seqlen=DEMO_SEQLEN,
+        done=done,
     )
     return comparison.run(progress=progress)

@@ -9,6 +9,8 @@ kept. A model that does not fit into memory passes block by block.
 
 from __future__ import annotations
 
+import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -167,7 +169,7 @@ def _head(model: Any) -> Any:
 def _headless(model: Any) -> ModelError:
     return ModelError(
         f"{type(model).__name__} has no head whose predictions could be compared",
-        "leave --against out",
+        "measure its perplexity alone, with optq eval and without --against",
     )
 
 
@@ -189,10 +191,12 @@ def _room(like: Tensor) -> Tensor:
     if like.nbytes <= SHARE * free(torch.device("cpu")):
         return torch.empty_like(like, device="cpu")
     try:
-        with tempfile.NamedTemporaryFile() as file:
+        with tempfile.TemporaryFile() as file:
             file.truncate(like.nbytes)
-            mapped = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
-            return mapped.view(like.shape)
+            if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, and not later
+                os.posix_fallocate(file.fileno(), 0, like.nbytes)
+            mapped = mmap.mmap(file.fileno(), like.nbytes)
+        return torch.frombuffer(mapped, dtype=like.dtype).view(like.shape)
     except OSError as error:
         raise OutputError(
             f"what is kept of the predictions has no room in {tempfile.gettempdir()}",
