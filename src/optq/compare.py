@@ -1,4 +1,4 @@
-"""Compare quantizers by the perplexity that they leave."""
+"""Compare quantizers by what they leave of a model: its perplexity, and its predictions."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, OutputError, SettingError
+from optq.evaluate.divergence import Divergence, divergence
 from optq.evaluate.perplexity import perplexity
 from optq.formats import FORMATS
 from optq.formats.fit import check_layers
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
+from optq.model.predictions import Predictions, predictions
 from optq.model.source import sequence_length
 from optq.result import Result
 from optq.runner import Runner
@@ -49,7 +51,12 @@ COMPARED: dict[str, Callable[[Any, int], Solver | Mixed]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One quantizer on one model; ``method`` is ``none`` for the model as it is."""
+    """One quantizer on one model; ``method`` is ``none`` for the model as it is.
+
+    ``divergence`` and ``agreement`` are those of :mod:`optq.evaluate.divergence` from the model as
+    it is: None of that itself, and of rows that an older OPTQ has kept. Errors are standard errors
+    over the windows, the rise's of their paired differences.
+    """
 
     method: str
     wbits: float  # or bits per weight, of a budget
@@ -59,6 +66,11 @@ class Row:
     perplexity: float
     rise: float = 0.0  # over the model as it is
     seconds: float = 0.0  # of quantizing
+    rise_error: float | None = None
+    divergence: float | None = None
+    divergence_error: float | None = None
+    agreement: float | None = None
+    agreement_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class Comparison:
     """What is compared on what. ``calib`` and ``text`` are SPECs of :mod:`optq.data`.
 
     ``budgets`` are bits per weight within which each layer has a width of its own; ``done`` is
-    called with each row that was measured, and what its run gave.
+    called with each row that was measured, what its run gave, and what was measured.
     """
 
     config: ModelConfig
@@ -80,7 +92,7 @@ class Comparison:
     seed: int = 0
     skip: str | None = None
     budgets: Sequence[float] = ()
-    done: Callable[[Row, Result], object] = lambda *_: None
+    done: Callable[[Row, Result, Divergence], object] = lambda *_: None
 
     def run(self, results: Path | None = None, progress: Update = lambda *_: None) -> list[Row]:
         """All rows, the full-precision model first.
@@ -111,19 +123,23 @@ class Comparison:
             tokens = calibration_tokens(self.calib, tokenizer, self.nsamples, seqlen, self.seed)
         steps = len(settings) + 1
         progress(0, steps, "full precision")
+        size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
+        del blocks, layers
+        dense: Predictions | None = None
+        if tokens is not None or common not in kept.rows:
+            dense = predictions(model, [windows])[0]
+        del model
         if common not in kept.rows:
-            size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
-            measured = perplexity(model, windows).perplexity
+            assert dense is not None
+            measured = perplexity(dense, windows).perplexity
             kept.add(common, Row("none", bits, -1, bits, size, measured))
-        del model, blocks, layers
-        full = kept.rows[common]
         for step, (setting, key) in enumerate(keys.items(), start=1):
             method, wbits, groupsize = setting
             progress(step, steps, f"{method} at {wbits} bits, groupsize {groupsize}")
             if key not in kept.rows:
-                assert tokens is not None
-                kept.add(key, self._measure(setting, quantizers[setting], tokens, windows, full))
-        return [full, *(kept.rows[key] for key in keys.values())]
+                assert tokens is not None and dense is not None
+                kept.add(key, self._measure(setting, quantizers[setting], tokens, windows, dense))
+        return [kept.rows[common], *(kept.rows[key] for key in keys.values())]
 
     def _measure(
         self,
@@ -131,7 +147,7 @@ class Comparison:
         quantizer: Solver | Mixed,
         tokens: Tensor,
         windows: Tensor,
-        full: Row,
+        dense: Predictions,
     ) -> Row:
         start = time.perf_counter()
         propagates = self._propagates(setting)
@@ -139,11 +155,9 @@ class Comparison:
         runner.tune = _tune(setting)
         result = runner.run()
         seconds = time.perf_counter() - start
-        model = result.model.to(self.config.torch_device())
-        measured = perplexity(model, windows).perplexity
-        rise = measured - full.perplexity
-        row = Row(*setting, result.bits_per_weight, result.bytes, measured, rise, seconds)
-        self.done(row, result)
+        found = divergence(result.model.to(self.config.torch_device()), dense, windows)
+        row = _row(setting, result.bits_per_weight, result.bytes, found, seconds)
+        self.done(row, result, found)
         return row
 
     def _quantizer(self, method: str, wbits: float, groupsize: int) -> Solver | Mixed:
@@ -168,6 +182,25 @@ class Comparison:
         numbers = (self.nsamples, self.seqlen, self.seed, self.calib, self.text, self.skip)
         where = (__version__, self.config.torch_device().type, self.config.dtype)
         return hashlib.sha256(repr((sorted(files), numbers, where)).encode()).hexdigest()[:16]
+
+
+def _row(
+    setting: tuple[str, float, int], bits: float, size: int, found: Divergence, seconds: float
+) -> Row:
+    own, full, error = found.own.perplexity, found.dense.perplexity, found.ratio_error
+    return Row(
+        *setting,
+        bits_per_weight=bits,
+        bytes=size,
+        perplexity=own,
+        rise=own - full,
+        seconds=seconds,
+        rise_error=None if error is None else full * error,
+        divergence=found.mean,
+        divergence_error=found.mean_error,
+        agreement=found.agreement,
+        agreement_error=found.agreement_error,
+    )
 
 
 def _tune(setting: tuple[str, float, int]) -> str | None:
@@ -214,7 +247,9 @@ class Rows:
 
 
 def demo_rows(
-    device: str, progress: Update, done: Callable[[Row, Result], object] = lambda *_: None
+    device: str,
+    progress: Update,
+    done: Callable[[Row, Result, Divergence], object] = lambda *_: None,
 ) -> list[Row]:
     """The bundled model as it is, rounded, and with GPTQ, at 4, 3 and 2 bits."""
     comparison = Comparison(

@@ -11,7 +11,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from optq import __version__
-from optq.cli import compare, quantize, report, use  # noqa: F401  their commands register themselves
+
+# Their commands register themselves.
+from optq.cli import compare, evaluate, quantize, report, use  # noqa: F401
 from optq.cli.app import app
 from optq.errors import OptqError, PeerError
 
