@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from optq.compare import Row
     from optq.evaluate.divergence import Divergence
     from optq.model.checkpoint import Checkpoint
-    from optq.result import Result
     from optq.report.page.known import Known
+    from optq.result import Result
 
 
 @app.command()

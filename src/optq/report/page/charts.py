@@ -14,13 +14,19 @@ from typing import Any
 
 import altair as alt
 
+
+def ours(name: str) -> str:
+    """A color that ``page.css`` gives, in light and in dark."""
+    return f"var(--{name})"
+
+
 PERCENT = ".3~p"  # three significant digits
-SERIES = tuple(f"var(--series-{index})" for index in range(7))  # in page.css
+SERIES = tuple(ours(f"series-{index}") for index in range(7))
 TEXT = {
-    **{"labelColor": "var(--ink)", "titleColor": "var(--muted)", "titleFontWeight": 500},
+    **{"labelColor": ours("ink"), "titleColor": ours("muted"), "titleFontWeight": 500},
     **{"labelFontSize": 12, "titleFontSize": 12},
 }
-LINES = {"gridColor": "var(--line)", "domainColor": "var(--line)", "tickColor": "var(--line)"}
+LINES = {"gridColor": ours("line"), "domainColor": ours("line"), "tickColor": ours("line")}
 CONFIG = {
     "background": None,
     "font": "system-ui, 'Segoe UI', Roboto, sans-serif",
@@ -62,12 +68,12 @@ def heat(
     ]
     if field not in ("error", "left", "bits"):
         tooltip.append(alt.Tooltip(f"{field}:Q", title=title, format=form))
-    rects = base.mark_rect(cursor="pointer", stroke="var(--page)", strokeWidth=1).encode(
+    rects = base.mark_rect(cursor="pointer", stroke=ours("page"), strokeWidth=1).encode(
         x=x, y=y, color=color, tooltip=tooltip
     )
     ring = (
         alt.Chart(alt.NamedData("chosen"))
-        .mark_rect(fill=None, stroke="var(--ring)", strokeWidth=3)
+        .mark_rect(fill=None, stroke=ours("ring"), strokeWidth=3)
         .encode(x=x, y=y)
     )
     return _spec(alt.layer(rects, ring).properties(width="container", height=alt.Step(step)))
@@ -95,7 +101,7 @@ def experts(values: Sequence[float], kinds: Sequence[str]) -> dict[str, Any]:
     )
     ring = (
         alt.Chart(alt.NamedData("chosen"))
-        .mark_rect(fill=None, stroke="var(--ring)", strokeWidth=2)
+        .mark_rect(fill=None, stroke=ours("ring"), strokeWidth=2)
         .encode(x=x, y=y)
     )
     return _spec(alt.layer(rects, ring).properties(width="container", height=alt.Step(26)))
