@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @app.command(name="eval")
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Folders, hub ids, or 'demo'.")
+        list[str], typer.Argument(metavar="MODEL", help="Folders, hub ids, or 'demo'.")
     ],
     text: Annotated[
         str | None,
@@ -41,10 +41,11 @@ def evaluate(
 ) -> None:
     """Perplexity of each MODEL, quantized or not, by the paper's protocol; its scores in tasks.
 
-    With --against also the divergence of its predictions from the dense model's. What is found of
-    a quantized model in a folder is kept there, in optq_eval.json. --json: of one model on one
-    text, model, text, seqlen, tokens, perplexity, and where they were asked for against, tasks and
-    completions; else a list, models, of model, texts (of text, seqlen, ..), tasks, completions.
+    With --against, how far its predictions are from the dense model's, too.
+    Of a quantized model in a folder, optq_eval.json keeps what was found.
+    --json: model, text, seqlen, tokens, perplexity, against, tasks, completions,
+    the last three where there are any. Of several models or texts: a list,
+    models, of model, texts (of text, seqlen, ..), tasks and completions.
     """
     from optq.config import ModelConfig
     from optq.evaluate.tasks import ZeroShot
