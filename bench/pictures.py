@@ -17,7 +17,8 @@ from playwright.sync_api import Page, sync_playwright
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 MOST = 200_000  # bytes of a picture
-WIDE = {"width": 1280, "height": 800}
+SCREEN = {"width": 1280, "height": 800}
+LONG = {"width": 1280, "height": 910}
 
 
 def optq(*words: object) -> None:
@@ -56,10 +57,11 @@ def main() -> None:
         page_of = (given or report(Path(folder))).resolve().as_uri()
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for scheme in ("light", "dark"):
-            page = browser.new_page(viewport=WIDE, color_scheme=scheme)  # type: ignore[arg-type]
+            page = browser.new_page(viewport=SCREEN, color_scheme=scheme)  # type: ignore[arg-type]
             page.goto(page_of)
             page.wait_for_selector("html[data-drawn]")
             photograph(page, f"report-{scheme}")
+            page.set_viewport_size(LONG)  # type: ignore[arg-type]
             photograph(page, f"layer-{scheme}", "chosen")
         browser.close()
 

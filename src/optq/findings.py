@@ -19,6 +19,7 @@ from optq.errors import ModelError
 
 FILE = "optq_eval.json"
 VERSION = 1
+BOTH = ", as the dense model does"  # how a fault ends that is the dense model's too
 
 
 class Against(BaseModel):

@@ -10,6 +10,7 @@ import pytest
 import records
 
 from optq.errors import OutputError, SettingError
+from optq.findings import BOTH
 from optq.record import BlockRecord
 from optq.report.page import build, layers, pack, summary, warnings
 from optq.report.page.known import Known, Several
@@ -158,6 +159,14 @@ def test_warnings_of_layers(update, line):
         records.known(made=made.model_copy(update={"layers": layers_}), findings=None)
     )
     assert re.search(line, said), said
+
+
+def test_a_fault_of_both_models_is_no_warning():
+    fault = {"fault": "it repeats itself" + BOTH}
+    both = [each.model_copy(update=fault) for each in records.FINDINGS.completions]
+    known = records.known(findings=records.FINDINGS.model_copy(update={"completions": both}))
+    assert not [line for line in warnings.of(known) if "completions" in line]
+    assert "it repeats itself, as the dense" in build.page(Several([known]))
 
 
 def test_warnings_of_the_whole():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optq.evaluate.generate import Completion, decode
-from optq.findings import Completed
+from optq.findings import BOTH, Completed
 from optq.model.source import positions
 
 PROMPTS = (
@@ -61,7 +61,7 @@ def beside(own: Sequence[Continued], dense: Sequence[Continued] | None) -> list[
     for each in own:
         other, wrong = others.get(each.prompt), each.fault
         if wrong and other and other.fault == wrong:
-            wrong += ", as the dense model does"
+            wrong += BOTH
         differs = None if other is None else first_difference(each.ids, other.ids)
         found.append(
             Completed(

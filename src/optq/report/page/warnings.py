@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from optq.findings import BOTH
 from optq.record import MANY, LayerRecord, RunRecord
 from optq.report.page.known import Known
 from optq.report.said import short_of_tokens
@@ -23,10 +24,11 @@ def of(known: Known) -> list[str]:
 def _of_findings(known: Known) -> list[str]:
     if known.findings is None:
         return []
-    faults = [each for each in known.findings.completions if each.fault]
-    if not faults:
+    completions = known.findings.completions
+    faults = [each for each in completions if each.fault and not each.fault.endswith(BOTH)]
+    if not faults:  # that are the quantized model's own
         return []
-    of_all = f"{len(faults)} of {len(known.findings.completions)} completions"
+    of_all = f"{len(faults)} of {len(completions)} completions"
     return [f"{of_all} went wrong, first on {_short(faults[0].prompt)}: {faults[0].fault}"]
 
 
