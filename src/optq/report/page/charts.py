@@ -186,6 +186,7 @@ def codes() -> dict[str, Any]:
 
 def diagonal() -> dict[str, Any]:
     """The Hessian's diagonal, as means of runs of columns in the order of the sweep."""
+    scale = alt.Scale(type="log", nice=False, padding=8)
     line = (
         alt.Chart(alt.NamedData("runs"))
         .mark_line(interpolate="step", strokeWidth=2, color=SERIES[0])
