@@ -192,9 +192,9 @@ def diagonal() -> dict[str, Any]:
         .mark_line(interpolate="step", strokeWidth=2, color=SERIES[0])
         .encode(
             x=alt.X("column:Q", title="column, in the order of the sweep"),
-            y=alt.Y(
-                "mean:Q", title="mean of diag H", scale=alt.Scale(type="log", nice=False, padding=8)
-            ).axis(format="~g", labelOverlap=True, tickCount=4, grid=False),
+            y=alt.Y("mean:Q", title="mean of diag H", scale=scale).axis(
+                format="~g", labelOverlap=True, tickCount=4, grid=False
+            ),
         )
     )
     points = (
