@@ -7,8 +7,8 @@ passes: CPU tensors without dimensions, CPU tensors as an index, copies between 
 
 It does not follow what reads a tensor's memory or belongs to the CUDA runtime: streams, graphs,
 ``data_ptr``, pinned memory, NCCL. Nor does it know what a GPU's arithmetic rounds otherwise, which
-operators have no CUDA kernel, or that a copy may still be under way. Triton's kernels are handed the
-tensors beneath, and run in its interpreter.
+operators have no CUDA kernel, or that a copy may be under way. Gradients it has none: autograd
+asks the runtime of each device for a stream. Triton's kernels run in its interpreter.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _part(tensor: Tensor, index: Any) -> Tensor:
         else:
             tensor = aten.select(tensor, dim, int(each))
     if not tensors:
-        return tensor if tensor.dim() or index else tensor
+        return tensor
     return aten.index(tensor, [tensors.get(at) for at in range(max(tensors) + 1)])
 
 
