@@ -6,9 +6,10 @@ where torch would refuse it: the commonest fault of code that never saw a GPU. W
 passes: CPU tensors without dimensions, CPU tensors as an index, copies between devices.
 
 It does not follow what reads a tensor's memory or belongs to the CUDA runtime: streams, graphs,
-``data_ptr``, pinned memory, NCCL. Nor does it know what a GPU's arithmetic rounds otherwise, which
-operators have no CUDA kernel, or that a copy may be under way. Gradients it has none: autograd
-asks the runtime of each device for a stream. Triton's kernels run in its interpreter.
+``data_ptr``, storages (so not what moves from the device to files), pinned memory, NCCL. Nor does
+it know what a GPU's arithmetic rounds otherwise, which operators have no CUDA kernel, or that a
+copy may be under way. Gradients it has none: autograd asks the runtime of each device for a
+stream. Triton's kernels run in its interpreter.
 """
 
 from __future__ import annotations
