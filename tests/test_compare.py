@@ -76,6 +76,11 @@ def test_a_comparison(comparison):
     found = divergence(model, predictions(dense, [windows])[0], windows)
     assert (found.mean, found.agreement) == (rows[2].divergence, rows[2].agreement)
     assert rows[2].rise_error == pytest.approx(found.ratio_error * full.perplexity)
+    (without, row) = replace(comparison, methods=("plain",), groupsizes=(32,), far=False).run()
+    assert (without.perplexity, row.perplexity, row.rise) == (
+        full.perplexity, rows[2].perplexity, rows[2].rise,
+    )  # fmt: skip
+    assert row.divergence is row.agreement is row.rise_error is None
     assert seen[-1][:2] == (8, 9) and "gptq at 3 bits" in seen[-1][2]
 
 

@@ -120,12 +120,12 @@ class Evaluation:
                 self.progress(n, of, note)
 
             if dense is None:
-                texts.append(on_text(text, seqlen, perplexity(model, windows, progress=progress)))
+                texts.append(_on_text(text, seqlen, perplexity(model, windows, progress=progress)))
             else:
                 kept = dense.kept[index]
                 found = divergence(model, kept, windows, progress=progress)
-                told = compared_with(dense.name, found)
-                texts.append(on_text(text, seqlen, found.own, told))
+                told = _against(dense.name, found)
+                texts.append(_on_text(text, seqlen, found.own, told))
         if self.texts and (opened.quantized or dense is not None):
             self.progress(0, 1, f"{opened.name}: completions")
             own = continued(model, opened.tokenizer)
@@ -217,7 +217,7 @@ def _tokens(tokenizer: Any) -> str:
     return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def on_text(text: str, seqlen: int, own: Perplexity, against: Against | None = None) -> OnText:
+def _on_text(text: str, seqlen: int, own: Perplexity, against: Against | None = None) -> OnText:
     """What was measured on one text, as it is kept."""
     return OnText(
         text=text,
@@ -229,7 +229,7 @@ def on_text(text: str, seqlen: int, own: Perplexity, against: Against | None = N
     )
 
 
-def compared_with(name: str, found: Divergence) -> Against:
+def _against(name: str, found: Divergence) -> Against:
     """What was measured beside the dense model that is called so."""
     return Against(
         dense=name,

@@ -195,7 +195,7 @@ def test_the_demo_leaves_a_report(monkeypatch, tmp_path, capfd):
     assert out.splitlines()[-1].startswith("next: open optq_demo.html in a browser")
     text = said(tmp_path / DemoReport.FILE)
     assert "demo at 4 bits" in text and "demo at 2 bits" in text
-    assert "same next token" in text and "Perplexity is not measured" not in text
+    assert "on demo; full precision" in text and "To measure it" not in text
     assert [path.name for path in tmp_path.iterdir()] == ["optq_demo.html"]
     few |= {"wbits": (4,)}
     DemoReport.FILE.write_text("mine")

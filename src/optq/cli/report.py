@@ -17,7 +17,6 @@ from optq.errors import ModelError, OtherMethodError, OutputError, SettingError
 
 if TYPE_CHECKING:
     from optq.compare import Row
-    from optq.evaluate.divergence import Divergence
     from optq.model.checkpoint import Checkpoint
     from optq.report.page.known import Known
     from optq.result import Result
@@ -133,21 +132,23 @@ class DemoReport:
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.folder.cleanup()
 
-    def add(self, row: Row, result: Result, found: Divergence) -> None:
+    def add(self, row: Row, result: Result) -> None:
         """Keep what is known of a row."""
         from optq import __version__
         from optq.compare import DEMO_SEQLEN
-        from optq.evaluation import compared_with, on_text
-        from optq.findings import Findings
+        from optq.findings import Findings, OnText
 
         if row.method != "gptq":
             return
         name = f"demo at {row.wbits} bits"
         place = Path(self.folder.name) / name
         result.save(place)
-        text = on_text("demo", DEMO_SEQLEN, found.own, compared_with("demo", found))
+        measured = {"perplexity": row.perplexity, "seqlen": DEMO_SEQLEN}
+        text = OnText(text="demo", tokens=0, losses=[], **measured)
         findings = Findings(optq=__version__, model=name, texts=[text])
-        self.found.append(replace(known(str(place), "demo"), place=name, findings=findings))
+        full = row.perplexity - row.rise
+        told = {"place": name, "findings": findings, "full": full}
+        self.found.append(replace(known(str(place), "demo"), **told))
 
     def write(self) -> Path | None:
         """The file; None, and a word why, where it cannot be written."""

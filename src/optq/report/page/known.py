@@ -18,7 +18,8 @@ class Known:
 
     ``what`` is what :func:`optq.formats.describe.describe` found; ``before`` the bytes of all its
     tensors before they were quantized, and ``exact`` whether that was read from the dense model,
-    or reckoned from shapes. None: not there, or not known.
+    or reckoned from shapes. ``full``: the dense model's perplexity on the first text of the
+    findings, where these do not say it. None: not there, or not known.
     """
 
     place: str  # as it was named
@@ -31,6 +32,7 @@ class Known:
     record: RunRecord | None = None
     times: Times | None = None
     findings: Findings | None = None
+    full: float | None = None
 
     @property
     def name(self) -> str:

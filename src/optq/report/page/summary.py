@@ -89,7 +89,7 @@ def main_text(findings: Findings | None) -> OnText | None:
 def _quality(known: Known) -> dict[str, Any]:
     text, record = main_text(known.findings), known.record
     errors = [] if record is None else [b.error for b in record.blocks if b.error is not None]
-    found: dict[str, Any] = {"text": text, "against": text and text.against}
+    found: dict[str, Any] = {"text": text, "against": text and text.against, "full": known.full}
     found["stream"] = errors[-1] if errors else None
     found["command"] = command_to_measure(known)
     return found
@@ -98,7 +98,7 @@ def _quality(known: Known) -> dict[str, Any]:
 def command_to_measure(known: Known) -> str | None:
     """How to measure what was lost; None where that is done."""
     text = main_text(known.findings)
-    if text is not None and text.against is not None:
+    if text is not None and (text.against is not None or known.full is not None):
         return None
     dense = known.dense or (known.times.model if known.times else "DENSE")
     calib = known.record.calibration.get("text") if known.record else None
