@@ -218,7 +218,6 @@ def _tokens(tokenizer: Any) -> str:
 
 
 def _on_text(text: str, seqlen: int, own: Perplexity, against: Against | None = None) -> OnText:
-    """What was measured on one text, as it is kept."""
     return OnText(
         text=text,
         seqlen=seqlen,
@@ -230,7 +229,6 @@ def _on_text(text: str, seqlen: int, own: Perplexity, against: Against | None = 
 
 
 def _against(name: str, found: Divergence) -> Against:
-    """What was measured beside the dense model that is called so."""
     return Against(
         dense=name,
         perplexity=found.dense.perplexity,

@@ -143,12 +143,12 @@ class DemoReport:
         name = f"demo at {row.wbits} bits"
         place = Path(self.folder.name) / name
         result.save(place)
-        measured = {"perplexity": row.perplexity, "seqlen": DEMO_SEQLEN}
-        text = OnText(text="demo", tokens=0, losses=[], **measured)
+        measured = row.perplexity
+        text = OnText(text="demo", seqlen=DEMO_SEQLEN, tokens=0, perplexity=measured, losses=[])
         findings = Findings(optq=__version__, model=name, texts=[text])
+        made = known(str(place), "demo")
         full = row.perplexity - row.rise
-        told = {"place": name, "findings": findings, "full": full}
-        self.found.append(replace(known(str(place), "demo"), **told))
+        self.found.append(replace(made, place=name, findings=findings, full=full))
 
     def write(self) -> Path | None:
         """The file; None, and a word why, where it cannot be written."""
