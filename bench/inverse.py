@@ -35,9 +35,7 @@ def hessian(n: int) -> Tensor:
 
 def paper(H: Tensor) -> Tensor:
     """``R`` with ``H^-1 = R^T R``."""
-    return torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True
-    )
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 
 def ratios_of(R: Tensor) -> Tensor:
@@ -86,7 +84,9 @@ def main() -> None:
         row["ratio"] = round(median["paper"] / median["ours"], 2)
         truth = ratios_of(paper(exact))
         found = {"paper": ratios_of(paper(H)), "ours": ratios_from(factor(H, 0.0).N)}
-        off = {name: ((x.double() - truth).norm() / truth.norm()).item() for name, x in found.items()}
+        off = {
+            name: ((x.double() - truth).norm() / truth.norm()).item() for name, x in found.items()
+        }
         row["off"] = {name: float(f"{value:.3g}") for name, value in off.items()}
         record["rows"].append(row)
         print(row, flush=True)

@@ -15,6 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -87,7 +88,7 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in models}
         for run in range(arguments.runs + 1):
             for name, model in models.items():
-                took = clock(lambda m=model: m(input_ids=ids, use_cache=False))
+                took = clock(partial(model, input_ids=ids, use_cache=False))
                 if run:  # the first warms up
                     times[name].append(took)
         for name, model in models.items():
