@@ -5,7 +5,9 @@ propagation, calibrated on
 
 - ``code``: the held-out modules that ``demo`` names, of the kind that the model was trained on;
 - ``english``: the language reference that ``help()`` prints (``pydoc_data.topics``), prose;
+- ``mixed``: half of each;
 - ``random``: tokens drawn evenly from the vocabulary;
+- ``none``: round to nearest, for comparison;
 
 by number of sequences, and at one number of tokens by their length. Perplexity and divergence from
 full precision (millinats) are on 64 windows of 512 tokens of the evaluation text, which is code.
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from quality import divergence
 
-from optq import GPTQ, ModelConfig, Runner
+from optq import GPTQ, RTN, ModelConfig, Runner
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
 from optq.data.text import Text
@@ -33,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "calibration.jsonl"
 WBITS, GROUPSIZE, SEQLEN, WINDOWS = 3, 128, 512, 64
 RUNS = [("code", samples, SEQLEN) for samples in (8, 32, 128)]
 RUNS += [("english", samples, SEQLEN) for samples in (8, 32, 128)]
-RUNS += [("mixed", 32, SEQLEN), ("random", 32, SEQLEN)]
+RUNS += [("mixed", 32, SEQLEN), ("random", 32, SEQLEN), ("none", 1, SEQLEN)]
 RUNS += [("code", 64, 256), ("code", 256, 64)]  # as many tokens as 32 of 512
 
 
@@ -44,7 +46,7 @@ def english() -> Text:
 
 
 def tokens(text: str, samples: int, seqlen: int, seed: int, tokenizer: Any) -> torch.Tensor:
-    """Calibration tokens, ``[samples, seqlen]``; ``mixed`` is half code, half English."""
+    """Calibration tokens, ``[samples, seqlen]``."""
     if text == "random":
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(len(tokenizer), (samples, seqlen), generator=generator)
@@ -53,7 +55,7 @@ def tokens(text: str, samples: int, seqlen: int, seed: int, tokenizer: Any) -> t
             tokens(kind, samples // 2, seqlen, seed, tokenizer) for kind in ("code", "english")
         )
         return torch.cat(list(halves))
-    spec = "demo" if text == "code" else english()
+    spec = english() if text == "english" else "demo"
     return calibration_tokens(spec, tokenizer, samples, seqlen, seed)
 
 
@@ -75,7 +77,9 @@ def main() -> None:
                 continue
             start = time.perf_counter()
             ids = tokens(text, samples, seqlen, seed, tokenizer)
-            runner = Runner(ModelConfig("demo", "cpu"), GPTQ(WBITS, GROUPSIZE), qep=True, calib=ids)
+            solver = RTN(WBITS, GROUPSIZE) if text == "none" else GPTQ(WBITS, GROUPSIZE)
+            config, qep = ModelConfig("demo", "cpu"), text != "none"
+            runner = Runner(config, solver, qep=qep, calib=ids)
             quantized = runner.run().model
             row = {"text": text, "samples": samples, "seqlen": seqlen, "seed": seed}
             row["rise"] = round(perplexity(quantized, windows).perplexity - full, 4)

@@ -53,6 +53,8 @@ def errors() -> list[Message]:
         for call, scopes in _calls(tree, [tree]):
             for kind, cause, remedy, line in _parts(call, kinds, scopes):
                 causes, remedies = (_texts(node, scopes) for node in (cause, remedy))
+                if getattr(call.func, "id", "") == "library":  # adds what the library said
+                    causes = tuple(f"{text}: {ANY}" for text in causes)
                 found.append(Message(kind, causes, remedies, module, line))
     return found
 
