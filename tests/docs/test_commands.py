@@ -2,11 +2,12 @@
 
 A command is a line of a block of code that begins with a program's name. Those of ``optq``, also
 behind ``torchrun`` or ``python -m``, are parsed by the command's own parser, wherever they stand,
-and run here in the order of the page, in a folder of their own, with the bundled model as MODEL and
-little text: ``small`` has what is put in. Behind ``torchrun`` the command runs in one process (what
-several do is for ``tests/test_ranks.py``). Not run are blocks after ``<!-- needs: .. -->``
-(``network``, ``gpu``, ``packages``), and benchmarks, which take minutes: of these the file and its
-options must exist. The log of experiments holds what was run then, and is left alone.
+and run here in the order of the page, in a folder of their own, with a tiny model as MODEL and as
+``demo``, one of its checkpoints as OUT, and little text: ``small`` has what is put in. Behind
+``torchrun`` they run in one process (what several do is for ``tests/test_ranks.py``). Not run are
+blocks after ``<!-- needs: .. -->`` (``network``, ``gpu``, ``packages``), and benchmarks, which take
+minutes: of these the file and its options must exist. The log of experiments holds what was run
+then, and is left alone.
 """
 
 import json
@@ -20,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from docs.pages import PAGES, ROOT, Block, blocks
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from optq import cli, compare
-from optq.demo import MODEL
+from optq import GPTQ, ModelConfig, Runner, cli, compare, demo
 from optq.evaluate import speed
 
 OURS = {"optq", "torchrun"}
@@ -33,6 +35,7 @@ OTHERS = {"pip", "git", "vllm", "llama-cli", "llama-server", "hf"}
 NEEDS = {"network", "gpu", "packages"}
 PROGRAM = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\S*/bin/)?(\S+)")
 TEXT = "the other end of the theorem is not as near as it seems, and the rest is read then. " * 40
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
 COMMANDS = typer.main.get_command(cli.app)
 
 
@@ -134,8 +137,7 @@ def test_the_readme_and_the_pages_show_what_they_should():
 def small(words: list[str]) -> list[str]:
     """The same command on little: model, text, sequences and tokens."""
     name, rest = words[0], list(words[1:])
-    places = {"MODEL": "MODEL", "CHATMODEL": "CHATMODEL", "4.2GB": "5.5MB"}
-    rest = [places.get(word, word) for word in rest]
+    rest = ["1.25MB" if word == "4.2GB" else word for word in rest]
 
     def default(option: str, *value: str) -> None:
         if option not in rest:
@@ -154,25 +156,48 @@ def small(words: list[str]) -> list[str]:
     if name == "generate":
         default("--max-new-tokens", "4")
     taken = len(rest) > 1 and Path(rest[1]).exists()
-    if name in ("quantize", "export") and taken and "--dry-run" not in rest:
+    if name in ("quantize", "export") and taken:
         default("--force")
     return [name, *rest]
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """MODEL: a Llama of random weights with the bundled model's tokenizer. OUT: it, quantized."""
+    place = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    tokenizer.chat_template = TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place / "MODEL")
+    tokenizer.save_pretrained(place / "MODEL")
+    calib = torch.randint(len(tokenizer), (2, 64))
+    config = ModelConfig(str(place / "MODEL"), "cpu")
+    Runner(config, GPTQ(4, 128), calib=calib, output=place / "OUT").run()
+    return place
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Where a page's commands run: with the model and the files that the pages name."""
-    shutil.copytree(MODEL, tmp_path / "MODEL")
-    shutil.copytree(MODEL, tmp_path / "CHATMODEL")
-    settings = tmp_path / "CHATMODEL" / "tokenizer_config.json"
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
-    whole = json.loads(settings.read_text()) | {"chat_template": template}
-    settings.write_text(json.dumps(whole))
+def folder(models, tmp_path, monkeypatch):
+    """Where a page's commands run: with the models and the files that the pages name."""
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     for name in ("notes.txt", "held-out.txt", "calibration.txt"):
         (tmp_path / name).write_text(TEXT)
     turns = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT}]
     (tmp_path / "conversations.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "MODEL", tmp_path / "MODEL")
     monkeypatch.setattr(speed, "SECONDS", 0.01)
     monkeypatch.setattr(speed, "BUFFER", 2**20)
     everything = compare.evaluation_tokens
