@@ -67,7 +67,7 @@ def commands(page: Path) -> Iterator[Command]:
         if block.language not in ("bash", "indented"):
             continue
         text = "\n".join(block.lines).replace("\\\n", " ")
-        for line in text.splitlines():
+        for line in map(str.strip, text.splitlines()):
             program = PROGRAM.match(line)
             if program is None or program[1] not in OURS | CHECKED | OTHERS:
                 # Output and formulas are indented too; a fenced block is nothing but commands.
