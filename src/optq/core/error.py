@@ -31,7 +31,8 @@ def damped_error(
     total = torch.zeros(rows, dtype=factored.N.dtype, device=miss.device)
     for tile in tiles(columns):
         product = (N[: tile.stop, tile].T @ miss[: tile.stop]).to(total.dtype)
-        total += factored.squares[tile] @ product.square_()
+        # No product of a vector: those of MKL have a row's bits depend on the threads.
+        total += product.square_().mul_(factored.squares[tile, None]).sum(0)
     return total
 
 
