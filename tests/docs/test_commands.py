@@ -105,6 +105,21 @@ def test_our_commands_parse():
     assert seen == set(COMMANDS.commands), "a command that no page shows"
 
 
+def test_commands_inside_sentences_name_options_that_exist():
+    seen = 0
+    for page in WRITTEN:
+        text = page.read_text(encoding="utf-8")
+        for name, rest in re.findall(r"`optq ([a-z]+)([^`\n]*)`", text):
+            options = {
+                word
+                for each in COMMANDS.commands[name].params
+                for word in (*each.opts, *each.secondary_opts)
+            }
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) <= options, (page.name, rest)
+            seen += 1
+    assert seen > 20
+
+
 def test_benchmarks_and_targets_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     seen = set()
