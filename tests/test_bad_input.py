@@ -709,6 +709,30 @@ def test_a_bad_option_of_eval(optq_says, folder_of, words, expected):
     assert expected in optq_says("eval", folder_of("llama"), "--text", "demo", *words)[0]
 
 
+def test_eval_of_a_model_that_is_named_twice(optq_says, folder_of):
+    folder = folder_of("llama")
+    assert f"{folder} is named twice" in optq_says("eval", folder, folder, "--text", "demo")[0]
+
+
+def test_eval_against_a_model_of_other_tokens(optq_says, folder_of):
+    cause, remedy = optq_says("eval", folder_of("llama"), "--text", "demo", "--against", "demo")
+    assert "different tokens" in cause and "--against" in remedy
+
+
+def test_eval_against_a_model_that_is_not_there(optq_says, folder_of, tmp_path):
+    words = ["--text", "demo", "--against", tmp_path / "none"]
+    assert str(tmp_path / "none") in optq_says("eval", folder_of("llama"), *words)[0]
+
+
+def test_eval_beside_damaged_findings(optq_says, quantized, tmp_path):
+    folder = Path(shutil.copytree(quantized, tmp_path / "out"))
+    (folder / "optq_eval.json").write_text("{")
+    for command in ("eval", "inspect"):
+        words = ["--text", "demo"] if command == "eval" else []
+        cause, remedy = optq_says(command, folder, *words)
+        assert "optq_eval.json is damaged" in cause and "delete it" in remedy
+
+
 def test_eval_of_tasks_alone_reads_no_text(optq_says, folder_of):
     words = ["--tasks", "piqa", "--seqlen", "32"]
     assert (
@@ -840,7 +864,7 @@ def a_record_that_is_cut(folder):
 
 
 def a_record_of_a_newer_version(folder):
-    record = json.loads((folder / "optq.json").read_text()) | {"version": 2}
+    record = json.loads((folder / "optq.json").read_text()) | {"version": 3}
     (folder / "optq.json").write_text(json.dumps(record))
 
 

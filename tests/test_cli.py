@@ -381,7 +381,8 @@ def test_eval_of_both_models(optq, words, folder, text, tmp_path):
     measured = []
     for model in (folder, tmp_path / "out"):
         done = optq("eval", model, "--text", text, "--device", "cpu", "--json").json
-        assert done.keys() == {"model", "text", "seqlen", "tokens", "perplexity"}
+        keys = {"model", "text", "seqlen", "tokens", "perplexity"}
+        assert done.keys() == keys | ({"completions"} if model != folder else set())
         assert (done["model"], done["text"], done["seqlen"]) == (str(model), str(text), 64)
         assert done["tokens"] > 1000 and done["tokens"] % 63 == 0
         measured.append(done["perplexity"])
@@ -389,7 +390,76 @@ def test_eval_of_both_models(optq, words, folder, text, tmp_path):
     shorter = optq("eval", folder, "--text", text, "--seqlen", "16", "--json").json
     assert shorter["seqlen"] == 16 and shorter["tokens"] % 15 == 0
     person = optq("eval", folder, "--text", text).out
-    assert f"{measured[0]:.4f}" in person and "windows of 64 tokens" in person
+    assert person.splitlines()[1].split()[-4:] == ["43", "of", "64", f"{measured[0]:.4f}"]
+
+
+def test_eval_of_several_models_against_a_dense_one(optq, words, folder, text, tmp_path):
+    optq(*words, "--wbits", "3")
+    out, other = tmp_path / "out", tmp_path / "other.txt"
+    other.write_text("the rest of it is as near as the other end. " * 40)
+    both = ["--text", f"{text},{other}", "--device", "cpu"]
+    done = optq("eval", out, folder, *both, "--against", folder, "--json").json
+    assert done.keys() == {"models"} and len(done["models"]) == 2
+    for model, each in zip((out, folder), done["models"], strict=True):
+        assert each.keys() == {"model", "texts", "completions"} and each["model"] == str(model)
+        assert [found["text"] for found in each["texts"]] == [str(text), str(other)]
+    one = optq("eval", out, "--text", text, "--against", folder, "--json").json
+    assert one.keys() == {
+        "model", "text", "seqlen", "tokens", "perplexity", "against", "completions",
+    }  # fmt: skip
+    first = done["models"][0]["texts"][0]
+    assert first == {key: one[key] for key in first}
+    far = one["against"]
+    assert far["dense"] == str(folder) and far["ratio"] * far["perplexity"] == pytest.approx(
+        one["perplexity"]
+    )
+    assert 0 < far["divergence"] < far["divergence_99_9"] and 0 < far["agreement"] < 1
+    kept = json.loads((out / "optq_eval.json").read_text())
+    assert [each["text"] for each in kept["texts"]] == [str(text), str(other)]
+    assert not (folder / "optq_eval.json").exists()
+    told = optq("eval", out, "--text", text, "--against", folder).out
+    assert f"{far['agreement']:.2%}" in told and f"{far['divergence']:.4f} ±" in told
+    assert f"perplexity on {text}" in optq("inspect", out).out
+    assert optq("inspect", out, "--json").json["evaluated"]["texts"][0]["against"] == far
+    optq("export", out, tmp_path / "v2", "--format", "gptq_v2")
+    assert not (tmp_path / "v2" / "optq_eval.json").exists()
+
+
+def test_eval_of_a_local_task(optq, words, tmp_path, monkeypatch, capfd):
+    """Through lm-eval itself, from the command to the file beside the checkpoint."""
+    pytest.importorskip("lm_eval.models.huggingface")
+    import datasets
+    from lm_eval import tasks
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"q": f"{i} and {i} is", "gold": i % 2} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    place = tmp_path / "tasks"
+    place.mkdir()
+    (place / "local.yaml").write_text(
+        f"""task: optq_local
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: '{tmp_path / "rows.jsonl"}'}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: ["the", "of"]
+doc_to_target: "{{{{gold}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    own = tasks.TaskManager
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda: own(include_path=str(place), include_defaults=False)
+    )
+    optq(*words, "--wbits", "3")
+    said = ["optq", "eval", tmp_path / "out", "--tasks", "optq_local", "--device", "cpu", "--json"]
+    monkeypatch.setattr(sys, "argv", [*map(str, said)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    done = Done(end.value.code, *capfd.readouterr()).json  # lm-eval has its own words on stderr
+    assert done["tasks"].keys() == {"optq_local"} and 0 <= done["tasks"]["optq_local"]["acc"] <= 1
+    assert json.loads((tmp_path / "out" / "optq_eval.json").read_text())["tasks"] == done["tasks"]
 
 
 @pytest.fixture
@@ -434,7 +504,9 @@ def test_eval_of_tasks(optq, harness, folder, text):
     assert harness == [(["piqa", "lambada"], 5), (["piqa", "lambada"], None)]
     lines = [line.split() for line in optq(*words).out.splitlines()]
     assert lines == [
+        ["task", "metric", "score"],
         ["piqa", "acc", "0.2500"], ["lambada", "acc", "1.0000"], ["lambada", "perplexity", "-"],
+        ["next:", "optq", "quantize", str(folder), "OUT"],
     ]  # fmt: skip
 
 
@@ -771,18 +843,24 @@ def test_the_last_line_says_what_to_do_next(
     compared += ["--groupsize", 32, "--wbits", "3,2", "--methods", "rtn,plain"]
     compared += ["--results", tmp_path / "rows.jsonl", "--device", "cpu"]
     settings = f"--groupsize 32 --calib {text} --nsamples 4 --seqlen 32"
+    optq(*compared)
+    kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()[1:]]
+    won = min(kept, key=lambda row: row["perplexity"])  # of a random model it may be any
+    best = f"{'--plain' if won['method'] == 'plain' else '--method rtn'} --wbits {won['wbits']}"
     for run, wanted in (
         ([*words, "--dry-run"], "the same command without --dry-run"),
         (words, f"optq eval {out}, or optq inspect {out}, or optq generate {out} PROMPT"),
         (["inspect", out], f"optq eval {out}"),
         (["inspect", folder], f"optq quantize {folder} OUT"),
+        (["eval", out, folder, "--text", text], f"optq report {out}"),
+        (["eval", folder, "--text", text], f"optq quantize {folder} OUT"),
         (["bench", out, "--device", "cpu"], f"optq generate {out} PROMPT"),
         (
             ["export", out, v2, "--format", "gptq_v2"],
             f"optq inspect {v2}",
         ),
         (["export", out, gguf, "--format", "gguf"], f"llama-cli -m '{gguf}'"),
-        (compared, f"optq quantize {folder} OUT --plain --wbits 3 {settings}"),
+        (compared, f"optq quantize {folder} OUT {best} {settings}"),
         (["demo"], "optq quantize MODEL OUT, of a folder or a hub id in the place of MODEL"),
     ):
         said = optq(*run).out.replace("\x1b[1m", "").replace("\x1b[0m", "")

@@ -1,5 +1,7 @@
 """Comparisons as a program makes them; the demo's rows are tested with the command."""
 
+import json
+import re
 from dataclasses import asdict, replace
 from xml.etree import ElementTree
 
@@ -11,8 +13,10 @@ from optq.core.gptq import BEST, PLAIN
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, OutputError, SettingError
+from optq.evaluate.divergence import divergence
 from optq.evaluate.perplexity import perplexity
-from optq.report import chart
+from optq.model.predictions import predictions
+from optq.report import chart, compared, tables
 
 TEXT = "the other end of the theorem is not as near as it seems, and the rest is read then. " * 40
 
@@ -57,6 +61,9 @@ def test_a_comparison(comparison):
     assert full.rise == 0 and full.bits_per_weight == 32
     assert all(row.rise == row.perplexity - full.perplexity for row in rest)
     assert all(row.seconds > 0 and 3 < row.bits_per_weight < 5 for row in rest)
+    assert full.divergence is full.agreement is full.rise_error is None
+    assert all(0 < row.divergence_error < row.divergence for row in rest)
+    assert all(0 < row.agreement < 1 and row.rise_error > 0 for row in rest)
     assert len({row.perplexity for row in rows}) == len(rows)
     # The same run by hand, with the same tokens.
     tokenizer = comparison.config.load()[1]
@@ -64,6 +71,16 @@ def test_a_comparison(comparison):
     model = Runner(comparison.config, GPTQ.plain(3, 32), calib=tokens).run().model
     windows = evaluation_tokens(comparison.text, tokenizer, 32)
     assert perplexity(model, windows).perplexity == rows[2].perplexity
+    dense = comparison.config.load()[0]
+    assert perplexity(dense, windows).perplexity == full.perplexity
+    found = divergence(model, predictions(dense, [windows])[0], windows)
+    assert (found.mean, found.agreement) == (rows[2].divergence, rows[2].agreement)
+    assert rows[2].rise_error == pytest.approx(found.ratio_error * full.perplexity)
+    (without, row) = replace(comparison, methods=("plain",), groupsizes=(32,), far=False).run()
+    assert (without.perplexity, row.perplexity, row.rise) == (
+        full.perplexity, rows[2].perplexity, rows[2].rise,
+    )  # fmt: skip
+    assert row.divergence is row.agreement is row.rise_error is None
     assert seen[-1][:2] == (8, 9) and "gptq at 3 bits" in seen[-1][2]
 
 
@@ -90,6 +107,42 @@ def test_an_interrupted_comparison_goes_on(comparison, tmp_path, monkeypatch):
     replace(comparison, seed=1, methods=("rtn",), groupsizes=(32,)).run(results)
     assert len(made) == 1
     assert comparison.run(results) == again
+
+
+def test_rows_that_an_older_version_has_kept(comparison, tmp_path, capfd):
+    """Are taken as they are: what they do not know is a dash."""
+    results = tmp_path / "rows.jsonl"
+    few = replace(comparison, methods=("rtn",), groupsizes=(32, -1))
+    rows = few.run(results)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    for name in ("rise_error", "divergence", "divergence_error", "agreement", "agreement_error"):
+        del lines[1][name]
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = few.run(results)
+    assert again[1].perplexity == rows[1].perplexity and again[1].divergence is None
+    assert again[2] == rows[2]
+    compared.show([asdict(row) for row in again])
+    told = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert "divergence" in told[0] and "agreement" in told[0]
+    assert told[2].count("-") == 2 and f"{rows[2].divergence:.4f}" in told[3]
+    capfd.readouterr()
+    compared.show([asdict(row) for row in again[:2]])  # nobody knows: no column
+    assert "divergence" not in capfd.readouterr().out
+
+
+def test_a_narrow_terminal_leaves_columns_out(monkeypatch, capfd):
+    from rich.console import Console
+
+    rows = [asdict(row) for row in (ROW, replace(ROW, method="gptq", rise=1.0, rise_error=0.5,
+            divergence=0.1, divergence_error=0.01, agreement=0.5))]  # fmt: skip
+    for width, there, gone in ((130, "seconds", None), (90, "agreement", "seconds")):
+        console = Console(force_terminal=True, width=width, highlight=False)
+        monkeypatch.setattr(tables, "stdout", console)
+        monkeypatch.setattr(compared, "stdout", console)
+        compared.show(rows)
+        said = capfd.readouterr().out
+        assert there in said and "divergence" in said and (gone is None or gone not in said)
+        assert all(len(line) <= width for line in re.sub(r"\x1b\[[\d;]*m", "", said).splitlines())
 
 
 @pytest.mark.parametrize(
@@ -140,6 +193,7 @@ def test_a_place_that_cannot_be_written(comparison, tmp_path):
             write(tmp_path / "nowhere" / "file")
 
 
+ROW = compare.Row("none", 16, -1, 16.0, 1000, 10.0)
 ROWS = [
     asdict(row)
     for row in (

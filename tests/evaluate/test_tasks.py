@@ -19,7 +19,7 @@ def llama():
 
 @pytest.fixture
 def harness(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval.models.huggingface")
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

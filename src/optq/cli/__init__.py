@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from optq import __version__
-from optq.cli import compare, quantize, use  # noqa: F401  their commands register themselves
+from optq.cli import compare, evaluate, quantize, use  # noqa: F401  their commands register themselves
 from optq.cli.app import app
 from optq.errors import OptqError, PeerError
 

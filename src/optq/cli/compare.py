@@ -17,14 +17,14 @@ from optq.cli.solver import fitting_groupsize, tell_groupsize
 def demo(device: Device = "auto", as_json: Json = False) -> None:
     """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model."""
     from optq.compare import demo_rows
-    from optq.report import progress, steps, tables
+    from optq.report import compared, progress, steps
 
     with progress.bar("optq demo") as bar:
         rows = [asdict(row) for row in demo_rows(device, bar)]
     if as_json:
         print_json({"model": "demo", "rows": rows})
         return
-    tables.compared(rows)
+    compared.show(rows)
     steps.show("optq quantize MODEL OUT, of a folder or a hub id in the place of MODEL")
 
 
@@ -53,12 +53,12 @@ def compare(
     chart: Annotated[Path | None, typer.Option(help="An SVG to draw.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Many settings on MODEL with one calibration: size, perplexity, rise, seconds."""
+    """Many settings on MODEL with one calibration: size, perplexity, divergence, seconds."""
     from optq.compare import Comparison
     from optq.config import ModelConfig
     from optq.plan import Skeleton
     from optq.report import chart as svg
-    from optq.report import progress, steps, tables
+    from optq.report import compared, progress, steps
 
     if chart is not None:
         svg.check(chart)
@@ -89,7 +89,7 @@ def compare(
     if as_json:
         print_json({"model": model, "rows": rows})
         return
-    tables.compared(rows)
+    compared.show(rows)
     same = {"calib": calib, "nsamples": None if nsamples == NSAMPLES else nsamples}
     same |= {"seqlen": seqlen, "seed": seed or None, "skip": skip, "dtype": dtype}
     steps.show(steps.after_comparison(model, rows, same))

@@ -1,4 +1,4 @@
-"""Commands that take a model as it is: eval, generate, bench, export, inspect."""
+"""Commands that take a model as it is: generate, bench, export, inspect."""
 
 from __future__ import annotations
 
@@ -7,67 +7,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from optq.cli.app import app, print_json, refuse_given, say, words
-from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model, Seqlen
+from optq.cli.app import app, print_json, refuse_given, say
+from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model
 from optq.errors import SettingError
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Model,
-    text: Annotated[
-        str | None,
-        typer.Option(help="As --calib of quantize. Default: wikitext2; demo for the demo model."),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Zero-shot tasks of lm-eval (piqa,arc_easy,..); of a text too if named."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples of each task at most.")] = None,
-    seqlen: Seqlen = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Perplexity of MODEL, quantized or not, by the paper's protocol; or its scores in tasks."""
-    from optq.config import ModelConfig
-    from optq.data.evaluation import evaluation_tokens
-    from optq.evaluate.perplexity import perplexity
-    from optq.evaluate.tasks import ZeroShot
-    from optq.model.source import sequence_length
-    from optq.report import progress, tables
-
-    config = ModelConfig(model, device, dtype)
-    if tasks is None:
-        refuse_given({"limit": limit}, "eval without --tasks", "name tasks, or leave it out")
-    elif text is None:
-        refuse_given({"seqlen": seqlen}, "eval of --tasks alone", "add --text, or leave it out")
-    shots = None if tasks is None else ZeroShot(words("--tasks", tasks), limit)
-    found: dict[str, Any] = {"model": model}
-    facts: dict[str, object] = {}
-    loaded, tokenizer = config.load()
-    if tasks is None or text is not None:
-        text = ("demo" if config.is_demo else "wikitext2") if text is None else text
-        seqlen = sequence_length(loaded, seqlen)
-        with progress.bar("perplexity") as bar:
-            windows = evaluation_tokens(
-                text, tokenizer, seqlen, lambda n, of: bar(0, 1, f"reading text: {n} of {of}")
-            )
-            note = f"{len(windows)} windows of {seqlen} tokens"
-            result = perplexity(loaded, windows, progress=lambda n, of: bar(n, of, note))
-        found |= {"text": text, "seqlen": seqlen}
-        found |= {"tokens": result.tokens, "perplexity": result.perplexity}
-        facts |= {"perplexity": f"{result.perplexity:.4f}", "text": f"{text}, {note}"}
-    if shots is not None:
-        found["tasks"] = shots.run(loaded, tokenizer)
-        for task, scores in found["tasks"].items():
-            for metric, score in scores.items():
-                facts[f"{task} {metric}"] = "-" if score is None else f"{score:.4f}"
-    print_json(found) if as_json else tables.facts(facts)
 
 
 @app.command()

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from optq.findings import FILE as FINDINGS
+from optq.findings import Findings
 from optq.formats import detect
 from optq.formats.reader import packed_tensors, quantized_layers
 from optq.formats.readers import who_loads
@@ -15,7 +17,10 @@ from optq.record import FILE, RunRecord
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Who loads it, format, settings, sizes in bytes; of OPTQ's own the records of the layers."""
+    """Who loads it, format, settings, sizes in bytes; of OPTQ's own the records of the layers.
+
+    ``evaluated`` is what `optq eval` has found of it, without the windows' losses.
+    """
     config = checkpoint.config()
     found, form, on_disk = detect(checkpoint), "not quantized", checkpoint
     if isinstance(checkpoint, Dequantized):
@@ -55,4 +60,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         made = RunRecord.read(record)
         what |= made.model_dump(include={"method", "quantizer", "qep", "calibration", "layers"})
         what["bits_per_weight"] = round(made.bits_per_weight, 3)
+    findings = checkpoint.folder / FINDINGS
+    if findings.is_file():
+        known = Findings.read(findings)
+        hidden = {"texts": {"__all__": {"losses"}}}
+        what["evaluated"] = known.model_dump(include={"texts", "tasks"}, exclude=hidden)
     return what

@@ -39,7 +39,7 @@ DTYPES = {
 STAY_BEHIND = (
     *(ADAPTER, ".*", "config.json", "*.index.json", "params.json", "openvino_*.xml"),
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml"),
-    *("trainer_state.json", "optq_report.html"),
+    *("trainer_state.json", "optq_report.html", "optq_eval.json"),
 )
 
 

@@ -86,6 +86,13 @@ class Outside:
                 self._let_go(parameter)
         self._called.clear()
 
+    def fetch(self, module: nn.Module) -> None:
+        """After a run: the module's own parameters, on the device."""
+        for parameter in module.parameters(recurse=False):
+            if parameter in self._gone:
+                self._bring_back(parameter, self.device)
+        module.to(self.device)
+
     def _calling(self, module: nn.Module, _: Any) -> None:
         self._called.add(module)
         for parameter in module.parameters(recurse=False):

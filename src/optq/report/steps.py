@@ -44,6 +44,13 @@ def after_comparison(
     return command("quantize", model, "OUT", *words)
 
 
+def after_evaluation(models: Sequence[str], quantized: Sequence[str]) -> str:
+    """See the report of what is quantized; quantize what is not."""
+    if quantized:
+        return command("report", quantized[0])
+    return command("quantize", models[0], "OUT")
+
+
 def after_inspection(model: str, what: Mapping[str, Any]) -> str:
     """Quantize what is not, and measure what is."""
     if "quantized_layers" not in what:

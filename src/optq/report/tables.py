@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optq.record import Choice
+from optq.report.found import lines_of
 
 # What users call their files is not markup.
 stdout = Console(highlight=False, markup=False, emoji=False)
@@ -20,15 +21,6 @@ if not stdout.is_terminal:  # a file or a pipe has no width: nothing is folded
     stdout = Console(highlight=False, markup=False, emoji=False, width=1000)
 
 BARS = ""  # the header of a column that a table can do without
-TITLES = {
-    "none": "full precision",
-    "rtn": "round to nearest",
-    "plain": "GPTQ, plain",
-    "no-qep": "GPTQ, no QEP",
-    "gptq": "GPTQ",
-    "best": "GPTQ, tuned",
-    "budget": "GPTQ, within a budget",
-}
 
 
 def size(count: float) -> str:
@@ -40,7 +32,8 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
+def columns(*names: str, left: tuple[int, ...] = (0,)) -> Table:
+    """An empty table; the columns ``left`` are of words, all others of numbers."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for index, name in enumerate(names):
         is_left = index in left  # numbers are not cut
@@ -50,12 +43,16 @@ def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
-    """Without bars where a terminal is too narrow; elsewhere without blanks that end a line."""
+def write(table: Table, spare: Sequence[str] = ()) -> None:
+    """Elsewhere than on a terminal without blanks that end a line.
+
+    Where a terminal is too narrow, without bars, and then without the columns ``spare``, in turn.
+    """
     if stdout.is_terminal:
-        wanted = Measurement.get(stdout, stdout.options.update_width(1000), table).maximum
-        if wanted > stdout.width and table.columns[-1].header == BARS:
-            table.columns.pop()
+        for name in (BARS, *spare):
+            wanted = Measurement.get(stdout, stdout.options.update_width(1000), table).maximum
+            if wanted > stdout.width:
+                table.columns = [each for each in table.columns if each.header != name]
         stdout.print(table)
         return
     with stdout.capture() as text:
@@ -64,7 +61,7 @@ def _print(table: Table) -> None:
         print(line.rstrip())
 
 
-def _bar(value: float, most: float, width: int = 30, color: str = "default") -> Bar | Text:
+def bar(value: float, most: float, width: int = 30, color: str = "default") -> Bar | Text:
     """Blocks; number signs where the stream's encoding may have no blocks."""
     if stdout.options.ascii_only:
         return Text("#" * round(width * value / most))
@@ -78,7 +75,7 @@ def facts(pairs: Mapping[str, object]) -> None:
     table.add_column(overflow="fold")
     for name, value in pairs.items():
         table.add_row(name, str(value))
-    _print(table)
+    write(table)
 
 
 def checkpoint(what: Mapping[str, Any]) -> None:
@@ -86,7 +83,7 @@ def checkpoint(what: Mapping[str, Any]) -> None:
     answers = {True: "yes", False: "no", None: "not known"}
     lines = {each["tool"]: f"{answers[each['loads']]}: {each['why']}" for each in what["loads"]}
     for name, value in what.items():
-        if name in ("loads", "layers"):
+        if name in ("loads", "layers", "evaluated"):
             continue
         if name.endswith("bytes"):
             lines[name.replace("bytes", "size").replace("_", " ")] = size(value)
@@ -94,7 +91,7 @@ def checkpoint(what: Mapping[str, Any]) -> None:
             lines[name] = ", ".join(f"{key} {each}" for key, each in value.items())
         elif value is not None:
             lines[name.replace("_", " ")] = str(value)
-    facts(lines)
+    facts(lines | lines_of(what.get("evaluated", {})))
     if what["layers"]:
         stdout.print()
         layers(what["layers"])
@@ -118,11 +115,11 @@ def planned(plan: Any) -> None:
     lines["time"] = f"about {duration(plan.seconds)}, without reading text: an estimate"
     facts(lines)
     stdout.print()
-    table = _table("stays dense", "tensors", "bytes", "", left=(0, 3))
+    table = columns("stays dense", "tensors", "bytes", "", left=(0, 3))
     for row in plan.dense:
         names = ", ".join(row.names[:2]) + (", .." if len(row.names) > 2 else "")
         table.add_row(row.why, str(row.tensors), size(row.bytes), names)
-    _print(table)
+    write(table)
     for line in (*plan.notices, *plan.warnings()):
         stdout.print(f"note: {line}")
 
@@ -134,33 +131,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def compared(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Methods side by side; bars compare the rises at the same bits and groups."""
-    groups = len({row["groupsize"] for row in rows[1:]}) > 1
-    names = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
-    left = (1 + groups, 7 + groups)  # the method and the bar
-    table = _table(*names, "perplexity", "rise", "seconds", BARS, left=left)
-    for row in rows:
-        same = [r for r in rows if (r["wbits"], r["groupsize"]) == (row["wbits"], row["groupsize"])]
-        plain = row["method"] == "none"
-        groupsize = "row" if row["groupsize"] == -1 else str(row["groupsize"])
-        table.add_row(
-            str(row["wbits"]),
-            *((("" if plain else groupsize),) if groups else ()),
-            TITLES[row["method"]],
-            f"{row['bits_per_weight']:.2f}",
-            size(row["bytes"]),
-            f"{row['perplexity']:.2f}",
-            "" if plain else f"{row['rise']:+.2f}",
-            "" if plain else f"{row['seconds']:.1f}",
-            _bar(
-                max(row["rise"], 0),
-                max(r["rise"] for r in same) or 1.0,
-                color="red" if row["method"] == "rtn" else "cyan",
-            ),
-            end_section=row is same[-1],
-        )
-    _print(table)
+def plus(value: float, error: float | None, form: str = ".4f") -> str:
+    """A number with its standard error, where it has one."""
+    return f"{value:{form}}" + ("" if error is None else f" ±{error:{form.lstrip('+')}}")
 
 
 def chosen(choices: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -174,7 +147,7 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
     every = sorted({wbits for choice in choices for wbits in choice["divergence"]})
     prefix = _shared(name for choice in choices for name in choice["layers"])
     title, names = f"layers ({prefix}..)", (f"at {wbits}" for wbits in every)
-    table = _table(title, "weights", "bits", "error", "sensitivity", *names, BARS, left=(0,))
+    table = columns(title, "weights", "bits", "error", "sensitivity", *names, BARS, left=(0,))
     for choice in choices:
         first, *more = choice["layers"]
         found = expert_in(first)
@@ -189,9 +162,9 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
             f"{choice['errors'][choice['wbits']]:.2%}",
             f"{choice['sensitivity']:.3f}",
             *(f"{1e3 * left[wbits]:.3g}" if wbits in left else "-" for wbits in every),
-            _bar(left[choice["wbits"]], most, width=20),
+            bar(left[choice["wbits"]], most, width=20),
         )
-    _print(table)
+    write(table)
     stdout.print("at 2, ..: how far predictions diverge at 2 bits, in millinats a token, estimated")
     stdout.print("sensitivity: nats a token for each unit of relative error")
     stdout.print()
@@ -200,13 +173,13 @@ def widths(choices: Sequence[Mapping[str, Any]]) -> None:
 def stages(seconds: Mapping[str, float]) -> None:
     """Where the time went."""
     total = seconds["total"] or 1.0
-    table = _table("stage", "seconds", BARS, left=(0, 2))
+    table = columns("stage", "seconds", BARS, left=(0, 2))
     parts = {stage: value for stage, value in seconds.items() if stage != "total"}
     parts["other"] = max(total - sum(parts.values()), 0)
     for stage, value in parts.items():
-        table.add_row(stage, f"{value:.1f}", _bar(value, total))
+        table.add_row(stage, f"{value:.1f}", bar(value, total))
     table.add_row("total", f"{total:.1f}", "")
-    _print(table)
+    write(table)
 
 
 def expert_in(name: str) -> re.Match[str] | None:
@@ -231,7 +204,7 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
     most = max((record["relative_error"] for record in records), default=1.0) or 1.0
     prefix = _shared(record["name"] for record in records)
     names = (f"layer ({prefix}..)", "rows x cols", "error", "relative", "of rounding's", BARS)
-    table = _table(*names, left=(0, 5))
+    table = columns(*names, left=(0, 5))
     for record in records:
         rounding = record["rtn_error"]
         table.add_row(
@@ -240,9 +213,9 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
             f"{record['error']:.3g}",
             f"{record['relative_error']:.2%}",
             f"{record['error'] / rounding:.0%}" if rounding else "-",
-            _bar(record["relative_error"], most, width=20),
+            bar(record["relative_error"], most, width=20),
         )
-    _print(table)
+    write(table)
 
 
 def _shared(names: Iterable[str]) -> str:
@@ -260,13 +233,13 @@ def completions(prompt: str, names: Sequence[str], made: Sequence[tuple[str, obj
         table.add_column(name, overflow="fold", ratio=1)
     table.add_row(*(prompt + text for text, _ in made), end_section=True)
     table.add_row(*(str(speed) for _, speed in made))
-    _print(table)
+    write(table)
 
 
 def speed(report: Any) -> None:
     """What :func:`optq.evaluate.speed.measure_speed` found."""
     packed, dense = report.packed, report.dense
-    table = _table(f"{report.device}, {report.dtype}", "packed", "dense", "ratio")
+    table = columns(f"{report.device}, {report.dtype}", "packed", "dense", "ratio")
     for name, one, other in (
         ("prefill, tokens/s", packed.prefill, dense.prefill),
         ("decode, tokens/s", packed.decode, dense.decode),
@@ -274,10 +247,10 @@ def speed(report: Any) -> None:
         table.add_row(name, f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}x")
     ratio = f"{packed.bytes / dense.bytes:.3f}x"
     table.add_row("quantized layers", size(packed.bytes), size(dense.bytes), ratio)
-    _print(table)
+    write(table)
     stdout.print()
     names = ("rows x cols", "layers", "kernel", "packed", "dense", "ratio", "of bandwidth")
-    table = _table(*names, left=(0, 2))
+    table = columns(*names, left=(0, 2))
     for shape in report.shapes:
         table.add_row(
             f"{shape.rows} x {shape.cols}",
@@ -288,5 +261,5 @@ def speed(report: Any) -> None:
             f"{shape.dense_microseconds / shape.microseconds:.2f}x",
             f"{shape.bandwidth:.0%}",
         )
-    _print(table)
+    write(table)
     stdout.print(f"memory bandwidth {size(report.bandwidth)}/s, measured in this run")

@@ -1,0 +1,64 @@
+"""The table of `optq compare` and `optq demo`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optq.report.tables import BARS, bar, columns, plus, size, stdout, write
+
+TITLES = {
+    "none": "full precision",
+    "rtn": "round to nearest",
+    "plain": "GPTQ, plain",
+    "no-qep": "GPTQ, no QEP",
+    "gptq": "GPTQ",
+    "best": "GPTQ, tuned",
+    "budget": "GPTQ, within a budget",
+}
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Methods side by side; bars compare the rises at the same bits and groups.
+
+    Divergence and agreement have columns where any row knows them.
+    """
+    groups = len({row["groupsize"] for row in rows[1:]}) > 1
+    names = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
+    left = (1 + groups, 7 + groups)  # the method and the bar
+    far = ("divergence", "agreement") if any(row.get("divergence") for row in rows) else ()
+    left = (*left[:1], left[1] + len(far))
+    table = columns(*names, "perplexity", "rise", *far, "seconds", BARS, left=left)
+    for row in rows:
+        same = [r for r in rows if (r["wbits"], r["groupsize"]) == (row["wbits"], row["groupsize"])]
+        plain = row["method"] == "none"
+        groupsize = "row" if row["groupsize"] == -1 else str(row["groupsize"])
+        table.add_row(
+            str(row["wbits"]),
+            *((("" if plain else groupsize),) if groups else ()),
+            TITLES[row["method"]],
+            f"{row['bits_per_weight']:.2f}",
+            size(row["bytes"]),
+            f"{row['perplexity']:.2f}",
+            "" if plain else plus(row["rise"], row.get("rise_error"), "+.2f"),
+            *(_far(row) if far and not plain else [""] * len(far)),
+            "" if plain else f"{row['seconds']:.1f}",
+            bar(
+                max(row["rise"], 0),
+                max(r["rise"] for r in same) or 1.0,
+                color="red" if row["method"] == "rtn" else "cyan",
+            ),
+            end_section=row is same[-1],
+        )
+    write(table, ("seconds", "layers", "agreement"))
+    if far:
+        stdout.print("divergence: KL(full precision || quantized), nats a token")
+        stdout.print("agreement: tokens where both find the same next one likeliest")
+    if any(row.get("rise_error") for row in rows):
+        stdout.print("±: standard error over the windows, which all models read")
+
+
+def _far(row: Mapping[str, Any]) -> list[str]:
+    if row.get("divergence") is None:  # a row that an older version has kept
+        return ["-", "-"]
+    return [plus(row["divergence"], row["divergence_error"]), f"{row['agreement']:.1%}"]
