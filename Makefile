@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 # Options for pytest, as in: make test ARGS="-k actorder -x"
 ARGS ?=
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint docs bench
 
 demo: $(INSTALLED)
 	@.venv/bin/optq demo
@@ -20,6 +20,11 @@ lint: $(INSTALLED)
 	@.venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports --no-logo
+
+# The first variable silences an advertisement for another site generator.
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 bench: $(INSTALLED)
 	@.venv/bin/python bench/solver.py
