@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from optq import GPTQ, ModelConfig, Runner, cli, compare
 from optq.formats.whole import Whole
+from optq.record import TIMES
 from optq.report import live
 
 COMMAND = Path(sys.executable).with_name("optq")
@@ -109,7 +110,8 @@ def words(folder, text, tmp_path):
 
 
 def contents(path):
-    return {file.name: file.read_bytes() for file in sorted(Path(path).iterdir())}
+    files = (file for file in sorted(Path(path).iterdir()) if file.name != TIMES)
+    return {file.name: file.read_bytes() for file in files}
 
 
 def test_quantize_json(optq, words, folder, tmp_path):
