@@ -851,10 +851,18 @@ def test_the_last_line_says_what_to_do_next(
     best = f"{'--plain' if won['method'] == 'plain' else '--method rtn'} --wbits {won['wbits']}"
     for run, wanted in (
         ([*words, "--dry-run"], "the same command without --dry-run"),
-        (words, f"optq eval {out}, or optq inspect {out}, or optq generate {out} PROMPT"),
+        (
+            words,
+            f"optq eval {out} --against {folder}, or optq inspect {out}, or optq generate {out} PROMPT",
+        ),
         (["inspect", out], f"optq eval {out}"),
         (["inspect", folder], f"optq quantize {folder} OUT"),
         (["eval", out, folder, "--text", text], f"optq report {out}"),
+        (["inspect", out], f"optq report {out}"),
+        (
+            ["eval", out, "--text", text, "--against", folder],
+            f"optq report {out} --against {folder}",
+        ),
         (["eval", folder, "--text", text], f"optq quantize {folder} OUT"),
         (["bench", out, "--device", "cpu"], f"optq generate {out} PROMPT"),
         (

@@ -85,7 +85,7 @@ def test_what_was_evaluated_is_in_it(report, folder):
     code, out, _ = report(folder)
     assert code == 0 and out.splitlines()[-1] == f"next: optq generate {folder} PROMPT"
     text = said(folder / "optq_report.html")
-    assert "+2.39%" in text and "it repeats itself" in text and "1.0239 ± 0.002" in text
+    assert "+2.39%" in text and "it repeats itself" in text and "1.0239 ± 0.0017" in text
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,13 @@ def test_a_method_that_is_not_read(report, folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     for name in (FILE, TIMES, "quantize_config.json"):
         (folder / name).unlink(missing_ok=True)
-    assert report(folder)[0] == 0
+    code, out, _ = report(folder)
+    assert code == 0
     text = said(folder / "optq_report.html")
-    assert "the model is quantized with awq; there is no record" in text and "unknown" in text
+    assert "awq; there is no record of the run" in text and "unknown" in text
+    assert "cannot measure it: the model is quantized with awq." in text
+    assert "optq eval" not in text and "<dd>awq</dd>" in text
+    assert out.splitlines()[-1] == f"next: open {folder / 'optq_report.html'} in a browser"
 
 
 def test_beside_each_other(report, folder, dense, tmp_path):
@@ -118,6 +122,11 @@ def test_beside_each_other(report, folder, dense, tmp_path):
     assert report(folder, "--with", other)[0] == 0
     text = said(folder / "optq_report.html")
     assert "Side by side" in text and "error of rounded, over this one's" in text
+    assert "rounded (samples 2, not 12, error propagation)" in text
+    assert "Gain over round-to-nearest" in text
+    assert report(other, "--with", folder)[0] == 0
+    text = said(other / "optq_report.html")
+    assert "Gain over round-to-nearest" not in text and "of round-to-nearest's error" not in text
 
 
 def damaged(folder, name, text):
@@ -147,6 +156,7 @@ def newer(folder):
         (lambda folder: [folder, "--against", folder], "is quantized already", "plain model"),
         (lambda folder: [folder, "--against", "demo"], "demo is not the model that", "name that"),
         (lambda folder: [folder, "--with", folder], "a checkpoint is named twice", "once"),
+        (lambda folder: [folder, "--with", f"{folder}/."], "a checkpoint is named twice", "once"),
         (
             lambda folder: [folder, "--with", FIXTURES / "gptqmodel" / "gptq_8bit_qwen2"],
             "are of different models",
@@ -195,7 +205,7 @@ def test_the_demo_leaves_a_report(monkeypatch, tmp_path, capfd):
     assert out.splitlines()[-1].startswith("next: open optq_demo.html in a browser")
     text = said(tmp_path / DemoReport.FILE)
     assert "demo at 4 bits" in text and "demo at 2 bits" in text
-    assert "on demo; full precision" in text and "To measure it" not in text
+    assert "on demo, windows of 64; full precision" in text and "To measure it" not in text
     assert [path.name for path in tmp_path.iterdir()] == ["optq_demo.html"]
     few |= {"wbits": (4,)}
     DemoReport.FILE.write_text("mine")

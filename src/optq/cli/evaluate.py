@@ -73,7 +73,7 @@ def evaluate(
         return
     evaluated.show([(each.model, each.findings) for each in found], against)
     packed = [each.model for each in found if each.quantized]
-    steps.show(steps.after_evaluation([each.model for each in found], packed))
+    steps.show(steps.after_evaluation([each.model for each in found], packed, against))
 
 
 def _told(model: str, findings: Findings) -> dict[str, Any]:

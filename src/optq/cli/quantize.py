@@ -226,5 +226,5 @@ def quantize(
         }
     )
     text = ("--text", "demo") if calib == "demo" else ()
-    after = ("eval", out, *text), ("inspect", out), ("generate", out, "PROMPT")
+    after = ("eval", out, "--against", model, *text), ("inspect", out), ("generate", out, "PROMPT")
     steps.show(", or ".join(steps.command(*words) for words in after))

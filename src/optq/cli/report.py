@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -52,7 +53,7 @@ def report(
     tables.facts({"wrote": f"{path}  ({tables.size(path.stat().st_size)})"})
     if open_it:
         webbrowser.open(path.resolve().as_uri())
-    steps.show(_next(several.every[0]))
+    steps.show(_next(several.every[0], path))
 
 
 def known(model: str, against: str | None = None) -> Known:
@@ -98,10 +99,12 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         what = describe(checkpoint)
     except OtherMethodError as error:
         config = checkpoint.config()
+        method = (config.get("quantization_config") or {}).get("quant_method")
         return {
             "loads": [asdict(reader) for reader in who_loads(checkpoint)],
             "architecture": (config.get("architectures") or [config.get("model_type")])[0],
-            "format": error.cause,
+            "format": method or error.cause.removeprefix("the model is quantized with "),
+            "unread": error.cause,
             "bytes": sum(tensor.nbytes for tensor in checkpoint.layout.values()),
         }
     if "quantized_layers" not in what:
@@ -166,9 +169,11 @@ class DemoReport:
         return self.FILE
 
 
-def _next(first: Known) -> str:
-    """Measure what is not measured; else use it."""
+def _next(first: Known, page: Path) -> str:
+    """Measure what is not measured, and use it; of what is not read there is the page to see."""
     from optq.report import steps
     from optq.report.page.summary import command_to_measure
 
+    if "unread" in first.what:
+        return f"open {shlex.quote(str(page))} in a browser"
     return command_to_measure(first) or steps.command("generate", first.place, "PROMPT")

@@ -13,7 +13,7 @@ from typing import Any
 from optq import __version__
 from optq.errors import OutputError
 from optq.record import RunRecord
-from optq.report.page import charts, layers, pack, summary
+from optq.report.page import beside, charts, layers, pack, summary, words
 from optq.report.page.known import Several
 
 FILE = "optq_report.html"
@@ -31,7 +31,7 @@ def page(several: Several) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.lstrip_blocks = True
-    environment.filters |= {"percent": percent, "number": number, "code": code, "dotted": dotted}
+    environment.filters |= words.FILTERS
 
     def inlined(name: str) -> str:
         return loader.get_source(environment, name)[0]
@@ -43,6 +43,7 @@ def page(several: Several) -> str:
         generator=Markup(SIGN),
         first=every[0],
         every=every,
+        beside=beside.of(several),
         facts=facts,
         css=Markup(inlined("page.css")),
         js=Markup("\n".join(map(inlined, ("draw.js", "layers.js", "page.js")))),
@@ -75,9 +76,19 @@ def data(several: Several) -> dict[str, Any]:
         total = sum(each["seconds"] for each in seconds) or 1.0
         found["stages"] = [{**each, "share": each["seconds"] / total} for each in seconds]
         found["charts"]["times"] = charts.times()
+    found["depth"] = [
+        row
+        for each, name in zip(several.every, several.names, strict=True)
+        if each.record is not None
+        for row in summary.depth(each.record, name)
+    ]
+    if found["depth"]:
+        drawn = {row["checkpoint"] for row in found["depth"]}
+        found["charts"]["depth"] = charts.depth(several.names, drawn)
     if first.record is None or not first.record.layers:
         return found
-    record, places = first.record, layers.Places(first.record.layers)
+    record = _gaining(first.record)
+    places = layers.Places(record.layers)
     cells = layers.cells(record.layers, places)
     kinds, blocks = places.kind_labels(), places.block_labels()
     found |= layers.columns(record, places)
@@ -86,14 +97,6 @@ def data(several: Several) -> dict[str, Any]:
     found["metrics"] = _metrics(several, record, cells, places)
     if any(cell["left"] is not None for cell in cells):
         found["charts"]["gain"] = charts.gain(kinds)
-    found["depth"] = [
-        row
-        for each, name in zip(several.every, several.names, strict=True)
-        if each.record is not None
-        for row in summary.depth(each.record, name)
-    ]
-    if found["depth"]:
-        found["charts"]["depth"] = charts.depth(several.names)
     if any(place.expert is not None for place in places.every):
         errors = [layer.relative_error for layer in record.layers]
         of_experts = [kinds[index] for name, index in places.kinds.items() if "*" in name]
@@ -103,6 +106,14 @@ def data(several: Several) -> dict[str, Any]:
     if found["levels"]:
         found["charts"]["diagonal"] = charts.diagonal()
     return found
+
+
+def _gaining(record: RunRecord) -> RunRecord:
+    """The record; of round-to-nearest without its error, over which it gains nothing."""
+    if record.method != "rtn":
+        return record
+    bare = [layer.model_copy(update={"rtn_error": 0.0}) for layer in record.layers]
+    return record.model_copy(update={"layers": bare})
 
 
 def _metrics(
@@ -145,34 +156,6 @@ def _errors(record: RunRecord) -> dict[tuple[str, str], float]:
         (blocks[cell["block"]], kinds[cell["kind"]]): cell["error"]
         for cell in layers.cells(record.layers, places)
     }
-
-
-def percent(share: float) -> str:
-    """A share with three significant digits."""
-    value = 100 * share
-    return f"{value:.0f}%" if value >= 100 else f"{value:.3g}%"
-
-
-def number(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}"
-
-
-def code(words: str) -> Any:
-    """What stands between backticks as HTML's code."""
-    from markupsafe import Markup, escape
-
-    parts = [escape(part) for part in words.split("`")]
-    return Markup("").join(
-        Markup("<code>{}</code>").format(part) if index % 2 else part
-        for index, part in enumerate(parts)
-    )
-
-
-def dotted(name: str) -> Any:
-    """A layer's name, that a line may break after its dots."""
-    from markupsafe import Markup
-
-    return Markup(".<wbr>").join(name.split("."))
 
 
 def check(path: Path, force: bool) -> None:

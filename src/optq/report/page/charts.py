@@ -9,7 +9,7 @@ color vision. Series are told apart by Okabe and Ito's colors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import altair as alt
@@ -20,7 +20,7 @@ def ours(name: str) -> str:
     return f"var(--{name})"
 
 
-PERCENT = ".3~p"  # three significant digits
+PERCENT = ".3p"  # three significant digits
 SERIES = tuple(ours(f"series-{index}") for index in range(7))
 TEXT = {
     **{"labelColor": ours("ink"), "titleColor": ours("muted"), "titleFontWeight": 500},
@@ -130,8 +130,13 @@ def gain(kinds: Sequence[str]) -> dict[str, Any]:
     return _spec(alt.layer(ticks, middle).properties(width="container", height=alt.Step(24)))
 
 
-def depth(names: Sequence[str]) -> dict[str, Any]:
-    """How far hidden states are from full precision's behind each block."""
+def depth(names: Sequence[str], drawn: Set[str]) -> dict[str, Any]:
+    """How far hidden states are from full precision's behind each block.
+
+    ``drawn``: those of ``names`` that have a line; each has the color of its place among all.
+    """
+    shown = [name for name in names if name in drawn]
+    colors = [SERIES[names.index(name) % len(SERIES)] for name in shown]
     x = alt.X("block:Q", title="behind block", axis=alt.Axis(tickMinStep=1, format="d"))
     y = alt.Y("error:Q", title="relative error of hidden states", axis=alt.Axis(format="~p"))
     base = alt.Chart(alt.NamedData("blocks")).encode(x=x, y=y)
@@ -143,8 +148,8 @@ def depth(names: Sequence[str]) -> dict[str, Any]:
     legend = alt.Legend(title=None, orient="top") if len(names) > 1 else None
     color = alt.Color(
         "checkpoint:N",
-        sort=list(names),
-        scale=alt.Scale(domain=list(names), range=list(SERIES)),
+        sort=shown,
+        scale=alt.Scale(domain=shown, range=colors),
         legend=legend,
     )
     line = base.mark_line(strokeWidth=2.5).encode(color=color)
@@ -185,13 +190,18 @@ def codes() -> dict[str, Any]:
 
 
 def diagonal() -> dict[str, Any]:
-    """The Hessian's diagonal, as means of runs of columns in the order of the sweep."""
+    """The Hessian's diagonal, as means of runs of columns in the order of the sweep.
+
+    A point stands where its run begins; the line (``edges``) goes on to where the run ends.
+    """
     scale = alt.Scale(type="log", nice=False, padding=8)
     line = (
-        alt.Chart(alt.NamedData("runs"))
-        .mark_line(interpolate="step", strokeWidth=2, color=SERIES[0])
+        alt.Chart(alt.NamedData("edges"))
+        .mark_line(interpolate="step-after", strokeWidth=2, color=SERIES[0])
         .encode(
-            x=alt.X("column:Q", title="column, in the order of the sweep"),
+            x=alt.X("column:Q", title="column, in the order of the sweep").axis(
+                labelOverlap=True, tickCount=5
+            ),
             y=alt.Y("mean:Q", title="mean of diag H", scale=scale).axis(
                 format="~g", labelOverlap=True, tickCount=4, grid=False
             ),
@@ -226,7 +236,11 @@ def _scale(values: Sequence[float], middle: float | None = None) -> dict[str, An
 
 def _legend(form: str, scale: Mapping[str, Any]) -> alt.Legend:
     legend = alt.Legend(
-        format=form, titleLimit=300, orient="bottom", direction="horizontal", gradientLength=240
+        format=form.replace(".3p", ".3~p"),
+        titleLimit=300,
+        orient="bottom",
+        direction="horizontal",
+        gradientLength=240,
     )
     if scale.get("type") == "log":
         legend["values"] = _marks(*scale["domain"])

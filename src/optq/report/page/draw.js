@@ -32,7 +32,12 @@ function starts(counts) {
   return found;
 }
 
-const digits = (value, n) => String(Number(value.toPrecision(n)));
+function digits(value, n) {  // trailing zeros count, as in words.py
+  if (value === 0) return "0";
+  const made = value.toPrecision(n);
+  return made.includes("e") ? String(Number(made)) : made;
+}
+
 const percent = (value) => (value === null ? "-" : `${digits(100 * value, 3)}%`);
 const short = (value) => (value === null ? "-" : digits(value, 3));
 const whole = (value) => value.toLocaleString("en");

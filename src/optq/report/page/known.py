@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optq.errors import SettingError
-from optq.findings import Findings
+from optq.findings import Findings, OnText
 from optq.record import RunRecord, Times
 
 
@@ -38,6 +38,26 @@ class Known:
     def name(self) -> str:
         return Path(self.place).name or self.place
 
+    @property
+    def main_text(self) -> OnText | None:
+        """The text that is shown first: one with the dense model beside it, if there is one."""
+        texts = [] if self.findings is None else self.findings.texts
+        return next((text for text in texts if text.against), texts[0] if texts else None)
+
+    def full_on(self, text: OnText) -> float | None:
+        """The dense model's perplexity on one of the texts."""
+        if text.against:
+            return text.against.perplexity
+        is_first = self.findings is not None and self.findings.texts[0] == text
+        return self.full if is_first else None
+
+    def ratio_on(self, text: OnText) -> float | None:
+        """The perplexity over the dense model's."""
+        if text.against:
+            return text.against.ratio
+        full = self.full_on(text)
+        return text.perplexity / full if full else None
+
 
 @dataclass(frozen=True)
 class Several:
@@ -50,7 +70,7 @@ class Several:
         """Raises :class:`SettingError` for checkpoints of different models."""
         short, places = [each.name for each in self.every], [each.place for each in self.every]
         object.__setattr__(self, "names", short if len({*short}) == len(short) else places)
-        if len({*self.names}) < len(self.names):
+        if len({*map(_folder, places)}) < len(places):
             raise SettingError("a checkpoint is named twice", "name each once")
         first = self.every[0]
         for other in self.every[1:]:
@@ -59,6 +79,11 @@ class Several:
                     f"{first.place} and {other.place} are of different models: {why}",
                     "put checkpoints of one model into a report",
                 )
+
+
+def _folder(place: str) -> str:
+    """A folder by its whole path, however it was named; a hub id as it is."""
+    return str(Path(place).resolve()) if Path(place).is_dir() else place
 
 
 def shapes(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:

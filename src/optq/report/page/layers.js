@@ -3,7 +3,8 @@
 async function showLayers() {
 const of = {};
 for (const [name, packed] of Object.entries(facts.columns)) of[name] = column(packed);
-const bins = column(facts.bins), binStarts = starts(bins), codeBytes = bytes(facts.codes);
+const bins = column(facts.bins), binStarts = starts(bins);
+const codeLevels = new Uint16Array(bytes(facts.codes).buffer);
 const runs = column(facts.runs), runStarts = starts(runs), levelBytes = bytes(facts.levels);
 const lowest = column(facts.lowest), highest = column(facts.highest);
 
@@ -66,7 +67,7 @@ function ring(id) {
 }
 
 function codesOf(index) {
-  const here = codeBytes.subarray(binStarts[index], binStarts[index + 1]);
+  const here = codeLevels.subarray(binStarts[index], binStarts[index + 1]);
   const all = here.reduce((a, b) => a + b, 0) || 1;
   const many = of.wbits[index] === 8 && here.length === 16;
   return Array.from(here, (count, i) => (
@@ -82,6 +83,19 @@ function runsOf(index) {
     column: Math.round((i * of.cols[index]) / here.length),
     mean: level === 0 ? 0 : lowest[site] * Math.exp((span * (level - 1)) / 254),
   }));
+}
+
+// The line of those: a point ends the last run, and the one before columns that nothing reached.
+function edgesOf(index) {
+  const every = runsOf(index), found = [];
+  every.forEach((run, i) => {
+    const before = i && every[i - 1].mean;
+    if (run.mean > 0) found.push(run);
+    else if (before) found.push({ ...run, mean: before }, { ...run, mean: null });
+  });
+  const last = every.at(-1);
+  if (last && last.mean) found.push({ ...last, column: of.cols[index] });
+  return found;
 }
 
 function said(index) {
@@ -106,17 +120,18 @@ function said(index) {
   return rows;
 }
 
-function part(id, data, rows, none) {
+function part(id, rows, data, none) {
   $(`${id}-note`).textContent = rows.length ? "" : none;
-  if (rows.length) return draw(id, facts.charts[id], { [data]: rows });
+  if (rows.length) return draw(id, facts.charts[id], data);
   $(id).replaceChildren();
 }
 
 function drawLayer() {
   const few = facts.detailed < facts.count ? `Kept for the ${facts.detailed} worst layers.` : "";
   const none = few || "Not in this record.";
-  return Promise.all([part("codes", "codes", codesOf(chosen), none),
-    part("diagonal", "runs", runsOf(chosen).filter((run) => run.mean > 0), none)]);
+  const codes = codesOf(chosen), runs = runsOf(chosen).filter((run) => run.mean > 0);
+  return Promise.all([part("codes", codes, { codes }, none),
+    part("diagonal", runs, { runs, edges: edgesOf(chosen) }, none)]);
 }
 
 function options(select, labels, values, value) {

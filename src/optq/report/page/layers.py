@@ -163,6 +163,8 @@ def worst(record: RunRecord, count: int) -> list[dict[str, Any]]:
         ):
             found[block, inside] = index, layer
     ranked = sorted(found.values(), key=lambda pair: -pair[1].relative_error)[:count]
+    if not ranked:
+        return []
     prefix = shared(layer.name for _, layer in ranked)
     return [
         {
@@ -186,6 +188,8 @@ def widths(record: RunRecord) -> str:
     weights: Counter[int] = Counter()
     for layer in record.layers:
         weights[layer.wbits or record.quantizer.get("wbits") or 0] += layer.rows * layer.cols
+    if not weights:
+        return f"{record.quantizer.get('wbits') or 'unknown'} bits"
     if len(weights) == 1:
         return f"{next(iter(weights))} bits"
     total = weights.total()

@@ -61,9 +61,9 @@ def text(numbers: np.ndarray[Any, Any]) -> str:
 
 
 def shares(counts: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Counts as bytes, of the largest."""
+    """Counts as two bytes each, of the largest: of the rarest codes too three digits are right."""
     most = max(counts, default=0) or 1
-    return np.round(np.array(counts, dtype=np.float64) / most * 255).astype(np.uint8)
+    return np.round(np.array(counts, dtype=np.float64) / most * STEPS).astype("<u2")
 
 
 def levels(values: Sequence[float]) -> tuple[np.ndarray[Any, Any], float, float]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optq.findings import Findings, OnText
 from optq.record import RunRecord, Times
 from optq.report import steps
-from optq.report.page import layers, warnings
+from optq.report.page import completions, layers, warnings
 from optq.report.page.known import Known
 from optq.report.tables import duration, size
 
@@ -25,6 +24,7 @@ def of(known: Known, name: str) -> dict[str, Any]:
         "made": _made(known),
         "size": _size(known),
         "quality": _quality(known),
+        "recorded": record is not None,
         "worst": [] if record is None else layers.worst(record, 5),
         "typical": None if record is None else layers.typical(record),
         "readers": [
@@ -33,8 +33,8 @@ def of(known: Known, name: str) -> dict[str, Any]:
         "warnings": warnings.of(known),
         "settings": _settings(known),
         "time": known.times and share_of_factor(known.times),
-        "measured": _measured(known.findings),
-        "completions": _completions(known.findings),
+        "measured": _measured(known),
+        "completions": completions.of(known.findings),
     }
 
 
@@ -80,25 +80,24 @@ def in_short(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e10 else size(count)
 
 
-def main_text(findings: Findings | None) -> OnText | None:
-    """The text that is shown first: one with the dense model beside it, if there is one."""
-    texts = [] if findings is None else findings.texts
-    return next((text for text in texts if text.against), texts[0] if texts else None)
-
-
 def _quality(known: Known) -> dict[str, Any]:
-    text, record = main_text(known.findings), known.record
+    text, record = known.main_text, known.record
     errors = [] if record is None else [b.error for b in record.blocks if b.error is not None]
-    found: dict[str, Any] = {"text": text, "against": text and text.against, "full": known.full}
-    found["stream"] = errors[-1] if errors else None
-    found["command"] = command_to_measure(known)
-    return found
+    return {
+        "text": text,
+        "against": text and text.against,
+        "full": text and known.full_on(text),
+        "ratio": text and known.ratio_on(text),
+        "stream": errors[-1] if errors else None,
+        "command": command_to_measure(known),
+        "unread": known.what.get("unread"),
+    }
 
 
 def command_to_measure(known: Known) -> str | None:
-    """How to measure what was lost; None where that is done."""
-    text = main_text(known.findings)
-    if text is not None and (text.against is not None or known.full is not None):
+    """How to measure what was lost; None where that is done, or where it cannot be."""
+    text = known.main_text
+    if "unread" in known.what or (text is not None and known.full_on(text) is not None):
         return None
     dense = known.dense or (known.times.model if known.times else "DENSE")
     calib = known.record.calibration.get("text") if known.record else None
@@ -157,7 +156,8 @@ def stages(times: Times) -> list[dict[str, Any]]:
     return [{"stage": name, "seconds": round(value, 3)} for name, value in ranked if value > 0]
 
 
-def _measured(findings: Findings | None) -> dict[str, Any]:
+def _measured(known: Known) -> dict[str, Any]:
+    findings = known.findings
     if findings is None:
         return {"texts": [], "tasks": []}
     tasks = [
@@ -165,34 +165,11 @@ def _measured(findings: Findings | None) -> dict[str, Any]:
         for task, scores in findings.tasks.items()
         for metric, score in scores.items()
     ]
-    return {"texts": findings.texts, "tasks": tasks}
-
-
-def _completions(findings: Findings | None) -> list[dict[str, Any]]:
-    """Each side as what both say, the first token that differs, and the rest."""
-    found = []
-    for each in [] if findings is None else findings.completions:
-        at = len(each.tokens) if each.differs is None else each.differs
-        sides = [("quantized", each.tokens)]
-        sides += [] if each.dense is None else [("full precision", each.dense)]
-        found.append(
-            {
-                "prompt": each.prompt,
-                "fault": each.fault,
-                "differs": each.differs,
-                "compared": each.dense is not None,
-                "sides": [
-                    {
-                        "title": title,
-                        "same": "".join(tokens[:at]),
-                        "first": "".join(tokens[at : at + 1]),
-                        "rest": "".join(tokens[at + 1 :]),
-                    }
-                    for title, tokens in sides
-                ],
-            }
-        )
-    return found
+    texts = [
+        {"of": text, "full": known.full_on(text), "ratio": known.ratio_on(text)}
+        for text in findings.texts
+    ]
+    return {"texts": texts, "tasks": tasks}
 
 
 def depth(record: RunRecord, name: str) -> list[dict[str, Any]]:

@@ -7,18 +7,36 @@ from collections.abc import Callable, Sequence
 from optq.findings import BOTH
 from optq.record import MANY, LayerRecord, RunRecord
 from optq.report.page.known import Known
+from optq.report.page.words import percent, significant
 from optq.report.said import short_of_tokens
 
 POOR = 0.2  # relative error of a layer: its output is another one
+WORSE = 1.5  # a perplexity over full precision's: it shows in what the model says
+ALIKE = 0.6  # share of next tokens that are full precision's: below it, it is another model
 FAR = 0.5  # of hidden states behind the last block: little is left of the model's own
 
 
 def of(known: Known) -> list[str]:
     """A line each; nothing where all is well."""
-    found = _of_findings(known)
+    found = _of_texts(known) + _of_findings(known)
     if known.record is None:
         return found
     return found + _of_record(known.record)
+
+
+def _of_texts(known: Known) -> list[str]:
+    """A line for each text on which the model is far from full precision."""
+    found = []
+    for text in known.findings.texts if known.findings else ():
+        said, ratio = [], known.ratio_on(text)
+        if ratio is not None and not ratio <= WORSE:
+            said.append(f"perplexity is {significant(ratio)} times full precision's")
+        if text.against and not text.against.agreement >= ALIKE:
+            same = percent(text.against.agreement, 2)
+            said.append(f"only {same} of the next tokens are those of full precision")
+        if said:
+            found.append(f"on {text.text}, {', and '.join(said)}")
+    return found
 
 
 def _of_findings(known: Known) -> list[str]:
@@ -60,20 +78,27 @@ def _of_record(record: RunRecord) -> list[str]:
     )
     found += [f"experts: {said}" for said in short_of_tokens_of(layers)]
     some(
-        "have rows that fell back to rounding, which served them better",
+        "with rows that fell back to rounding, which served them better",
         lambda x: x.fallback_rows > 0.01 * x.rows,
         "fallback_rows",
     )
     some("ran more than once in a forward: calibrated on the first", lambda x: x.calls > 1, "calls")
     notes = [block.note for block in record.tuned if block.note]
     if notes:
-        found.append(f"tuning of {len(notes)} blocks ended early: {notes[0]}")
+        blocks = "1 block" if len(notes) == 1 else f"{len(notes)} blocks"
+        found.append(f"tuning of {blocks} ended early: {notes[0]}")
     if record.distilled and not record.distilled.kept:
         why = f": {record.distilled.note}" if record.distilled.note else ""
         found.append(f"tuning the scales of the whole model gained nothing, and was undone{why}")
     if record.dense:
         names = ", ".join(record.dense[:2]) + (", .." if len(record.dense) > 2 else "")
-        found.append(f"{len(record.dense)} linear layers inside the blocks stay dense: {names}")
+        many = len(record.dense)
+        stay = (
+            "1 linear layer inside the blocks stays"
+            if many == 1
+            else (f"{many} linear layers inside the blocks stay")
+        )
+        found.append(f"{stay} dense: {names}")
     return found
 
 
