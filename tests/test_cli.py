@@ -853,7 +853,8 @@ def test_the_last_line_says_what_to_do_next(
         ([*words, "--dry-run"], "the same command without --dry-run"),
         (
             words,
-            f"optq eval {out} --against {folder}, or optq inspect {out}, or optq generate {out} PROMPT",
+            f"optq eval {out} --against {folder}, or optq inspect {out},"
+            f" or optq generate {out} PROMPT",
         ),
         (["inspect", out], f"optq eval {out}"),
         (["inspect", folder], f"optq quantize {folder} OUT"),

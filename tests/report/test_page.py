@@ -282,7 +282,7 @@ def test_a_broken_model_is_said_to_be_one_first():
     )
     assert not [line for line in warnings.of(measured("one", text(dense="m"))) if "demo" in line]
     page = build.page(Several([measured("one", broken)]))
-    assert "×123 " in page and "± 0.0015 perplexity (standard error)" in page
+    assert f"{words.TIMES}123 " in page and "± 0.0015 perplexity (standard error)" in page
     assert "<strong>615.0</strong>" in page and "1e+" not in page[: page.find("<script>")]
 
 
