@@ -91,7 +91,7 @@ def _calibrated(several: Several) -> str | None:
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [
-        f"{name} {other.get(name)}, not {one.get(name)}"
-        for name in {**one, **other}
-        if one.get(name) != other.get(name)
+        f"{name} {other[name]}, not {one[name]}"
+        for name in one  # older records name fewer
+        if name in other and one[name] != other[name]
     ]

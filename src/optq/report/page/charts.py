@@ -21,6 +21,7 @@ def ours(name: str) -> str:
 
 
 PERCENT = ".3p"  # three significant digits
+WHOLE = "floor(datum.value) == datum.value ? format(datum.value, 'd') : ''"  # no half block
 SERIES = tuple(ours(f"series-{index}") for index in range(7))
 TEXT = {
     **{"labelColor": ours("ink"), "titleColor": ours("muted"), "titleFontWeight": 500},
@@ -137,8 +138,8 @@ def depth(names: Sequence[str], drawn: Set[str]) -> dict[str, Any]:
     """
     shown = [name for name in names if name in drawn]
     colors = [SERIES[names.index(name) % len(SERIES)] for name in shown]
-    x = alt.X("block:Q", title="behind block", axis=alt.Axis(tickMinStep=1, format="d"))
-    y = alt.Y("error:Q", title="relative error of hidden states", axis=alt.Axis(format="~p"))
+    x = alt.X("block:Q", title="behind block", axis=alt.Axis(labelExpr=WHOLE))
+    y = alt.Y("error:Q", title="relative error of hidden states", axis=alt.Axis(format=".3~p"))
     base = alt.Chart(alt.NamedData("blocks")).encode(x=x, y=y)
     tooltip = [
         alt.Tooltip("checkpoint:N"),

@@ -11,6 +11,7 @@ from optq.findings import Completed, Findings
 # What would reorder the text around it, or is not seen at all; line ends and tabs are text.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 SEEN = str.maketrans({"\n": "↵\n", "\t": "⇥\t"})
+LINE_END = "↵"
 
 
 def of(findings: Findings | None) -> list[dict[str, Any]]:
@@ -37,10 +38,12 @@ def _parted(tokens: Sequence[str], at: int) -> dict[str, Any]:
     """
     end = next((i for i in range(at, len(tokens)) if tokens[i]), len(tokens) - 1) + 1
     first = shown("".join(tokens[at:end]))
+    words = first.rstrip("\n")
+    lines = len(first) - len(words)  # the mark goes to the end of its line, not into the next
     return {
         "same": shown("".join(tokens[:at])),
-        "first": first.translate(SEEN),
-        "rest": shown("".join(tokens[end:])),
+        "first": words.translate(SEEN) + LINE_END * lines,
+        "rest": "\n" * lines + shown("".join(tokens[end:])),
         "ends": not first,
     }
 
