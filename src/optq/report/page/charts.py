@@ -138,7 +138,7 @@ def depth(names: Sequence[str], drawn: Set[str]) -> dict[str, Any]:
     """
     shown = [name for name in names if name in drawn]
     colors = [SERIES[names.index(name) % len(SERIES)] for name in shown]
-    x = alt.X("block:Q", title="behind block", axis=alt.Axis(labelExpr=WHOLE))
+    x = alt.X("block:Q", title="behind block", axis=alt.Axis(tickMinStep=1, labelExpr=WHOLE))
     y = alt.Y("error:Q", title="relative error of hidden states", axis=alt.Axis(format=".3~p"))
     base = alt.Chart(alt.NamedData("blocks")).encode(x=x, y=y)
     tooltip = [
