@@ -248,8 +248,9 @@ def test_paper_is_light(show):
     assert page.evaluate("document.documentElement.scrollWidth") <= 718
 
 
-def test_a_long_name_of_a_layer_fits_on_a_phone(show):
+def test_long_names_fit_on_a_phone(show):
     page = show("small", PHONE)
-    label = "document.querySelector('#pick-kind').options[0].textContent = 'projection_'.repeat(9)"
-    page.evaluate(label)
+    for select in ("metric", "pick-kind"):
+        first = f"document.querySelector('#{select}').options[0]"
+        page.evaluate(f"{first}.textContent = 'projection_'.repeat(9)")
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
