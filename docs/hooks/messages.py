@@ -2,8 +2,8 @@
 
 ``errors()`` walks the syntax of ``src/optq`` for what is raised of ``optq.errors``: directly, by
 ``OutputError.of``, by ``with library(..)``, or from a function that returns cause and remedy, or
-is given them. What a run puts in is shown as ``…``. The page that holds ``<!-- messages -->`` gets them as tables, a
-class each; ``tests/docs/test_messages.py`` holds them against every ``raise``.
+is given them. What a run puts in is shown as ``…``. The page that holds ``<!-- messages -->`` gets
+them as tables, a class each; ``tests/docs/test_messages.py`` holds them against every ``raise``.
 """
 
 import ast
@@ -17,7 +17,7 @@ from expressions import ANY, SOURCE, calls, each_pair, texts_of, tree_of
 
 MARK = "<!-- messages -->"
 UNKNOWN = "(the message says it)"
-REASON = "(a reason that `optq inspect` gives)"
+REASON = "(a reason that optq inspect gives)"
 
 
 @dataclass(frozen=True)
