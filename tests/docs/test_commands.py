@@ -219,7 +219,7 @@ def small(words: list[str]) -> list[str]:
     return [name, *rest]
 
 
-ALTERNATIVES = {"README.md"}  # whose commands are a list, not one after another
+ALTERNATIVES = {"README.md", "large.md"}  # commands that are a list, not one after another
 
 
 def make_room(words: list[str], page: Path, given: set[str]) -> None:
