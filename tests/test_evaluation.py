@@ -124,14 +124,17 @@ def test_what_is_kept_beside_a_quantized_model(plain, out, texts):
     (first,) = evaluate([out], texts[:1], plain)
     assert {path.name for path in out.iterdir()} - before == {FILE}
     kept = Findings.read(out / FILE)
-    assert kept == first.findings and kept.model == "out"
+    (text,), (told,) = first.findings.texts, kept.texts
+    assert (told.text, told.against.dense) == ("one.txt", plain.name)  # names, no paths
+    assert told.losses == text.losses and told.against.divergence == text.against.divergence
+    assert kept.completions == first.findings.completions and kept.model == "out"
     # A later one adds to it, and what was compared stays where it is measured again.
     evaluate([out], texts[1:])
     evaluate([out], texts[:1])
     evaluate([out], texts[:1], seqlen=16)
     later = Findings.read(out / FILE)
     assert [(each.text, each.seqlen) for each in later.texts] == [
-        (texts[0], 64), (texts[1], 64), (texts[0], 16),
+        ("one.txt", 64), ("two.txt", 64), ("one.txt", 16),
     ]  # fmt: skip
     assert later.texts[0] == kept.texts[0] and later.texts[0].against is not None
     assert later.texts[1].against is None
@@ -164,7 +167,12 @@ def test_where_nothing_is_kept(plain, packed, out, texts, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("{", "is damaged"), ("[]", "is damaged"), ('{"version": 9}', "newer than this OPTQ")],
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"version": 9}', "newer than this OPTQ"),
+        ('{"optq": "1", "model": "m", "tasks": {"piqa": {"acc": NaN}}}', "is damaged"),
+    ],
 )
 def test_damaged_findings_are_refused_before_any_work(out, texts, monkeypatch, content, expected):
     (out / FILE).write_text(content)
@@ -177,8 +185,9 @@ def test_damaged_findings_are_refused_before_any_work(out, texts, monkeypatch, c
 
 
 def test_a_model_that_is_named_twice(plain, packed, texts):
-    with pytest.raises(SettingError, match="is named twice"):
-        evaluate([plain, packed[0], plain], texts)
+    for again in (plain, f"{plain}/", plain / ".." / plain.name):
+        with pytest.raises(SettingError, match="is named twice"):
+            evaluate([plain, packed[0], again], texts)
 
 
 def test_a_text_that_is_shorter_than_a_window(packed, plain, tmp_path):
@@ -231,6 +240,19 @@ def test_scores_of_tasks_are_kept(out, monkeypatch):
     assert found.findings.tasks == {"piqa": {"acc": 1.0}}
     kept = Findings.read(out / FILE).tasks
     assert kept == {"piqa": {"acc": 0.5, "word": None}, "piqa, first 3": {"acc": 1.0}}
+
+
+def test_what_a_text_gave_outlives_a_task_that_fails(out, texts, monkeypatch):
+    def fails(*_):
+        raise DataError("the data of piqa cannot be reached", "check the network")
+
+    shots = object.__new__(ZeroShot)
+    shots.limit = None
+    monkeypatch.setattr(ZeroShot, "run", fails)
+    with pytest.raises(DataError):
+        evaluate([out], texts[:1], shots=shots)
+    kept = Findings.read(out / FILE)
+    assert [each.text for each in kept.texts] == ["one.txt"] and not kept.tasks
 
 
 # What is said of it

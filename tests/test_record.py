@@ -56,6 +56,7 @@ def test_a_file_from_before_there_were_versions(tmp_path):
     [
         (RECORD.text()[:-20], "is damaged", "delete it"),
         (RECORD.text().replace('"bytes": 1000', '"bytes": "many"'), "is damaged", "delete it"),
+        (RECORD.text().replace('"error": 0.5', '"error": NaN'), "is damaged", "delete it"),
         ("[]", "is damaged", "delete it"),
         ('{"version": "x"}', "is damaged", "delete it"),
         ('{"version": 3}', "is of version 3, newer than this OPTQ", "update OPTQ"),

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -62,8 +63,9 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         names = [config.model_id for config in self.models]
-        for name in names:
-            if names.count(name) > 1:
+        places = [Path(name).resolve() if Path(name).is_dir() else name for name in names]
+        for name, place in zip(names, places, strict=True):
+            if places.count(place) > 1:
                 raise SettingError(f"{name} is named twice", "name each model once")
 
     def run(self) -> list[Evaluated]:
@@ -130,15 +132,18 @@ class Evaluation:
             self.progress(0, 1, f"{opened.name}: completions")
             own = continued(model, opened.tokenizer)
             completions = beside(own, dense.written if dense else None)
-        tasks = self.shots.run(model, opened.tokenizer) if self.shots else {}
         findings = Findings(
             optq=__version__,
             model=opened.checkpoint.folder.resolve().name,
             texts=texts,
-            tasks=tasks,
             completions=completions,
         )
-        self._keep(opened, findings)
+        if texts:
+            self._keep(opened, findings)  # also where a task fails, hours later
+        if self.shots:
+            tasks = self.shots.run(model, opened.tokenizer)
+            findings = findings.model_copy(update={"tasks": tasks})
+            self._keep(opened, findings)
         return Evaluated(opened.name, opened.quantized, findings)
 
     def _read(self, text: str, opened: _Opened, model: Any, seqlen: int) -> Tensor:
@@ -155,14 +160,19 @@ class Evaluation:
         return self._windows[key]
 
     def _keep(self, opened: _Opened, findings: Findings) -> None:
-        if opened.before is None:
+        """Beside the checkpoint, with names of files and folders instead of where they lie."""
+        if not opened.keeps:
             return
         if self.shots is not None and self.shots.limit is not None:  # no scores of the task
             some = {f"{n}, first {self.shots.limit}": each for n, each in findings.tasks.items()}
             findings = findings.model_copy(update={"tasks": some})
-        folder = opened.checkpoint.folder
+        folder, path = opened.checkpoint.folder, opened.checkpoint.folder / FILE
+        texts = [_by_name(each) for each in findings.texts]
+        findings = findings.model_copy(update={"texts": texts})
         try:
-            opened.before.with_later(findings).write(folder)
+            # Read anew: another evaluation may have ended meanwhile.
+            known = Findings.read(path).with_later(findings) if path.exists() else findings
+            known.write(folder)
         except OSError as error:
             why = error.strerror or error
             self.notice(f"{FILE} is not kept, {folder} cannot be written to: {why}")
@@ -172,7 +182,7 @@ class Evaluation:
 class _Opened:
     """A model before it is loaded. ``tokens`` tells tokenizers apart.
 
-    ``before`` has what is known of a checkpoint beside which findings belong; else it is None.
+    ``keeps``: it is a checkpoint beside which findings belong.
     """
 
     config: ModelConfig
@@ -180,7 +190,7 @@ class _Opened:
     quantized: bool
     tokenizer: Any
     tokens: str
-    before: Findings | None
+    keeps: bool
 
     @property
     def name(self) -> str:
@@ -194,12 +204,10 @@ class _Opened:
         folder = checkpoint.folder.resolve()
         # A folder of the hub's own cache is somebody else's, however it was named.
         cached = any(part.startswith("models--") for part in folder.parts)
-        before = None
-        if quantized and not (config.is_demo or checkpoint.hub or cached):
-            path = folder / FILE
-            empty = Findings(optq=__version__, model=folder.name)
-            before = Findings.read(path) if path.exists() else empty
-        return cls(config, checkpoint, quantized, tokenizer, _tokens(tokenizer), before)
+        keeps = quantized and not (config.is_demo or checkpoint.hub or cached)
+        if keeps and (folder / FILE).exists():
+            Findings.read(folder / FILE)  # what is damaged is told of before the work
+        return cls(config, checkpoint, quantized, tokenizer, _tokens(tokenizer), keeps)
 
 
 @dataclass(frozen=True)
@@ -215,6 +223,16 @@ def _tokens(tokenizer: Any) -> str:
     some = [tokenizer(text)["input_ids"] for text in (*PROMPTS, "Ünïcode \u2014 1,024 \t\r\n  x")]
     told = json.dumps([sorted(tokenizer.get_vocab().items()), some])
     return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _by_name(found: OnText) -> OnText:
+    """``optq_eval.json`` travels with the checkpoint, so it holds no path."""
+    text = Path(found.text).name if Path(found.text).is_file() else found.text
+    against = found.against
+    if against is not None and Path(against.dense).is_dir():
+        name = Path(against.dense).resolve().name
+        against = against.model_copy(update={"dense": name})
+    return found.model_copy(update={"text": text, "against": against})
 
 
 def _on_text(text: str, seqlen: int, own: Perplexity, against: Against | None = None) -> OnText:

@@ -22,15 +22,19 @@ VERSION = 1
 BOTH = ", as the dense model does"  # how a fault ends that is the dense model's too
 
 
-class Against(BaseModel):
+class _Finding(BaseModel):
+    """A part of the document: a number that is none is a damage."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class Against(_Finding):
     """The predictions beside a dense model's, over all predicted tokens of one text.
 
     Divergence is ``KL(dense || model)``, nats a token; ``agreement`` the share of tokens where both
     find the same next one likeliest; ``ratio`` that of the perplexities, model over dense. Errors
     are standard errors over windows, the ratio's of their paired differences (None: of one window).
     """
-
-    model_config = ConfigDict(frozen=True)
 
     dense: str  # as it was named
     perplexity: float  # the dense model's
@@ -43,10 +47,8 @@ class Against(BaseModel):
     ratio_error: float | None
 
 
-class OnText(BaseModel):
+class OnText(_Finding):
     """The paper's protocol on one text; ``losses`` are the windows' means, in nats a token."""
-
-    model_config = ConfigDict(frozen=True)
 
     text: str
     seqlen: int
@@ -56,13 +58,11 @@ class OnText(BaseModel):
     against: Against | None = None
 
 
-class Completed(BaseModel):
+class Completed(_Finding):
     """A greedy completion, token by token as text; ``dense``: the dense model's, where both ran.
 
     ``fault`` is what is wrong with it as text (it repeats itself, it has invalid bytes), or None.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     prompt: str
     tokens: list[str]
@@ -71,7 +71,7 @@ class Completed(BaseModel):
     fault: str | None = None
 
 
-class Findings(BaseModel):
+class Findings(_Finding):
     """All that is known of one checkpoint."""
 
     version: int = VERSION
@@ -98,7 +98,7 @@ class Findings(BaseModel):
 
     def text(self) -> str:
         """What the file says."""
-        return json.dumps(self.model_dump(), indent=2) + "\n"
+        return json.dumps(self.model_dump(), indent=2, allow_nan=False) + "\n"
 
     def with_later(self, later: Findings) -> Findings:
         """These, and what a ``later`` evaluation of the same checkpoint has found."""

@@ -16,11 +16,19 @@ from optq.errors import ModelError
 FILE = "optq.json"
 TIMES = "optq_times.json"
 VERSION = 2  # of both documents; files without one are of the first
-Document = TypeVar("Document", bound=BaseModel)
+Document = TypeVar("Document", bound="Recorded")
+
+
+class Recorded(BaseModel):
+    """A part of a record: a number that is none is a damage."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
 MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
-class LayerRecord(BaseModel):
+class LayerRecord(Recorded):
     """What became of one layer.
 
     ``error`` is ``tr((W - Q) H (W - Q)^T)``: the mean squared output error per token, summed over
@@ -28,8 +36,6 @@ class LayerRecord(BaseModel):
     These are the solver's; the codes and scales are those of the block when it was done, before
     the scales of the whole model were tuned. What is None was not recorded (version 1).
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     block: str | None = None
@@ -54,27 +60,23 @@ class LayerRecord(BaseModel):
     scale_max: float | None = None
 
 
-class SiteRecord(BaseModel):
+class SiteRecord(Recorded):
     """The layers that read one input, by their first, and ``diagonal``: of its Hessian.
 
     That is in the order of the sweep, as the means of at most 32 equal runs of columns.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     site: str
     layers: list[str]
     diagonal: list[float]
 
 
-class BlockRecord(BaseModel):
+class BlockRecord(Recorded):
     """A block; ``error`` is how far what leaves it is from full precision.
 
     That is the squared difference over the squared full-precision hidden states, sums over all
     calibration tokens, of the model quantized up to there. None where that stream did not run.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     block: str
     error: float | None
@@ -93,15 +95,13 @@ def without_tokens(layers: list[LayerRecord]) -> str | None:
     )
 
 
-class Choice(BaseModel):
+class Choice(Recorded):
     """The width of layers that have one, within a budget, and why.
 
     By the widths that the format can hold: ``errors`` are relative to the output, as a layer's
     ``relative_error``; ``divergence`` is the estimate of how far the model's predictions would go
     from full precision's because of these layers alone, in nats a token.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     layers: list[str]
     weights: int
@@ -117,15 +117,13 @@ class Choice(BaseModel):
         return self.divergence[self.wbits] / error if error else 0.0
 
 
-class DistillRecord(BaseModel):
+class DistillRecord(Recorded):
     """What the end-to-end tuning of the scales gave.
 
     ``before`` and ``after`` are the mean divergence, in nats per token, of the predictions on
     ``held_back`` samples of the calibration text from the full-precision model's, both of scales as
     the file has them; None: not finite. What layers' records say is of the scales before it.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     settings: dict[str, Any]
     held_back: int
@@ -136,15 +134,13 @@ class DistillRecord(BaseModel):
     note: str = ""  # why it ended early
 
 
-class TunedBlock(BaseModel):
+class TunedBlock(Recorded):
     """What tuning a block gave.
 
     ``before`` and ``after`` are its error on samples held back, an estimate in nats a token of how
     far the predictions diverge because of it, both of what the file has; None: not finite. What
     layers' records say is of the codes and scales before it.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     block: str
     steps: int  # that were taken
@@ -155,7 +151,7 @@ class TunedBlock(BaseModel):
     note: str = ""  # why it ended early
 
 
-class Found(BaseModel):
+class Found(Recorded):
     """What a run has found out about one block."""
 
     block: BlockRecord
@@ -164,7 +160,7 @@ class Found(BaseModel):
     tuned: TunedBlock | None = None
 
 
-class Times(BaseModel):
+class Times(Recorded):
     """Where the time of a run went, in seconds, and what it ran on; of a run that was cut off and
     went on, that of the last part.
     """
@@ -184,7 +180,7 @@ class Times(BaseModel):
         return _read(cls, path, "only the times of the run are lost")
 
 
-class RunRecord(BaseModel):
+class RunRecord(Recorded):
     """One run: its settings, what it was calibrated on, and what became of each layer."""
 
     version: int = VERSION
@@ -212,7 +208,7 @@ class RunRecord(BaseModel):
 
     def text(self) -> str:
         """What the file says."""
-        return json.dumps(self.model_dump(), indent=2) + "\n"
+        return json.dumps(self.model_dump(), indent=2, allow_nan=False) + "\n"
 
 
 def _read(document: type[Document], path: Path, lost: str) -> Document:

@@ -86,3 +86,11 @@ def test_beside_a_dense_model():
     assert one.fault == "repeats itself, as the dense model does"
     assert other.dense is other.differs is other.fault is None
     assert [each.dense for each in beside(own, None)] == [None, None]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_cut_at_the_end_has_no_invalid_bytes(cut):
+    """Tokenizers that fall back to bytes write one sign for each byte that is left over."""
+    assert fault([1, 2, 3], "a" + "\ufffd" * cut) is None
+    assert fault([1, 2, 3], "a" + "\ufffd" * 4) == "has invalid bytes"
+    assert fault([1, 2, 3], "\ufffd" * cut + "a") == "has invalid bytes"

@@ -7,6 +7,7 @@ Small models loop without being quantized, too: beside a dense model it is said 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,13 +87,13 @@ def fault(ids: Sequence[int], text: str) -> str | None:
     """What is wrong with a continuation.
 
     A loop is an end of :data:`LEAST` tokens or more in which some run of tokens stands at least
-    three times. A character that the last token leaves unfinished is none of its faults.
+    three times. A character that the end leaves unfinished, of up to three bytes, is no fault.
     """
     for period in range(1, len(ids) // 3 + 1):
         tail = ids[-max(3 * period, LEAST) :]
         if len(tail) >= LEAST and tail[period:] == tail[:-period]:
             return "repeats itself"
-    return "has invalid bytes" if REPLACED in text.removesuffix(REPLACED) else None
+    return "has invalid bytes" if REPLACED in re.sub(f"{REPLACED}{{1,3}}$", "", text) else None
 
 
 def texts(tokenizer: Any, start: list[int], ids: list[int]) -> list[str]:

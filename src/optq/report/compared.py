@@ -26,7 +26,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     groups = len({row["groupsize"] for row in rows[1:]}) > 1
     names = ("bits", *(("groups",) if groups else ()), "method", "bits/weight", "layers")
     left = (1 + groups, 7 + groups)  # the method and the bar
-    far = ("divergence", "agreement") if any(row.get("divergence") for row in rows) else ()
+    far = ("divergence", "agreement") if any(map(_is_far, rows)) else ()
     left = (*left[:1], left[1] + len(far))
     table = columns(*names, "perplexity", "rise", *far, "seconds", BARS, left=left)
     for row in rows:
@@ -55,10 +55,15 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         stdout.print("divergence: KL(full precision || quantized), nats a token")
         stdout.print("agreement: tokens where both find the same next one likeliest")
     if any(row.get("rise_error") for row in rows):
-        stdout.print("±: standard error over the windows, which all models read")
+        stdout.print("±: standard error over the windows, which all models read; the rise's is the")
+        stdout.print("ratio of perplexities', times full precision's perplexity")
+
+
+def _is_far(row: Mapping[str, Any]) -> bool:
+    return row.get("divergence") is not None
 
 
 def _far(row: Mapping[str, Any]) -> list[str]:
-    if row.get("divergence") is None:  # a row that an older version has kept
+    if not _is_far(row):  # a row that an older version has kept
         return ["-", "-"]
     return [plus(row["divergence"], row["divergence_error"]), f"{row['agreement']:.1%}"]

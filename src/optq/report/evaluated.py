@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optq.findings import Completed, Findings
+from optq.findings import BOTH, Completed, Findings
 from optq.report.tables import columns, plus, stdout, write
 
 Found = Sequence[tuple[str, Findings]]  # each model as it was named, and what was found of it
@@ -25,12 +25,12 @@ def show(found: Found, dense: str | None) -> None:
 def _on_texts(found: Found, dense: str | None) -> None:
     names = ["ratio", "divergence", "99.9%", "agreement"] if dense else []
     rows = columns("model", "text", "windows", "perplexity", *names, left=(0, 1))
-    told = set()
+    named, told = {model for model, _ in found}, set()
     for model, findings in found:
         for each in findings.texts:
             predicted = each.seqlen - 1
             about = [each.text, f"{each.tokens // predicted} of {each.seqlen}"]
-            if each.against and each.text not in told:
+            if each.against and each.text not in told and dense not in named:
                 told.add(each.text)
                 rows.add_row(each.against.dense, *about, f"{each.against.perplexity:.4f}")
             cells = []
@@ -66,9 +66,12 @@ def _tasks(found: Found) -> None:
 def _completions(model: str, completions: Sequence[Completed], dense: str | None) -> None:
     """What is wrong, or that nothing is; beside a dense model where they part."""
     faults = [each for each in completions if each.fault]
+    shared = sum(each.fault.endswith(BOTH) for each in faults if each.fault)
     said = "nothing repeats itself or has invalid bytes"
     if faults:
         said = f"{len(faults)} of {len(completions)} end in a loop or have invalid bytes"
+        if shared:
+            said += f", {shared} of them as {dense}'s do"
         if dense is None:
             said += " (--against the dense model tells whether it does so too)"
     if any(each.dense is not None for each in completions):
