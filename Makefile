@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 # The first variable silences an advertisement for another site generator.
 docs: $(INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@echo "site/index.html; for its search: python -m http.server -d site"
 
 bench: $(INSTALLED)
 	@.venv/bin/python bench/solver.py

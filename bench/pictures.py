@@ -1,7 +1,8 @@
 """The pictures of the documentation: `python bench/pictures.py` makes docs/pictures/*.png.
 
 Quantizes the bundled model to 3 bits, measures it against what it was, and photographs its report
-in headless Chromium: the first screen and one layer, light and dark. Needs Chromium and playwright.
+in headless Chromium: the first screen and one layer, light and dark, and the top alone for the
+README. Needs Chromium and playwright.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 MOST = 200_000  # bytes of a picture
 SCREEN = {"width": 1280, "height": 800}
 LONG = {"width": 1280, "height": 910}
+TOP = {"width": 1280, "height": 420}  # the four answers alone: the README has two screens
 
 
 def optq(*words: object) -> None:
@@ -28,7 +30,7 @@ def optq(*words: object) -> None:
 def report(folder: Path) -> Path:
     """A report of a real run, evaluated."""
     out = folder / "demo-3bit"
-    optq("quantize", "demo", out, "--wbits", 3, "--nsamples", 128, "--seqlen", 512)
+    optq("quantize", "demo", out, "--wbits", 3, "--nsamples", 64, "--seqlen", 512)
     optq("eval", out, "--against", "demo", "--text", "demo")
     optq("report", out, "--against", "demo", "--out", folder / "report.html")
     return folder / "report.html"
@@ -61,6 +63,9 @@ def main() -> None:
             page.goto(page_of)
             page.wait_for_selector("html[data-drawn]")
             photograph(page, f"report-{scheme}")
+            if scheme == "light":
+                page.set_viewport_size(TOP)  # type: ignore[arg-type]
+                photograph(page, "readme")
             page.set_viewport_size(LONG)  # type: ignore[arg-type]
             photograph(page, f"layer-{scheme}", "chosen")
         browser.close()

@@ -5,11 +5,13 @@ behind ``torchrun`` or ``python -m``, are parsed by the command's own parser, wh
 and run here in the order of the page, in a folder of their own, with a tiny model as MODEL and as
 ``demo``, one of its checkpoints as OUT, and little text: ``small`` has what is put in. Behind
 ``torchrun`` they run in one process (what several do is for ``tests/test_ranks.py``). Not run are
-blocks after ``<!-- needs: .. -->`` (``network``, ``gpu``, ``packages``), and benchmarks, which take
-minutes: of these the file and its options must exist. The log of experiments holds what was run
-then, and is left alone.
+blocks after ``<!-- needs: .. -->`` (``network``, ``gpu``, ``packages``, ``time``). Benchmarks take
+minutes and are marked so: their words must be what the file's own parser takes, names that are
+missing included. The log of experiments holds what was run then, and is left alone.
 """
 
+import argparse
+import ast
 import json
 import re
 import shlex
@@ -32,7 +34,7 @@ from optq.evaluate import speed
 OURS = {"optq", "torchrun"}
 CHECKED = {"python", "make"}
 OTHERS = {"pip", "git", "vllm", "llama-cli", "llama-server", "hf"}
-NEEDS = {"network", "gpu", "packages"}
+NEEDS = {"network", "gpu", "packages", "time"}
 PROGRAM = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\S*/bin/)?(\S+)")
 TEXT = "the other end of the theorem is not as near as it seems, and the rest is read then. " * 40
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
@@ -73,10 +75,30 @@ def commands(page: Path) -> Iterator[Command]:
                 # Output and formulas are indented too; a fenced block is nothing but commands.
                 assert block.language == "indented" or not line.strip(), (block.page, line)
                 continue
-            for part in re.split(r";|&&", line):
-                words = shlex.split(part, comments=True)
-                if words:
-                    yield Command(block, words)
+            for words in parts(line):
+                yield Command(block, words)
+
+
+def parts(line: str) -> Iterator[list[str]]:
+    """The words of each command of a line: ``;`` and ``&&`` end one, but not inside quotes."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&")
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for word in (*lexer, ";"):
+        if set(word) <= {";", "&"}:
+            if words:
+                yield words
+            words = []
+        else:
+            words.append(word)
+
+
+def test_a_line_is_split_where_a_shell_splits_it():
+    assert list(parts("a 'b; c' && d --e \"f && g\"; h  # i; j && k")) == [
+        ["a", "b; c"],
+        ["d", "--e", "f && g"],
+        ["h"],
+    ]
 
 
 WRITTEN = [page for page in PAGES if page.name != "log.md"]
@@ -89,6 +111,8 @@ def test_markers_are_known_and_other_programs_marked():
         assert set(command.block.needs) <= NEEDS, command.where
         if command.program in OTHERS:
             assert command.block.needs, f"{command.where}: say what it needs"
+        if any(word.startswith("bench/") for word in command.words):
+            assert command.block.needs, f"{command.where}: say that it needs time, or packages"
 
 
 def test_our_commands_parse():
@@ -120,11 +144,11 @@ def test_commands_inside_sentences_name_options_that_exist():
     assert seen > 12
 
 
-def test_benchmarks_and_targets_exist():
+def test_benchmarks_and_targets_exist(capsys):
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     written = [(command.where, command.words) for command in EVERY]
     for page in WRITTEN:
-        inside = re.findall(r"`((?:python|make) [^`\n]*)`", page.read_text(encoding="utf-8"))
+        inside = re.findall(r"`((?:python|make) [^`]*)`", page.read_text(encoding="utf-8"))
         written += [(f"{page.name}: {text}", shlex.split(text)) for text in inside]
     seen = set()
     for where, words in written:
@@ -132,17 +156,39 @@ def test_benchmarks_and_targets_exist():
             assert words[1] in targets, where
         script = next((word for word in words if word.startswith("bench/")), None)
         if script is not None:
-            text = (ROOT / script).read_text(encoding="utf-8")
-            for option in (word for word in words if word.startswith("--")):
-                assert f'"{option}"' in text or option[2:] in _shared(script), where
             seen.add(script)
+            if script == "bench/peers/transformers_check.py":  # a folder, read from sys.argv
+                continue
+            try:
+                parser_of(script).parse_args(words[words.index(script) + 1 :])
+            except SystemExit:
+                pytest.fail(f"{where}\n{capsys.readouterr().err}")
     assert len(seen) > 15
 
 
-def _shared(path: str) -> set[str]:
-    """Options that benchmarks of quality take from one another."""
-    text = (ROOT / "bench" / "quality.py").read_text(encoding="utf-8")
-    return set(re.findall(r'"--([a-z-]+)"', text)) if "quality" in path else set()
+def test_a_benchmark_without_what_it_needs_is_refused(capsys):
+    for words in ([], ["demo", "--variant-of", "plain"], ["demo", "--seeds", "many"]):
+        with pytest.raises(SystemExit):
+            parser_of("bench/quality.py").parse_args(words)
+    assert "the following arguments are required: models" in capsys.readouterr().err
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser that a benchmark makes, from its source: it is not imported, nor run."""
+    parser = argparse.ArgumentParser(script, allow_abbrev=False)
+    for node in ast.walk(ast.parse((ROOT / script).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            names = [ast.literal_eval(each) for each in node.args]
+            given = {each.arg: each.value for each in node.keywords}
+            known = {
+                name: ast.literal_eval(value)
+                for name, value in given.items()
+                if name in ("nargs", "action", "choices", "metavar", "help")
+                and isinstance(value, ast.Constant | ast.Tuple)
+            }
+            kind = {"int": int, "float": float}.get(getattr(given.get("type"), "id", ""))
+            parser.add_argument(*names, **known, **({"type": kind} if kind else {}))
+    return parser
 
 
 def test_the_readme_and_the_pages_show_what_they_should():
@@ -170,10 +216,23 @@ def small(words: list[str]) -> list[str]:
         default("--methods", "rtn,plain")
     if name == "generate":
         default("--max-new-tokens", "4")
-    taken = len(rest) > 1 and Path(rest[1]).exists()
-    if name in ("quantize", "export") and taken:
-        default("--force")
     return [name, *rest]
+
+
+ALTERNATIVES = {"README.md", "large.md"}  # commands that are a list, not one after another
+
+
+def make_room(words: list[str], page: Path, given: set[str]) -> None:
+    """The folder that the page begins with is not in the way of the command that first writes it.
+
+    ``given``: the places that no command of the page has written yet. After that a page has to say
+    ``--force`` itself.
+    """
+    if words[0] == "quantize" and (page.name in ALTERNATIVES or words[2] in given):
+        shutil.rmtree(words[2], ignore_errors=True)
+        Path(words[2]).unlink(missing_ok=True)
+    if words[0] in ("quantize", "export") and "--dry-run" not in words:
+        given.discard(words[2])
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +283,12 @@ def folder(models, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(page, folder, capfd, monkeypatch):
     on_term = signal.getsignal(signal.SIGTERM)
+    given = {"OUT"}
     try:
         for command in commands(page):
             if command.ours is None or command.block.needs:
                 continue
+            make_room(command.ours, page, given)
             monkeypatch.setattr(sys, "argv", ["optq", *small(command.ours)])
             with pytest.raises(SystemExit) as end:
                 cli.main()
@@ -235,3 +296,23 @@ def test_the_commands_of_a_page_run(page, folder, capfd, monkeypatch):
             assert end.value.code == 0, (command.where, sys.argv, done.err)
     finally:
         signal.signal(signal.SIGTERM, on_term)
+
+
+PYTHON = [
+    (page.stem, block)
+    for page in WRITTEN
+    if page.stem in ("README", "first", "api")
+    for block in blocks(page)
+    if block.language == "python"
+]
+
+
+@pytest.mark.parametrize("block", [block for _, block in PYTHON], ids=[name for name, _ in PYTHON])
+def test_python_that_quantizes_runs(block, folder):
+    code = "\n".join(block.lines)
+    assert code.count("calib=") == 1 and '"MODEL"' in code
+    shutil.rmtree(folder / "OUT")
+    there: dict = {}
+    exec(code.replace("calib=", "nsamples=2, seqlen=64, calib="), there)
+    assert (folder / "OUT" / "optq.json").is_file()
+    assert there["result"].bits_per_weight > 0

@@ -1,7 +1,7 @@
 """Zero-shot tasks, as the EleutherAI evaluation harness (``lm-eval``) runs and scores them.
 
 The harness is what the literature reports, so it is called, not rewritten. It and what it needs
-are large: ``pip install optq[tasks]`` brings them.
+are large: ``pip install lm-eval accelerate`` brings them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ZeroShot:
         except ImportError as error:
             raise OptqError(
                 f"tasks are run by lm-eval, which cannot be imported: {error}",
-                "run `pip install optq[tasks]`",
+                "run `pip install lm-eval accelerate`",
             ) from error
         with library(DataError, CAUSE, REMEDY):
             self.evaluate, self.wrap, self.manager = simple_evaluate, HFLM, TaskManager()
