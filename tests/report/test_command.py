@@ -163,7 +163,6 @@ def newer(folder):
             "of one model",
         ),
     ],
-    ids=str,
 )
 def test_what_is_refused(report, folder, monkeypatch, tmp_path, words, cause, remedy):
     monkeypatch.chdir(tmp_path)
