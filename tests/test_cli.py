@@ -417,11 +417,11 @@ def test_eval_of_several_models_against_a_dense_one(optq, words, folder, text, t
     )
     assert 0 < far["divergence"] < far["divergence_99_9"] and 0 < far["agreement"] < 1
     kept = json.loads((out / "optq_eval.json").read_text())
-    assert [each["text"] for each in kept["texts"]] == [str(text), str(other)]
+    assert [each["text"] for each in kept["texts"]] == [text.name, other.name]
     assert not (folder / "optq_eval.json").exists()
     told = optq("eval", out, "--text", text, "--against", folder).out
     assert f"{far['agreement']:.2%}" in told and f"{far['divergence']:.4f} ±" in told
-    assert f"perplexity on {text}" in optq("inspect", out).out
+    assert f"perplexity on {text.name}" in optq("inspect", out).out
     assert optq("inspect", out, "--json").json["evaluated"]["texts"][0]["against"] == far
     optq("export", out, tmp_path / "v2", "--format", "gptq_v2")
     assert not (tmp_path / "v2" / "optq_eval.json").exists()

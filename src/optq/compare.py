@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from optq.core.rtn import RTN
 from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
-from optq.errors import DataError, OutputError, SettingError
+from optq.errors import DataError, ModelError, OutputError, SettingError
 from optq.evaluate.divergence import Divergence, divergence
 from optq.evaluate.perplexity import perplexity
 from optq.formats import FORMATS
@@ -129,7 +130,8 @@ class Comparison:
         del blocks, layers
         dense: Predictions | None = None
         if self.far and (tokens is not None or common not in kept.rows):
-            dense = predictions(model, [windows])[0]
+            with suppress(ModelError):  # of a head that cannot be had alone: perplexity, no more
+                dense = predictions(model, [windows])[0]
         if common not in kept.rows:
             measured = perplexity(dense or model, windows).perplexity
             kept.add(common, Row("none", bits, -1, bits, size, measured))

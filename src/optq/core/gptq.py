@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from optq.core.descent import polish
 from optq.core.error import compare_with_rounding, damped_error, factored_error, undamped_error
@@ -46,6 +47,8 @@ from optq.core.solver import Solver
 from optq.core.sweep import Start, Sweep
 from optq.core.weight import LayerScheme, dequantize, group_index
 from optq.errors import SettingError
+
+UNIT = 64  # rows: optq.ranks has as many stay together
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,9 @@ class GPTQ(Solver):
         )
         miss = working_copy(weight[unsure], problem.order)
         miss -= dequantize(codes, scale, zero, ready.group, self.grid.decode).T
-        rtn_error[unsure] = factored_error(miss, factored)  # in full precision
+        # In full precision; of whole units of rows, for MKL sums fewer in another order.
+        miss = pad(miss, (0, -len(unsure) % UNIT))
+        rtn_error[unsure] = factored_error(miss, factored)[: len(unsure)]
         return no_worse(solution, rounded, places, error, rtn_error)
 
 

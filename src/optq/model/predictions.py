@@ -48,9 +48,11 @@ class Head:
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.head = model, _head(model)
         self.device, self.dtype = device, model.dtype  # which packed weights alone do not say
-        body = model.base_model_prefix
-        if body not in model._modules:
+        # Not all that have a prefix call their body by it (Llama 4's text model).
+        bodies = [n for n in (model.base_model_prefix, "model") if n in model._modules]
+        if not bodies:
             raise _headless(model)
+        body = bodies[0]
         model.__dict__[body] = self.nothing = _Nothing(model._modules.pop(body))
 
     @torch.no_grad()
