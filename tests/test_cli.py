@@ -422,7 +422,8 @@ def test_eval_of_several_models_against_a_dense_one(optq, words, folder, text, t
     told = optq("eval", out, "--text", text, "--against", folder).out
     assert f"{far['agreement']:.2%}" in told and f"{far['divergence']:.4f} ±" in told
     assert f"perplexity on {text.name}" in optq("inspect", out).out
-    assert optq("inspect", out, "--json").json["evaluated"]["texts"][0]["against"] == far
+    (told, _) = optq("inspect", out, "--json").json["evaluated"]["texts"]
+    assert told["against"] == far | {"dense": folder.name}
     optq("export", out, tmp_path / "v2", "--format", "gptq_v2")
     assert not (tmp_path / "v2" / "optq_eval.json").exists()
 
