@@ -7,15 +7,14 @@ same is measured again without one.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
-from optq.errors import ModelError
+from optq.document import STRICT, read, written
 
 FILE = "optq_eval.json"
 VERSION = 1
@@ -23,9 +22,9 @@ BOTH = ", as the dense model does"  # how a fault ends that is the dense model's
 
 
 class _Finding(BaseModel):
-    """A part of the document: a number that is none is a damage."""
+    """A part of the document."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    model_config = STRICT
 
 
 class Against(_Finding):
@@ -84,21 +83,11 @@ class Findings(_Finding):
     @classmethod
     def read(cls, path: Path) -> Findings:
         """What a file says. Raises :class:`ModelError` for a damaged one, or a newer version."""
-        lost = "what was evaluated before is lost"
-        try:
-            made = json.loads(path.read_text(encoding="utf-8"))
-            if made.get("version", VERSION) > VERSION:
-                raise ModelError(
-                    f"{path} is of version {made['version']}, newer than this OPTQ",
-                    f"update OPTQ, or delete the file: {lost}",
-                )
-            return cls.model_validate(made)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path} is damaged", f"delete it: {lost}") from error
+        return read(cls, path, VERSION, "what was evaluated before is lost")
 
     def text(self) -> str:
         """What the file says."""
-        return json.dumps(self.model_dump(), indent=2, allow_nan=False) + "\n"
+        return written(self)
 
     def with_later(self, later: Findings) -> Findings:
         """These, and what a ``later`` evaluation of the same checkpoint has found."""

@@ -5,27 +5,23 @@ It holds no times and no paths: same seed, same bytes. Those are in ``optq_times
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from optq.errors import ModelError
+from optq.document import STRICT, read, written
 
 FILE = "optq.json"
 TIMES = "optq_times.json"
 VERSION = 2  # of both documents; files without one are of the first
-Document = TypeVar("Document", bound="Recorded")
+MANY = 0.1  # of a layer's columns without evidence: worth a warning
 
 
 class Recorded(BaseModel):
-    """A part of a record: a number that is none is a damage."""
+    """A part of a record."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-
-MANY = 0.1  # of a layer's columns without evidence: worth a warning
+    model_config = STRICT
 
 
 class LayerRecord(Recorded):
@@ -177,7 +173,7 @@ class Times(Recorded):
     @classmethod
     def read(cls, path: Path) -> Times:
         """The times in a file. Raises :class:`ModelError` for a damaged one, or a newer version."""
-        return _read(cls, path, "only the times of the run are lost")
+        return read(cls, path, VERSION, "only the times of the run are lost")
 
 
 class RunRecord(Recorded):
@@ -204,21 +200,8 @@ class RunRecord(Recorded):
     @classmethod
     def read(cls, path: Path) -> RunRecord:
         """The record in a file. Raises :class:`ModelError` for a damaged one, or a newer version"""
-        return _read(cls, path, "only its errors by layer are lost")
+        return read(cls, path, VERSION, "only its errors by layer are lost")
 
     def text(self) -> str:
         """What the file says."""
-        return json.dumps(self.model_dump(), indent=2, allow_nan=False) + "\n"
-
-
-def _read(document: type[Document], path: Path, lost: str) -> Document:
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-        if made.get("version", VERSION) > VERSION:
-            raise ModelError(
-                f"{path} is of version {made['version']}, newer than this OPTQ",
-                f"update OPTQ, or delete the file: {lost}",
-            )
-        return document.model_validate(made)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged", f"delete it: {lost}") from error
+        return written(self)

@@ -128,7 +128,7 @@ class DemoReport:
         self.found: list[Known] = []
         self.folder = TemporaryDirectory()
         self.pool = ThreadPoolExecutor(1)
-        self.pool.submit(build.library)
+        self.pool.submit(build.drawing)
         return self
 
     def __exit__(self, *_: object) -> None:

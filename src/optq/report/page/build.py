@@ -47,7 +47,7 @@ def page(several: Several) -> str:
         facts=facts,
         css=Markup(inlined("page.css")),
         js=Markup("\n".join(map(inlined, ("draw.js", "layers.js", "page.js")))),
-        library=Markup(library() if facts["charts"] else ""),
+        library=Markup(drawing() if facts["charts"] else ""),
         data=Markup(_json(facts)),
     )
     return text
@@ -59,7 +59,7 @@ def _json(value: object) -> str:
 
 
 @cache
-def library() -> str:
+def drawing() -> str:
     """Vega-Embed with Vega inside, which vl-convert carries: it sets ``window.vegaEmbed``."""
     import vl_convert
 
