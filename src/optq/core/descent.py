@@ -35,6 +35,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
+from optq.core.compiled import MAGIC, by_rows, loops, numbers, serves
 from optq.core.error import undamped_error
 from optq.core.grid import Grid, Storage
 from optq.core.precision import exact_products, quick_dtype
@@ -199,6 +200,14 @@ class _Descent:
                 change = self._move_scale(block, block)
                 delta.addcmul_(self.steps[block], change, value=-1)
             scale = self.scale[group]
+            if self.grid.levels is not None and serves(gradient):
+                levels, magic = numbers(gradient, self.grid.levels, MAGIC[gradient.dtype])
+                by_rows(
+                    *(loops().descend, 0, len(scale), gradient, self.steps[block], delta, scale),
+                    *(self.zero[group], self.twice_inverse[block, 0], self.worth[block, 0], inside),
+                    *(STEP_COLUMNS, levels, magic),
+                )
+                continue
             inverse = 1 / scale
             for own, codes, twice_inverse, worth, moved, spread in zip(*parts, strict=True):
                 # The change of each code, and (2 G - H_jj n s) n s / s^2, what it gains.
