@@ -58,4 +58,3 @@ def unpack(words: Int32[Tensor, "words streams"], bits: int) -> UInt8[Tensor, "c
             value |= periods[:, word + 1] << (32 - shift)
         values[:, i] = value.bitwise_and_(2**bits - 1)
     return values.reshape(-1, streams)
-
