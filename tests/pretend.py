@@ -274,6 +274,8 @@ def _moved(tensor: Tensor, dtype: torch.dtype | None = None, copy: bool = False)
 def pretended() -> Iterator[torch.device]:
     """The device, for as long as the context lasts."""
     with ExitStack() as stack:
+        # Triton would ask for a tensor's address.
+        stack.enter_context(patch.object(torch.version, "cuda", None))
         for name, value in {
             "is_available": lambda: True,
             "device_count": lambda: 1,
