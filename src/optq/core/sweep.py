@@ -58,7 +58,7 @@ class Sweep:
         self.W = _beside([start.W for start in starts])
         self.W_hat = self.W.clone()
         self.levels = grid.levels
-        self.on_gpu = self.levels is not None and _on_gpu(self.W)
+        self.on_gpu = _on_gpu(self.W)
         if self.on_gpu:
             self.blocksize = min(blocksize, 64)  # as many as stay in registers
         self.codes = torch.empty_like(self.W, dtype=torch.uint8)
@@ -114,7 +114,7 @@ class Sweep:
         if self.levels is not None and serves(self.W):
             self._compiled(start, stop)
             return
-        if self.on_gpu:
+        if self.levels is not None and self.on_gpu:
             from optq.core.triton_columns import column_loop
 
             factors = [each.factored for each in self.starts]
