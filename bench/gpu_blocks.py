@@ -161,7 +161,7 @@ def quantized(checkpoint: Path, device: str, tokens: torch.Tensor, groupsize: in
     block = seconds["total"] - seconds["load"]
     found = seconds | {"sweep": sum(swept), "block": block}
     memory = {"peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1)} if gpu else {}
-    return {stage: round(found.get(stage, 0.0), 3) for stage in STAGES} | memory
+    return {stage: round(found[stage], 3) for stage in STAGES} | memory
 
 
 def blocks(shapes: dict[str, PreTrainedConfig], device: str, tokens: torch.Tensor, groupsize: int):

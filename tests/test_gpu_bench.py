@@ -35,8 +35,8 @@ def test_one_block_of_each_model_is_timed_by_stage():
         _, *numbers = line[15:].split()
         found = dict(zip(STAGES, map(float, numbers), strict=True))
         parts = sum(found[stage] for stage in STAGES if stage not in ("(sweep)", "block"))
-        assert all(seconds > 0 for seconds in found.values()), line
-        assert found["(sweep)"] < found["solve"] and parts < found["block"] + 0.01, line
+        assert 0 < found["(sweep)"] < found["solve"], line
+        assert found["block"] / 2 < parts < found["block"] + 0.01, line
 
 
 def test_without_a_gpu_it_says_so():

@@ -60,7 +60,7 @@ class Sweep:
         self.levels = grid.levels
         self.on_gpu = _on_gpu(self.W)
         if self.on_gpu:
-            self.blocksize = min(blocksize, 64)  # as many as stay in registers
+            self.blocksize = min(blocksize, 64)  # columns that stay in registers
         self.codes = torch.empty_like(self.W, dtype=torch.uint8)
         if dynamic:
             self.scale = self.W.new_empty(int(group.max()) + 1, self.W.shape[1])

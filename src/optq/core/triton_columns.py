@@ -26,8 +26,7 @@ from torch import Tensor
 
 from optq.core.problem import Factor
 
-COLUMNS = 64  # of a block, at most: with 32 rows, 64 registers of a thread hold the tile
-ROWS = 32
+ROWS = 32  # with a block of 64 columns, half of a thread's 127 registers hold the tile
 # A float32 of that size has no bits after the point: adding it rounds to integers, ties to even.
 INTEGERS = tl.constexpr(1.5 * 2**23)
 
@@ -47,19 +46,18 @@ def column_kernel(
     start,
     rows,
     across,
-    weight_stride,
-    row_stride,
     levels,
     count: tl.constexpr,  # few values: the interpreter takes no other bound of a loop
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``count`` columns from ``start``; tensors are ``[cols, across]``, ``N`` the block's own."""
+    """``count`` columns from ``start``; tensors are ``[cols, across]``, but ``N`` and ``squares``,
+    of the block alone, are ``[weights, count, ...]``."""
     weight = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     row = (weight * rows + row).to(tl.int64)
-    N += weight * weight_stride
+    N += weight * count * count
     squares += weight * count
     at = tl.arange(0, COLUMNS)
     here = (start + at).to(tl.int64)[:, None] * across + row[None, :]
@@ -80,7 +78,7 @@ def column_kernel(
         error = tl.load(W + place, mask=inside, other=0) - units * s
         tl.store(W + place, error, mask=inside)
         ahead = (at > j) & (at < count)
-        spread = tl.load(N + j * row_stride + at, mask=ahead, other=0)
+        spread = tl.load(N + j * count + at, mask=ahead, other=0)
         tile += spread[:, None] * error[None, :]
     before = tl.load(residual + row, mask=inside, other=0)
     tl.store(residual + row, before + total, mask=inside)
@@ -98,22 +96,20 @@ def column_loop(
     zero: Float[Tensor, "groups across"],
     residual: Float[Tensor, " across"],
 ) -> None:
-    """Quantize ``columns``, at most ``COLUMNS``, of weights that stand side by side in ``across``.
+    """Quantize ``columns``, a block, of weights that stand side by side in ``across``.
 
     ``W`` becomes the errors, ``codes`` are filled in, and ``residual`` grows by
     ``U_jj^2 (w^_j - q_j)^2``; ``W_hat`` stays. ``levels`` is the largest code.
     """
     count, across = columns.stop - columns.start, W.shape[1]
-    inside = [factor.N[columns, columns] for factor in factors]
-    N = inside[0][None] if len(inside) == 1 else torch.stack(inside)
+    N = torch.stack([factor.N[columns, columns] for factor in factors])
     squares = torch.stack([factor.squares[columns] for factor in factors])
     rows = across // len(factors)
     tensors = (W_hat, W, codes, scale, zero)
-    if not all(each.is_contiguous() for each in tensors) or N.stride(2) != 1:
+    if not all(each.is_contiguous() for each in tensors):
         raise ValueError("the sweep's tensors must be contiguous")
     with torch.cuda.device_of(W):  # Triton launches on the current one
         column_kernel[(triton.cdiv(rows, ROWS), len(factors))](
-            *tensors, group, N, squares, residual, columns.start, rows, across,
-            N.stride(0), N.stride(1), levels, count=count,
+            *tensors, group, N, squares, residual, columns.start, rows, across, levels, count=count,
             COLUMNS=max(16, triton.next_power_of_2(count)), ROWS=ROWS, num_warps=1,
         )  # fmt: skip
