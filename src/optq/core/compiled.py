@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,8 @@ def by_rows(loop: Callable[..., None], first: int, last: int, *arguments: Any) -
         loop(*given, first, last)
         return
     ends = [first + (last - first) * part // parts for part in range(parts + 1)]
-    ranges = zip(ends[:-1], ends[1:], strict=True)
-    list(_pool(os.getpid(), parts).map(lambda ends: loop(*given, *ends), ranges))  # or an error
+    pool = _pool(os.getpid(), parts)
+    list(pool.map(lambda ends: loop(*given, *ends), pairwise(ends)))  # or what one of them raised
 
 
 def numbers(like: Tensor, *values: int | float) -> Iterator[Any]:
