@@ -11,11 +11,14 @@ are cast for it. So:
 * rows are padded to whole tiles, columns to whole groups.
 
 It reads a quarter of a bfloat16 weight's bytes, so it wins while reading is what takes time. Its
-time grows with every row of activations; past ``FEW`` of them dequantizing into a bfloat16 (or
-the activations' own dtype) and a dense product is faster, and rounds nothing but the activations.
+time grows with every row of activations, for it unpacks the weight again for every few. Past
+:func:`few` rows bfloat16 activations are multiplied by a weight that is unpacked once, a part at a
+time (:mod:`.cpu_blocks`). Where that cannot be had, and for other dtypes, past ``FEW`` rows the
+weight is dequantized by torch's operations and multiplied in the activations' dtype (float16: in
+float32).
 
 Accuracy of the packed product: activations, scales, offsets and the result are rounded to
-bfloat16 (2^-9 each), sums are float32.
+bfloat16 (2^-9 each), sums are float32. Of the others: scales and weights are rounded to the dtype.
 """
 
 from __future__ import annotations
@@ -23,14 +26,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from optq.core.weight import QuantizedWeight
+from optq.kernels import cpu_blocks
 from optq.kernels.product import Product, compact
 
-FEW = 96  # rows of activations: where the two take equally long (bench/kernels.py)
+FEW = 96  # rows of activations: where packed and dense take equally long (bench/kernels.py)
 GROUPS = (256, 128, 64, 32)  # that the operator takes
 TILE = 64  # rows; a multiple of each processor's
 CHUNK = 512  # rows that are dequantized at a time: they stay in the cache
@@ -42,6 +47,16 @@ def takes(weight: QuantizedWeight) -> bool:
         return True
     sizes = torch.bincount(weight.g_idx, minlength=weight.groups)
     return weight.width % GROUPS[-1] == 0 and bool((sizes == weight.width).all())
+
+
+@cache
+def few() -> int:
+    """Rows of activations from which unpacking once is faster (bench/kernels.py).
+
+    A tile of AMX takes 16 rows in the time of one. Without it a row more costs time both ways.
+    """
+    found = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return 8 if found is not None and found() else 24
 
 
 class Int4Product(Product):
@@ -59,8 +74,6 @@ class Int4Product(Product):
         super().__init__(weight.rows, weight.cols, dtype)
         weight, order = weight.sorted()
         self.keep("order", order)
-        self.keep("scales", compact(weight.scales))  # as stored, for the dense product
-        self.keep("zeros", weight.zeros)
         padded = weight.cols + -weight.cols % GROUPS[-1]
         group = padded if weight.groups == 1 else weight.width
         self.width = next(size for size in GROUPS if group % size == 0)
@@ -68,7 +81,11 @@ class Int4Product(Product):
         filler = -weight.rows % TILE
         codes = pad(weight.codes.T, (0, filler, 0, padded - weight.cols)).contiguous().T
         scale = pad(weight.scales, (0, 0, 0, filler))
-        zero = pad(weight.zeros, (0, 0, 0, filler)).to(scale.dtype)
+        zeros = pad(weight.zeros, (0, 0, 0, filler))
+        # For the dense product, scales as stored; [groups, rows], zeros of whole tiles.
+        self.keep("scales", compact(weight.scales.T.contiguous()))
+        self.keep("zeros", zeros.T.contiguous())
+        zero = zeros.to(scale.dtype)
         if self.halves == 1:  # few bits in the middle of the operator's range
             self.lift = 8 - 2 ** (weight.wbits - 1)
             parts = [(codes + self.lift if self.lift else codes, scale, 8 - self.lift - zero)]
@@ -89,6 +106,10 @@ class Int4Product(Product):
         kept: Any = self._buffers  # as attributes they would cost more than a small product
         if kept["order"] is not None:
             x = x[:, kept["order"]]
+        if len(x) * self.halves > few() and x.dtype == torch.bfloat16 and not x.requires_grad:
+            y = self._by_blocks(x)
+            if y is not None:
+                return y
         if len(x) > FEW:
             y = x.new_empty(len(x), self.rows)
             # float16 products of this layout are slower on a CPU than all else by far.
@@ -106,6 +127,29 @@ class Int4Product(Product):
         y = y if y.shape[1] == self.rows else y[:, : self.rows]
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
+    def _by_blocks(self, x: Tensor) -> Tensor | None:
+        """Through parts of the weight unpacked into blocks; None where they cannot be had."""
+        rows, cols = self.grid0.shape[1], 2 * self.codes0.shape[1]
+        if _tile() != cpu_blocks.TILE:
+            return None
+        x = pad(x, (0, cols - self.cols)) if cols > self.cols else x.contiguous()
+        codes, more = (
+            None if packed is None else packed.view(-1, cols, TILE // 2).numpy()
+            for packed in (self.codes0, self._buffers.get("codes1"))
+        )
+        units, zeros = self.grid0.view(torch.int16).numpy().view(np.uint16), self.zeros.numpy()
+        y = x.new_empty(len(x), self.rows)
+        starts = cpu_blocks.parts(rows, cols)
+        for start in starts:
+            part = cpu_blocks.scratch(min(starts.step, rows - start), cols)
+            if part is None:
+                return None
+            first = start // TILE
+            grids = (units, zeros, self.lift)
+            cpu_blocks.loops().unpack(codes, more, *grids, first, part.halves, part.words)
+            y[:, start : start + starts.step] = part.product(x)[:, : self.rows - start]
+        return y
+
     def dense(self) -> Tensor:
         chunks = [self._columns(start, self.dtype).T for start in range(0, self.rows, CHUNK)]
         weight = torch.cat(chunks)
@@ -120,10 +164,10 @@ class Int4Product(Product):
         if self.halves == 2:
             codes += 16 * _unpacked(self.codes1[rows], dtype)
         codes = codes[: self.cols, : self.rows - start]
-        grouped = codes.unflatten(0, (self.scales.shape[1], -1))
+        grouped = codes.unflatten(0, (self.scales.shape[0], -1))
         # Contiguous rows: broadcast along strided ones, these two steps take ten times as long.
-        zeros = (self.zeros[rows] + self.lift).T.to(dtype).contiguous()
-        scales = self.scales[rows].T.to(dtype).contiguous()
+        zeros = (self.zeros[:, rows] + self.lift).to(dtype).contiguous()[:, : self.rows - start]
+        scales = self.scales[:, rows].to(dtype).contiguous()
         return grouped.sub_(zeros[:, None]).mul_(scales[:, None]).flatten(0, 1)
 
 
