@@ -37,8 +37,8 @@ class Scratch:
     """A blocked weight ``[rows, cols]`` to be written over and over; of one thread."""
 
     weight: Any  # oneDNN's
-    words: NDArray[np.uint32]  # its memory: [tiles, 2, pairs, 32] or [tiles, pairs, 2, 32]
-    halves: bool  # the first of the two
+    words: NDArray[np.uint32]  # its memory: [tiles, cols, 32], a pair of columns in a word
+    halves: bool  # whether a tile's first 32 rows are before all of its last 32
 
     def product(self, x: Tensor) -> Tensor:
         """``x @ W.T`` for bfloat16 ``x [tokens, cols]``: ``[tokens, rows]``, sums in float32."""
@@ -67,7 +67,7 @@ def loops() -> Any:
         from optq.kernels import unpack
     except ImportError:
         return None
-    nothing = np.empty((0, 2, 16, 32), np.uint32)
+    nothing = np.empty((0, 32, 32), np.uint32)
     codes, units = np.empty((0, 32, 32), np.uint8), np.empty((1, 0, 2), np.uint16)
     unpack.unpack(codes, None, units, np.empty((1, 0), np.uint8), 0, 0, True, nothing)
     return unpack if unpack.shares_threads() else None
@@ -91,5 +91,5 @@ def _scratch(rows: int, cols: int) -> Scratch | None:
     for order in ((0, 1, 3, 2, 4), (0, 3, 1, 2, 4)):
         expected = pairs.permute(order).contiguous()
         if np.array_equal(words, expected.numpy().view(np.uint32).ravel()):
-            return Scratch(weight, words.reshape(expected.shape[:4]), order[1] == 1)
+            return Scratch(weight, words.reshape(-1, cols, 32), order[1] == 1)
     return None
