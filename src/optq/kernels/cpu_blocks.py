@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE = 64  # rows of a tile of packed codes, and of no less a part
-CACHE = 2**20  # bytes of each thread's part: half of a second-level cache of 2 MB
+CACHE = 2**21  # bytes of each thread's part: about a second-level cache
 LEAST = 2 * TILE  # rows of a part, where rows are long
 _kept = threading.local()
 

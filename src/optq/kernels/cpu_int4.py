@@ -138,17 +138,17 @@ class Int4Product(Product):
             for packed in (self.codes0, self._buffers.get("codes1"))
         )
         units, zeros = self.grid0.view(torch.int16).numpy().view(np.uint16), self.zeros.numpy()
-        y = x.new_empty(len(x), self.rows)
-        starts = cpu_blocks.parts(rows, cols)
+        unpack, starts = cpu_blocks.loops(), cpu_blocks.parts(rows, cols)
+        found = []
         for start in starts:
             part = cpu_blocks.scratch(min(starts.step, rows - start), cols)
             if part is None:
                 return None
-            first = start // TILE
-            grids = (units, zeros, self.lift)
-            cpu_blocks.loops().unpack(codes, more, *grids, first, part.halves, part.words)
-            y[:, start : start + starts.step] = part.product(x)[:, : self.rows - start]
-        return y
+            grids = (units, zeros, self.lift, start // TILE)
+            unpack.unpack(codes, more, *grids, part.halves, part.words)
+            found.append(part.product(x))
+        y = torch.cat(found, 1) if len(found) > 1 else found[0]
+        return y if y.shape[1] == self.rows else y[:, : self.rows]
 
     def dense(self) -> Tensor:
         chunks = [self._columns(start, self.dtype).T for start in range(0, self.rows, CHUNK)]

@@ -17,24 +17,64 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 HALF = 32  # rows whose codes lie in the low bits of a tile's bytes; as many lie in the high bits
 LIFT = np.float32(2**23)  # whose last bits as a float32 are an integer's
 LIFTED = 0x4B000000  # the same, its bits
 SHORT = np.uint32(16)
+AHEAD = 2**11  # bytes of codes that are asked for before their turn
 BYTE, WORD, REAL = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
 
+class _Bfloat(ir.Type):
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
 @no_type_check
-def _vector(kind):
-    return ir.VectorType(kind, 16)
+def _vector(kind, length=16):
+    return ir.VectorType(kind, length)
 
 
 @no_type_check
 def _all(value):
     return ir.Constant(_vector(WORD), [value] * 16)
+
+
+@no_type_check
+def _words(build, low, high):
+    """Float32 vectors, rounded half to even to bfloat16, in the two halves of words."""
+
+    def rounded(value):  # its last 16 bits are left over
+        bits = build.bitcast(value, _vector(WORD))
+        odd = build.and_(build.lshr(bits, _all(16)), _all(1))
+        return build.add(build.add(bits, odd), _all(0x7FFF))
+
+    upper = build.and_(rounded(high), _all(0xFFFF0000))
+    return build.or_(build.lshr(rounded(low), _all(16)), upper)
+
+
+@no_type_check
+def _words_natively(build, low, high):
+    """The same, of processors that have an instruction for it; it knows no subnormal numbers."""
+    both = _vector(_Bfloat(), 32)
+    kind = ir.FunctionType(both, [_vector(REAL)] * 2)
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    function = cgutils.get_or_insert_function(build.module, kind, name)
+    halves = build.bitcast(build.call(function, [high, low]), _vector(ir.IntType(16), 32))
+    order = [place // 2 + place % 2 * 16 for place in range(32)]
+    mixed = build.shuffle_vector(halves, halves, ir.Constant(_vector(WORD, 32), order))
+    return build.bitcast(mixed, _vector(WORD))
+
+
+@no_type_check
+def _fetch(build, address):
+    """Into the first cache: the processor itself looks ahead no further than a page."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(BYTE), WORD, WORD, WORD])
+    function = cgutils.get_or_insert_function(build.module, kind, "llvm.prefetch.p0i8")
+    build.call(function, [address, *(ir.Constant(WORD, each) for each in (0, 3, 1))])
 
 
 @intrinsic
@@ -65,12 +105,15 @@ def _weave(_, one, two, more, most, zero, unit, low, high):
         def codes(array, start):
             return None if array is None else build.zext(load(array, start, BYTE), _vector(WORD))
 
-        def rounded(code, zero, unit):  # its bits below bfloat16's are left over
-            value = build.bitcast(build.or_(code, _all(LIFTED)), _vector(REAL))
-            bits = build.bitcast(build.fmul(build.fsub(value, zero), unit), _vector(WORD))
-            odd = build.and_(build.lshr(bits, _all(16)), _all(1))
-            return build.add(build.add(bits, odd), _all(0x7FFF))
+        def value(code, zero, unit):
+            code = build.bitcast(build.or_(code, _all(LIFTED)), _vector(REAL))
+            return build.fmul(build.fsub(code, zero), unit)
 
+        native = "+avx512bf16" in context.codegen().magic_tuple()[2]
+        words = _words_natively if native else _words
+        for array in (one, more):
+            if array is not None:
+                _fetch(build, build.gep(array, [ir.Constant(ir.IntType(64), AHEAD)]))
         for start in range(0, HALF, 16):
             columns = [(codes(a, start), codes(b, start)) for a, b in ((one, more), (two, most))]
             for half, target in enumerate((low, high)):
@@ -82,9 +125,8 @@ def _weave(_, one, two, more, most, zero, unit, low, high):
                     if upper is not None:
                         upper = upper if half else build.shl(upper, _all(4))
                         code = build.or_(code, build.and_(upper, _all(240)))
-                    pair.append(rounded(code, *grid))
-                word = build.or_(build.lshr(pair[0], _all(16)), build.and_(pair[1], _all(-65536)))
-                build.store(word, place(target, start, WORD), align=1)
+                    pair.append(value(code, *grid))
+                build.store(words(build, *pair), place(target, start, WORD), align=1)
         return context.get_dummy_value()
 
     return types.void(*given), step
