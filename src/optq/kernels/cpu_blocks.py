@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE = 64  # rows of a tile of packed codes, and of no less a part
-CACHE = 2**21  # bytes of each thread's part: about a second-level cache
-LEAST = 2 * TILE  # rows of a part, where rows are long
+PART = 2**22  # bytes of a part for each thread: smaller ones stay nearer, but each costs a call
+MOST = 2**25  # bytes of a part
 _kept = threading.local()
 
 
@@ -55,7 +55,7 @@ def scratch(rows: int, cols: int) -> Scratch | None:
 
 def parts(rows: int, cols: int) -> range:
     """The first row of each part of a weight, all of one size but the last."""
-    most = max(LEAST, CACHE * torch.get_num_threads() // (2 * cols))
+    most = max(TILE, min(MOST, PART * torch.get_num_threads()) // (2 * cols))
     count = -(-rows // most)
     return range(0, rows, -(-rows // (count * TILE)) * TILE)
 

@@ -129,15 +129,11 @@ class Int4Product(Product):
 
     def _by_blocks(self, x: Tensor) -> Tensor | None:
         """Through parts of the weight unpacked into blocks; None where they cannot be had."""
-        rows, cols = self.grid0.shape[1], 2 * self.codes0.shape[1]
         if _tile() != cpu_blocks.TILE:
             return None
+        codes, more, units, zeros = self._arrays()
+        rows, cols = units.shape[1], codes.shape[1]
         x = pad(x, (0, cols - self.cols)) if cols > self.cols else x.contiguous()
-        codes, more = (
-            None if packed is None else packed.view(-1, cols, TILE // 2).numpy()
-            for packed in (self.codes0, self._buffers.get("codes1"))
-        )
-        units, zeros = self.grid0.view(torch.int16).numpy().view(np.uint16), self.zeros.numpy()
         unpack, starts = cpu_blocks.loops(), cpu_blocks.parts(rows, cols)
         found = []
         for start in starts:
@@ -149,6 +145,21 @@ class Int4Product(Product):
             found.append(part.product(x))
         y = torch.cat(found, 1) if len(found) > 1 else found[0]
         return y if y.shape[1] == self.rows else y[:, : self.rows]
+
+    def _arrays(self) -> tuple[Any, ...]:
+        """What is packed, as :mod:`.unpack` wants it: views, kept as making them takes its time."""
+        kept: Any = self._buffers
+        of, arrays = self.__dict__.get("_viewed", (None, ()))
+        if of is not kept["codes0"]:
+            tiles = (-1, 2 * self.codes0.shape[1], TILE // 2)
+            codes, more = (
+                None if packed is None else packed.view(tiles).numpy()
+                for packed in (self.codes0, kept.get("codes1"))
+            )
+            units = self.grid0.view(torch.int16).numpy().view(np.uint16)
+            arrays = (codes, more, units, self.zeros.numpy())
+            self.__dict__["_viewed"] = kept["codes0"], arrays
+        return arrays
 
     def dense(self) -> Tensor:
         chunks = [self._columns(start, self.dtype).T for start in range(0, self.rows, CHUNK)]
