@@ -27,7 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE = 64  # rows of a tile of packed codes, and of no less a part
-PART = 2**22  # bytes of a part for each thread: smaller ones stay nearer, but each costs a call
+# Of a part, for each thread: with fewer rows oneDNN leaves threads idle, and every part costs a
+# call; more bytes are farther away.
+ROWS = 2**10
+BYTES = 2**23
 MOST = 2**25  # bytes of a part
 _kept = threading.local()
 
@@ -55,7 +58,8 @@ def scratch(rows: int, cols: int) -> Scratch | None:
 
 def parts(rows: int, cols: int) -> range:
     """The first row of each part of a weight, all of one size but the last."""
-    most = max(TILE, min(MOST, PART * torch.get_num_threads()) // (2 * cols))
+    threads = torch.get_num_threads()
+    most = max(TILE, min(ROWS * threads, min(MOST, BYTES * threads) // (2 * cols)))
     count = -(-rows // most)
     return range(0, rows, -(-rows // (count * TILE)) * TILE)
 

@@ -56,7 +56,7 @@ def few() -> int:
     A tile of AMX takes 16 rows in the time of one. Without it a row more costs time both ways.
     """
     found = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return 8 if found is not None and found() else 24
+    return 12 if found is not None and found() else 24
 
 
 class Int4Product(Product):
@@ -135,15 +135,18 @@ class Int4Product(Product):
         rows, cols = units.shape[1], codes.shape[1]
         x = pad(x, (0, cols - self.cols)) if cols > self.cols else x.contiguous()
         unpack, starts = cpu_blocks.loops(), cpu_blocks.parts(rows, cols)
-        found = []
+        y = x.new_empty(len(x), rows) if len(starts) > 1 else None
         for start in starts:
             part = cpu_blocks.scratch(min(starts.step, rows - start), cols)
             if part is None:
                 return None
             grids = (units, zeros, self.lift, start // TILE)
             unpack.unpack(codes, more, *grids, part.halves, part.words)
-            found.append(part.product(x))
-        y = torch.cat(found, 1) if len(found) > 1 else found[0]
+            columns = part.product(x)
+            if y is None:
+                y = columns
+            else:
+                y[:, start : start + columns.shape[1]] = columns
         return y if y.shape[1] == self.rows else y[:, : self.rows]
 
     def _arrays(self) -> tuple[Any, ...]:
@@ -160,6 +163,10 @@ class Int4Product(Product):
             arrays = (codes, more, units, self.zeros.numpy())
             self.__dict__["_viewed"] = kept["codes0"], arrays
         return arrays
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which makes its own views."""
+        return {name: value for name, value in self.__dict__.items() if name != "_viewed"}
 
     def dense(self) -> Tensor:
         chunks = [self._columns(start, self.dtype).T for start in range(0, self.rows, CHUNK)]

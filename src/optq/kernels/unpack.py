@@ -155,7 +155,10 @@ def _unpack(codes, more, units, zeros, lift, first, halves, weight):  # type: ig
         for pair in range(group * width, (group + 1) * width):
             i, j, line = 2 * pair, 2 * pair + 1, pair * step
             one, two, low, high = (
-                codes[tile, i], codes[tile, j], weight[place, line], weight[place, line + side]
+                codes[tile, i],
+                codes[tile, j],
+                weight[place, line],
+                weight[place, line + side],
             )
             if more is None:
                 _weave(one, two, None, None, zero, unit, low, high)
