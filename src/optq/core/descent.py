@@ -135,7 +135,8 @@ class _Descent:
         self.scale = scales.T.clone(memory_format=torch.contiguous_format)
         self.zero = zeros.T.to(scales.dtype)
         self.snaps = [self.grid.snapping(zero) for zero in self.zero]
-        self.steps.copy_(self.grid.units(codes.T, self.zero[self.group]))
+        # Transposed first, then converted: torch is slow at both in one.
+        self.steps.copy_(self.grid.units(codes.T.contiguous(), self.zero[self.group]))
 
         self.changes.copy_(self._miss(target))
         self.gradient.copy_(self.H_quick @ self.changes)
@@ -148,14 +149,14 @@ class _Descent:
         self.steps[self.dead] = self.grid.units(code, zero)
 
         better = after < before
-        found = self.grid.code(self.steps, self.zero[self.group]).T
+        found = self.grid.code(self.steps, self.zero[self.group]).T.contiguous()
         codes.copy_(torch.where(better[:, None], found, codes))
         scales.copy_(torch.where(better[:, None], self.scale.T, scales))
         return torch.where(better, after, before)
 
     def _miss(self, target: Tensor) -> Tensor:
         """``w - q``, in the memory of the gradient."""
-        self.gradient.copy_(target.T)
+        self.gradient.copy_(target.T.contiguous())
         for group, columns in enumerate(range(0, self.columns, self.width)):
             part = slice(columns, columns + self.width)
             self.gradient[part].addcmul_(self.steps[part], self.scale[group], value=-1)

@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 TILE = 64  # rows
+CHECKED = 8  # columns, after which a loss may be too large already
 
 
 def _compiled(loop: Callable[..., Any]) -> Any:
@@ -85,8 +86,10 @@ def sweep(
 
 @_compiled
 @no_type_check
-def _loss(part, weigh, rows, scale, zero, levels, magic, loss):
-    """What rounding to its grid costs each row of a tile."""
+def _loss(part, weigh, rows, scale, zero, levels, magic, most, loss):
+    """What rounding to its grid costs each row of a tile; or how much it is, when all are above
+    ``most``.
+    """
     one = levels / levels  # a literal would make it float64
     inverse = np.empty(TILE, part.dtype)
     for r in range(rows):
@@ -103,6 +106,12 @@ def _loss(part, weigh, rows, scale, zero, levels, magic, loss):
             unit = (unit + magic) - magic
             miss = own[r] - unit * scale[r]
             loss[r] += much * (miss * miss)
+        if k % CHECKED == CHECKED - 1:
+            below = 0
+            for r in range(rows):
+                below += loss[r] < most[r]
+            if below == 0:
+                return
 
 
 @_compiled
@@ -152,14 +161,23 @@ def search(
     moves by the steps ``fine``: see :mod:`optq.core.grid`.
     """
     part = np.empty((len(group), TILE), group.dtype)
-    below, above, scale, zero, loss = np.empty((5, TILE), group.dtype)
-    best = np.empty((3, TILE), group.dtype)
+    kind = group.dtype  # one array each: rows of one array would not be known to be contiguous
+    below, above = np.empty(TILE, kind), np.empty(TILE, kind)
+    scale, zero = np.empty(TILE, kind), np.empty(TILE, kind)
+    most, loss = np.empty(TILE, kind), np.empty(TILE, kind)
+    least_loss, now_below, now_above = (
+        np.empty(TILE, kind),
+        np.empty(TILE, kind),
+        np.empty(TILE, kind),
+    )
     one = levels / levels
     for top in range(first, last, TILE):
         end = min(top + TILE, last)
         rows = end - top
         lowest, highest = low[top:end], high[top:end]
-        best[0], best[1], best[2] = np.inf, 1, 1
+        best_below, best_above = ends[0, top:end], ends[1, top:end]
+        for r in range(rows):
+            least_loss[r], best_below[r], best_above[r] = np.inf, one, one
         for k in range(len(group)):
             own, source = part[k], group[k, top : top + rows]
             for r in range(rows):
@@ -171,12 +189,13 @@ def search(
             step, other = one - one, False
             if move >= 0:
                 step, other = fine[move // (1 if sym else 2)], not sym and move % 2 == 1
-            now = best.copy()
+            for r in range(rows):
+                now_below[r], now_above[r] = best_below[r], best_above[r]
             for sign in (one, -one):
                 for r in range(rows):
                     if move >= 0:
-                        below[r] = now[1, r] + (one - one if other else sign * step)
-                        above[r] = now[2, r] + (sign * step if other else one - one)
+                        below[r] = now_below[r] + (one - one if other else sign * step)
+                        above[r] = now_above[r] + (sign * step if other else one - one)
                     elif attempt == 1 and near.shape[1]:
                         below[r], above[r] = sign * near[0, top + r], near[1, top + r]
                     else:
@@ -197,12 +216,12 @@ def search(
                     scale,
                     zero,
                 )
-                _loss(part, weigh, rows, scale, zero, levels, magic, loss)
                 for r in range(rows):
-                    if loss[r] < best[0, r] * margin:
-                        best[0, r], best[1, r], best[2, r] = loss[r], below[r], above[r]
-        for r in range(rows):
-            ends[0, top + r], ends[1, top + r] = best[1, r], best[2, r]
+                    most[r] = least_loss[r] * margin
+                _loss(part, weigh, rows, scale, zero, levels, magic, most, loss)
+                for r in range(rows):
+                    if loss[r] < most[r]:
+                        least_loss[r], best_below[r], best_above[r] = loss[r], below[r], above[r]
 
 
 @_compiled
@@ -228,7 +247,8 @@ def descend(
     """
     count, kind = len(H), gradient.dtype
     own = np.empty((count, TILE), kind)
-    inverse, best, moved, size = np.empty((4, TILE), kind)
+    inverse, best = np.empty(TILE, kind), np.empty(TILE, kind)
+    moved, size = np.empty(TILE, kind), np.empty(TILE, kind)
     which = np.empty(TILE, np.int32)
     one = levels / levels
     half = one / (one + one)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optq.core.compiled import MAGIC, by_rows, loops, numbers, serves
 from optq.core.error import weighted_squares
+from optq.core.gpu import triton_serves
 from optq.core.grid import Grid, Storage
 from optq.core.problem import Factor
 from optq.core.tiles import middle
@@ -57,6 +58,9 @@ class Sweep:
         self.W = _beside([start.W for start in starts])
         self.W_hat = self.W.clone()
         self.levels = grid.levels
+        self.on_gpu = _on_gpu(self.W)
+        if self.on_gpu:
+            self.blocksize = min(blocksize, 64)  # columns that stay in registers
         self.codes = torch.empty_like(self.W, dtype=torch.uint8)
         if dynamic:
             self.scale = self.W.new_empty(int(group.max()) + 1, self.W.shape[1])
@@ -110,6 +114,13 @@ class Sweep:
         if self.levels is not None and serves(self.W):
             self._compiled(start, stop)
             return
+        if self.levels is not None and self.on_gpu:
+            from optq.core.triton_columns import column_loop
+
+            factors = [each.factored for each in self.starts]
+            tensors = (self.W_hat, self.W, self.codes, self.scale, self.zero, self.residual)
+            column_loop(columns, factors, self.group_of, self.levels, *tensors)
+            return
         block, steps = self.W_hat[columns], self.steps[: stop - start]
         inside = [each.factored.N[columns, columns] for each in self.starts]
         spreads = inside[0] if count == 1 else torch.stack(inside, dim=-1)[..., None]
@@ -139,6 +150,11 @@ class Sweep:
                 *(loops().sweep, own.start, own.stop, self.W_hat, self.W, self.codes),
                 *(self.residual, inside, squares, *grids, start, stop, levels, magic),
             )
+
+
+def _on_gpu(W: Tensor) -> bool:
+    """Whether the column loop is a kernel: see :mod:`optq.core.triton_columns`."""
+    return W.is_cuda and W.dtype == torch.float32 and triton_serves(W.device)
 
 
 def _beside(tensors: Sequence[Tensor]) -> Tensor:
