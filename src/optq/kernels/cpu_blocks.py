@@ -32,7 +32,6 @@ TILE = 64  # rows of a tile of packed codes, and of no less a part
 ROWS = 2**10
 BYTES = 2**23
 MOST = 2**25  # bytes of a part
-_kept = threading.local()
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,21 @@ class Scratch:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
+class _Kept(threading.local):
+    """One thread's."""
+
+    def __init__(self) -> None:
+        self.parts: dict[tuple[int, int], Scratch | None] = {}
+
+
+_kept = _Kept()
+
+
 def scratch(rows: int, cols: int) -> Scratch | None:
     """This thread's, for whole tiles of rows and an even number of columns; None if unfit."""
-    kept: dict[tuple[int, int], Scratch | None] = _kept.__dict__
-    if (rows, cols) not in kept:
-        kept[rows, cols] = _scratch(rows, cols)
-    return kept[rows, cols]
+    if (rows, cols) not in _kept.parts:
+        _kept.parts[rows, cols] = _scratch(rows, cols)
+    return _kept.parts[rows, cols]
 
 
 def parts(rows: int, cols: int) -> range:
@@ -68,12 +76,17 @@ def parts(rows: int, cols: int) -> range:
 def loops() -> Any:
     """The compiled loop, or None where it cannot be had."""
     try:
-        from optq.kernels import unpack
+        from numba.core.errors import NumbaError
     except ImportError:
         return None
-    nothing = np.empty((0, 32, 32), np.uint32)
-    codes, units = np.empty((0, 32, 32), np.uint8), np.empty((1, 0, 2), np.uint16)
-    unpack.unpack(codes, None, units, np.empty((1, 0), np.uint8), 0, 0, True, nothing)
+    try:
+        from optq.kernels import unpack
+
+        nothing = np.empty((0, 32, 32), np.uint32)
+        codes, units = np.empty((0, 32, 32), np.uint8), np.empty((1, 0, 2), np.uint16)
+        unpack.unpack(codes, None, units, np.empty((1, 0), np.uint8), 0, 0, True, nothing)
+    except (AttributeError, ImportError, NumbaError, RuntimeError):  # another version of it
+        return None
     return unpack if unpack.shares_threads() else None
 
 

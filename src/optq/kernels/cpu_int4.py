@@ -135,19 +135,19 @@ class Int4Product(Product):
         rows, cols = units.shape[1], codes.shape[1]
         x = pad(x, (0, cols - self.cols)) if cols > self.cols else x.contiguous()
         unpack, starts = cpu_blocks.loops(), cpu_blocks.parts(rows, cols)
-        y = x.new_empty(len(x), rows) if len(starts) > 1 else None
+        found = x.new_empty(len(x), rows if len(starts) > 1 else 0)
         for start in starts:
             part = cpu_blocks.scratch(min(starts.step, rows - start), cols)
             if part is None:
                 return None
             grids = (units, zeros, self.lift, start // TILE)
             unpack.unpack(codes, more, *grids, part.halves, part.words)
-            columns = part.product(x)
-            if y is None:
-                y = columns
+            y = part.product(x)
+            if len(starts) == 1:
+                found = y
             else:
-                y[:, start : start + columns.shape[1]] = columns
-        return y if y.shape[1] == self.rows else y[:, : self.rows]
+                found[:, start : start + y.shape[1]] = y
+        return found if rows == self.rows else found[:, : self.rows]
 
     def _arrays(self) -> tuple[Any, ...]:
         """What is packed, as :mod:`.unpack` wants it: views, kept as making them takes its time."""

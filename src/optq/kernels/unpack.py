@@ -16,6 +16,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import njit, prange
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -25,7 +26,16 @@ LIFT = np.float32(2**23)  # whose last bits as a float32 are an integer's
 LIFTED = 0x4B000000  # the same, its bits
 SHORT = np.uint32(16)
 AHEAD = 2**11  # bytes of codes that are asked for before their turn
+THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]  # at most
 BYTE, WORD, REAL = ir.IntType(8), ir.IntType(32), ir.FloatType()
+
+
+def _compiled(loop: Callable[..., Any]) -> Any:
+    options: Any = {"nogil": True, "parallel": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(loop)
+    except RuntimeError:  # no folder to keep it in can be written
+        return njit(**options)(loop)
 
 
 class _Bfloat(ir.Type):
@@ -109,7 +119,8 @@ def _weave(_, one, two, more, most, zero, unit, low, high):
             code = build.bitcast(build.or_(code, _all(LIFTED)), _vector(REAL))
             return build.fmul(build.fsub(code, zero), unit)
 
-        native = "+avx512bf16" in context.codegen().magic_tuple()[2]
+        # Before LLVM 16 the instruction gave integers.
+        native = "+avx512bf16" in context.codegen().magic_tuple()[2] and llvm_version_info[0] > 15
         words = _words_natively if native else _words
         for array in (one, more):
             if array is not None:
@@ -132,7 +143,9 @@ def _weave(_, one, two, more, most, zero, unit, low, high):
     return types.void(*given), step
 
 
-def _unpack(codes, more, units, zeros, lift, first, halves, weight):  # type: ignore[no-untyped-def]
+@_compiled
+@no_type_check
+def _unpack(codes, more, units, zeros, lift, first, halves, weight):
     """Tiles from ``first`` into ``weight``, as many as that holds.
 
     ``codes [tiles, cols, 32]``, of 8 bits the low ones, and ``more`` the high ones or None;
@@ -154,34 +167,19 @@ def _unpack(codes, more, units, zeros, lift, first, halves, weight):  # type: ig
             zero[r] = LIFT + np.float32(zeros[group // shared, row] + lift)
         for pair in range(group * width, (group + 1) * width):
             i, j, line = 2 * pair, 2 * pair + 1, pair * step
-            one, two, low, high = (
-                codes[tile, i],
-                codes[tile, j],
-                weight[place, line],
-                weight[place, line + side],
-            )
+            one, two = codes[tile, i], codes[tile, j]
+            low, high = weight[place, line], weight[place, line + side]
             if more is None:
                 _weave(one, two, None, None, zero, unit, low, high)
             else:
                 _weave(one, two, more[tile, i], more[tile, j], zero, unit, low, high)
 
 
-def _compiled(loop: Callable[..., Any]) -> Any:
-    options = {"nogil": True, "parallel": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(loop)
-    except RuntimeError:  # no folder to keep it in can be written
-        return njit(**options)(loop)
-
-
-_compiled_unpack = _compiled(_unpack)
-
-
 def unpack(*arguments: Any) -> None:
     """:func:`_unpack` in as many threads as torch has."""
     threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    _compiled_unpack(*arguments)
+    numba.set_num_threads(min(threads, THREADS))
+    _unpack(*arguments)
     if torch.get_num_threads() != threads:  # Numba's first start sets it for OpenMP as a whole
         torch.set_num_threads(threads)
 
