@@ -30,7 +30,7 @@ THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]  # at most
 BYTE, WORD, REAL = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
 
-def _compiled(loop: Callable[..., Any]) -> Any:
+def compiled(loop: Callable[..., Any]) -> Any:
     options: Any = {"nogil": True, "parallel": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(loop)
@@ -143,7 +143,7 @@ def _weave(_, one, two, more, most, zero, unit, low, high):
     return types.void(*given), step
 
 
-@_compiled
+@compiled
 @no_type_check
 def _unpack(codes, more, units, zeros, lift, first, halves, weight):
     """Tiles from ``first`` into ``weight``, as many as that holds.

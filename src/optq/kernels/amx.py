@@ -1,0 +1,195 @@
+"""What Numba compiles for processors with AMX: activations times packed 4-bit codes.
+
+AMX multiplies tiles of 16 rows of activations and 16 of a weight, 32 columns each, with float32
+sums, in the time of a few vector operations. The weight's tiles are unpacked (:mod:`.unpack`) into
+the first-level cache a few at a time, and used for all activations before the next; bfloat16
+weights are never written to memory. The instructions are LLVM's ``llvm.x86.tileloadd64`` and
+others, with the processor's eight tiles named: 0 to 3 hold sums, 4 activations, 5 and 6 a weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import prange
+from numba.core import cgutils, types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+from optq.kernels.unpack import HALF, LIFT, SHORT, THREADS, _weave, compiled
+
+ROWS = 16  # of activations in a tile
+TILE = 64  # rows of packed codes, four tiles of a weight
+STEP = 32  # columns in a tile
+STEPS = 8  # tiles in a row that are unpacked at a time, 32 KB
+ODD, HALFWAY = np.uint32(1), np.uint32(0x7FFF)
+BYTE, PLACE = ir.IntType(8), ir.IntType(64)
+CONFIG = np.zeros(64, np.uint8)  # eight tiles of 16 rows of 64 bytes
+CONFIG[0], CONFIG[48:56] = 1, 16
+CONFIG[16:32].view(np.uint16)[:] = 64
+
+
+def serves() -> bool:
+    """Whether processor and compiler have AMX and the kernel of the system allows it."""
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    allowed = getattr(torch.cpu, "_init_amx", lambda: False)
+    return {"+amx-tile", "+amx-bf16"} <= set(features) and allowed()
+
+
+@no_type_check
+def _bytes(context, build, kind, array, start=0):
+    """The address of an array's byte ``start``."""
+    first = build.bitcast(context.make_array(kind)(context, build, array).data, BYTE.as_pointer())
+    start = ir.Constant(PLACE, start) if isinstance(start, int) else start
+    return build.gep(first, [start])
+
+
+@no_type_check
+def _do(build, name, *values):
+    """An instruction; tiles' numbers are constants."""
+    values = [ir.Constant(BYTE, each) if isinstance(each, int) else each for each in values]
+    kind = ir.FunctionType(ir.VoidType(), [each.type for each in values])
+    build.call(cgutils.get_or_insert_function(build.module, kind, f"llvm.x86.{name}"), values)
+
+
+@intrinsic
+@no_type_check
+def _configure(_, config, before):
+    """Set the tiles' shapes; what they were goes to ``before``: oneDNN relies on its own."""
+
+    def step(context, build, signature, arguments):
+        _do(build, "sttilecfg", _bytes(context, build, before, arguments[1]))
+        _do(build, "ldtilecfg", _bytes(context, build, config, arguments[0]))
+        return context.get_dummy_value()
+
+    return types.void(config, before), step
+
+
+@intrinsic
+@no_type_check
+def _restore(_, before):
+    def step(context, build, signature, arguments):
+        _do(build, "ldtilecfg", _bytes(context, build, before, arguments[0]))
+        return context.get_dummy_value()
+
+    return types.void(before), step
+
+
+@no_type_check
+def _sums(name):
+    """Between the tiles of sums and float32 ``[16, 64]``."""
+
+    @intrinsic
+    def move(_, sums):
+        def step(context, build, signature, arguments):
+            stride = ir.Constant(PLACE, 4 * TILE)
+            for tile in range(4):
+                place = _bytes(context, build, sums, arguments[0], 64 * tile)
+                _do(build, name, tile, place, stride)
+            return context.get_dummy_value()
+
+        return types.void(sums), step
+
+    return move
+
+
+_load, _store = _sums("tileloadd64"), _sums("tilestored64")
+
+
+@intrinsic
+@no_type_check
+def _add(_, x, words):
+    """Add to the sums: a tile of activations, ``x [16, 32]``, times 64 rows of a weight,
+    ``words [32, 32]``: 16 pairs of columns of the first rows, then of the last.
+    """
+
+    def step(context, build, signature, arguments):
+        x_, words_ = arguments
+        stride = ir.Constant(PLACE, 2 * STEP)
+        _do(build, "tileloadd64", 4, _bytes(context, build, x, x_), stride)
+        for tile in range(4):
+            own, line = 5 + tile % 2, ir.Constant(PLACE, 4 * HALF)
+            place = tile // 2 * 16 * 4 * HALF + tile % 2 * 64
+            _do(build, "tileloadd64", own, _bytes(context, build, words, words_, place), line)
+            _do(build, "tdpbf16ps", tile, 4, own)
+        return context.get_dummy_value()
+
+    return types.void(x, words), step
+
+
+@compiled
+@no_type_check
+def _multiply(codes, more, units, zeros, lift, x, beside, config, y):
+    """``x [groups of tokens, cols / 32, 16, 32]``, a tile in one place, times the weight into
+    ``y [tokens, rows]``, both bfloat16's bits. The weight is as in :func:`.unpack._unpack`. ``beside`` tiles of codes are taken
+    at a time, between which activations stay in the cache.
+    """
+    tokens, cols = ROWS * x.shape[0], STEP * x.shape[1]
+    groups, tiles = units.shape[0], codes.shape[0]
+    width, shared = cols // groups, groups // zeros.shape[0]
+    for job in prange((tiles + beside - 1) // beside):
+        first = job * beside
+        count = min(beside, tiles - first)
+        before = np.empty(64, np.uint8)
+        unit, zero = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+        words = np.empty((STEPS, 2 * 16, HALF), np.uint32)
+        sums = np.zeros((count, tokens // ROWS, ROWS, TILE), np.float32)
+        _configure(config, before)
+        for left in range(0, cols, STEPS * STEP):
+            steps = min(STEPS, (cols - left) // STEP)
+            for place in range(count):
+                tile, known = first + place, -1
+                for step in range(steps):
+                    column = left + step * STEP
+                    group = column // width
+                    if group != known:
+                        known = group
+                        for r in range(TILE):
+                            bits = np.uint32(units[group, tile * TILE + r, 0])
+                            unit[r] = np.uint32(bits << SHORT).view(np.float32)
+                            zero[r] = LIFT + np.float32(
+                                zeros[group // shared, tile * TILE + r] + lift
+                            )
+                    block = words[step]
+                    for pair in range(16):
+                        i, j = column + 2 * pair, column + 2 * pair + 1
+                        one, two = codes[tile, i], codes[tile, j]
+                        low, high = block[pair], block[16 + pair]
+                        if more is None:
+                            _weave(one, two, None, None, zero, unit, low, high)
+                        else:
+                            _weave(one, two, more[tile, i], more[tile, j], zero, unit, low, high)
+                for group in range(tokens // ROWS):
+                    own = sums[place, group]
+                    _load(own)
+                    for step in range(steps):
+                        _add(x[group, left // STEP + step], words[step])
+                    _store(own)
+        _restore(before)
+        for place in range(count):
+            start = (first + place) * TILE
+            for token in range(tokens):
+                source = sums[place, token // ROWS, token % ROWS]
+                target = y[token, start : start + TILE]
+                for r in range(TILE):
+                    bits = np.float32(source[r]).view(np.uint32)
+                    target[r] = np.uint16((bits + HALFWAY + ((bits >> SHORT) & ODD)) >> SHORT)
+
+
+def multiply(arrays: tuple[Any, ...], lift: int, x: torch.Tensor) -> torch.Tensor:
+    """``x @ W.T`` for bfloat16 ``x [tokens, cols]``, tokens a multiple of 16: ``[tokens, rows]``.
+
+    ``arrays`` are ``codes``, ``more``, ``units`` and ``zeros`` of :func:`.unpack._unpack`.
+    """
+    threads, tiles = torch.get_num_threads(), len(arrays[0])
+    beside = min(len(x) // 64 + 1, 8, -(-tiles // (2 * threads)))
+    y = x.new_empty(len(x), tiles * TILE)
+    numba.set_num_threads(min(threads, THREADS))
+    x = x.view(-1, ROWS, x.shape[1] // STEP, STEP).transpose(1, 2).contiguous()
+    views = (each.view(torch.int16).numpy().view(np.uint16) for each in (x, y))
+    _multiply(*arrays, lift, next(views), beside, CONFIG, next(views))
+    return y
