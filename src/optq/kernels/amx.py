@@ -20,14 +20,24 @@ from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from optq.kernels.unpack import HALF, LIFT, SHORT, THREADS, _weave, compiled
+from optq.kernels.unpack import (
+    HALF,
+    LIFT,
+    SHORT,
+    THREADS,
+    WORD,
+    compiled,
+    every,
+    rounded,
+    vector,
+    weave,
+)
 
 ROWS = 16  # of activations in a tile
 TILE = 64  # rows of packed codes, four tiles of a weight
 STEP = 32  # columns in a tile
-STEPS = 8  # tiles in a row that are unpacked at a time, 32 KB
-ODD, HALFWAY = np.uint32(1), np.uint32(0x7FFF)
-BYTE, PLACE = ir.IntType(8), ir.IntType(64)
+STEPS = 16  # tiles in a row that are unpacked at a time: twice 32 KB
+BYTE, SHORTER, PLACE = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 CONFIG = np.zeros(64, np.uint8)  # eight tiles of 16 rows of 64 bytes
 CONFIG[0], CONFIG[48:56] = 1, 16
 CONFIG[16:32].view(np.uint16)[:] = 64
@@ -81,18 +91,19 @@ def _restore(_, before):
 
 @no_type_check
 def _sums(name):
-    """Between the tiles of sums and float32 ``[16, 64]``."""
+    """Between the tiles of sums and float32 ``[32, 64]`` from byte ``start``: two by two tiles."""
 
     @intrinsic
-    def move(_, sums):
+    def move(_, sums, start):
         def step(context, build, signature, arguments):
-            stride = ir.Constant(PLACE, 4 * TILE)
             for tile in range(4):
-                place = _bytes(context, build, sums, arguments[0], 64 * tile)
-                _do(build, name, tile, place, stride)
+                place = tile // 2 * 4 * TILE * ROWS + tile % 2 * 64
+                place = build.add(arguments[1], ir.Constant(PLACE, place))
+                place = _bytes(context, build, sums, arguments[0], place)
+                _do(build, name, tile, place, ir.Constant(PLACE, 4 * TILE))
             return context.get_dummy_value()
 
-        return types.void(sums), step
+        return types.void(sums, types.int64), step
 
     return move
 
@@ -102,23 +113,40 @@ _load, _store = _sums("tileloadd64"), _sums("tilestored64")
 
 @intrinsic
 @no_type_check
-def _add(_, x, words):
-    """Add to the sums: a tile of activations, ``x [16, 32]``, times 64 rows of a weight,
-    ``words [32, 32]``: 16 pairs of columns of the first rows, then of the last.
+def _add(_, x, y, words):
+    """Add to the sums: two tiles of activations, ``x`` and ``y [16, 32]``, times 32 rows of a
+    weight, ``words [16, 32]``, pairs of columns.
     """
 
     def step(context, build, signature, arguments):
-        x_, words_ = arguments
-        stride = ir.Constant(PLACE, 2 * STEP)
-        _do(build, "tileloadd64", 4, _bytes(context, build, x, x_), stride)
+        near, line = ir.Constant(PLACE, 2 * STEP), ir.Constant(PLACE, 4 * HALF)
+        for tile in range(2):
+            kind, own = signature.args[tile], arguments[tile]
+            _do(build, "tileloadd64", 4 + tile, _bytes(context, build, kind, own), near)
+            own = _bytes(context, build, words, arguments[2], 64 * tile)
+            _do(build, "tileloadd64", 6 + tile, own, line)
         for tile in range(4):
-            own, line = 5 + tile % 2, ir.Constant(PLACE, 4 * HALF)
-            place = tile // 2 * 16 * 4 * HALF + tile % 2 * 64
-            _do(build, "tileloadd64", own, _bytes(context, build, words, words_, place), line)
-            _do(build, "tdpbf16ps", tile, 4, own)
+            _do(build, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
         return context.get_dummy_value()
 
-    return types.void(x, words), step
+    return types.void(x, y, words), step
+
+
+@intrinsic
+@no_type_check
+def _round(_, sums, y):
+    """Float32 ``[64]``, rounded half to even, to bfloat16's bits ``[64]``."""
+
+    def step(context, build, signature, arguments):
+        for start in range(0, TILE, 16):
+            place = _bytes(context, build, sums, arguments[0], 4 * start)
+            bits = build.load(build.bitcast(place, vector(WORD).as_pointer()), align=4)
+            short = build.trunc(build.lshr(rounded(build, bits), every(16)), vector(SHORTER))
+            place = _bytes(context, build, y, arguments[1], 2 * start)
+            build.store(short, build.bitcast(place, vector(SHORTER).as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(sums, y), step
 
 
 @compiled
@@ -136,7 +164,7 @@ def _multiply(codes, more, units, zeros, lift, x, beside, config, y):
         count = min(beside, tiles - first)
         before = np.empty(64, np.uint8)
         unit, zero = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-        words = np.empty((STEPS, 2 * 16, HALF), np.uint32)
+        words = np.empty((STEPS, 2, 16, HALF), np.uint32)
         sums = np.zeros((count, tokens // ROWS, ROWS, TILE), np.float32)
         _configure(config, before)
         for left in range(0, cols, STEPS * STEP):
@@ -158,26 +186,25 @@ def _multiply(codes, more, units, zeros, lift, x, beside, config, y):
                     for pair in range(16):
                         i, j = column + 2 * pair, column + 2 * pair + 1
                         one, two = codes[tile, i], codes[tile, j]
-                        low, high = block[pair], block[16 + pair]
+                        low, high = block[0, pair], block[1, pair]
                         if more is None:
-                            _weave(one, two, None, None, zero, unit, low, high)
+                            weave(one, two, None, None, zero, unit, low, high)
                         else:
-                            _weave(one, two, more[tile, i], more[tile, j], zero, unit, low, high)
-                for group in range(tokens // ROWS):
-                    own = sums[place, group]
-                    _load(own)
-                    for step in range(steps):
-                        _add(x[group, left // STEP + step], words[step])
-                    _store(own)
+                            weave(one, two, more[tile, i], more[tile, j], zero, unit, low, high)
+                for half in range(2):
+                    for group in range(0, tokens // ROWS, 2):
+                        own = sums[place, group]
+                        _load(own, 4 * HALF * half)
+                        for step in range(steps):
+                            at = left // STEP + step
+                            _add(x[group, at], x[group + 1, at], words[step, half])
+                        _store(own, 4 * HALF * half)
         _restore(before)
         for place in range(count):
             start = (first + place) * TILE
             for token in range(tokens):
                 source = sums[place, token // ROWS, token % ROWS]
-                target = y[token, start : start + TILE]
-                for r in range(TILE):
-                    bits = np.float32(source[r]).view(np.uint32)
-                    target[r] = np.uint16((bits + HALFWAY + ((bits >> SHORT) & ODD)) >> SHORT)
+                _round(source, y[token, start : start + TILE])
 
 
 def multiply(arrays: tuple[Any, ...], lift: int, x: torch.Tensor) -> torch.Tensor:

@@ -44,39 +44,41 @@ class _Bfloat(ir.Type):
 
 
 @no_type_check
-def _vector(kind, length=16):
+def vector(kind, length=16):
     return ir.VectorType(kind, length)
 
 
 @no_type_check
-def _all(value):
-    return ir.Constant(_vector(WORD), [value] * 16)
+def every(value):
+    return ir.Constant(vector(WORD), [value] * 16)
+
+
+@no_type_check
+def rounded(build, bits):
+    """Bits of float32, half to even to those of bfloat16; their last 16 are left over."""
+    odd = build.and_(build.lshr(bits, every(16)), every(1))
+    return build.add(build.add(bits, odd), every(0x7FFF))
 
 
 @no_type_check
 def _words(build, low, high):
     """Float32 vectors, rounded half to even to bfloat16, in the two halves of words."""
 
-    def rounded(value):  # its last 16 bits are left over
-        bits = build.bitcast(value, _vector(WORD))
-        odd = build.and_(build.lshr(bits, _all(16)), _all(1))
-        return build.add(build.add(bits, odd), _all(0x7FFF))
-
-    upper = build.and_(rounded(high), _all(0xFFFF0000))
-    return build.or_(build.lshr(rounded(low), _all(16)), upper)
+    low, high = (rounded(build, build.bitcast(each, vector(WORD))) for each in (low, high))
+    return build.or_(build.lshr(low, every(16)), build.and_(high, every(0xFFFF0000)))
 
 
 @no_type_check
 def _words_natively(build, low, high):
     """The same, of processors that have an instruction for it; it knows no subnormal numbers."""
-    both = _vector(_Bfloat(), 32)
-    kind = ir.FunctionType(both, [_vector(REAL)] * 2)
+    both = vector(_Bfloat(), 32)
+    kind = ir.FunctionType(both, [vector(REAL)] * 2)
     name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
     function = cgutils.get_or_insert_function(build.module, kind, name)
-    halves = build.bitcast(build.call(function, [high, low]), _vector(ir.IntType(16), 32))
+    halves = build.bitcast(build.call(function, [high, low]), vector(ir.IntType(16), 32))
     order = [place // 2 + place % 2 * 16 for place in range(32)]
-    mixed = build.shuffle_vector(halves, halves, ir.Constant(_vector(WORD, 32), order))
-    return build.bitcast(mixed, _vector(WORD))
+    mixed = build.shuffle_vector(halves, halves, ir.Constant(vector(WORD, 32), order))
+    return build.bitcast(mixed, vector(WORD))
 
 
 @no_type_check
@@ -89,7 +91,7 @@ def _fetch(build, address):
 
 @intrinsic
 @no_type_check
-def _weave(_, one, two, more, most, zero, unit, low, high):
+def weave(_, one, two, more, most, zero, unit, low, high):
     """Two neighbouring columns of a tile, ``one`` and ``two`` ``[32]``, to words ``[32]`` of pairs:
     its first rows to ``low``, its last to ``high``.
 
@@ -107,16 +109,16 @@ def _weave(_, one, two, more, most, zero, unit, low, high):
 
         def place(array, start, kind):
             there = build.gep(array, [ir.Constant(ir.IntType(64), start)])
-            return build.bitcast(there, ir.PointerType(_vector(kind)))
+            return build.bitcast(there, ir.PointerType(vector(kind)))
 
         def load(array, start, kind):
             return build.load(place(array, start, kind), align=1)
 
         def codes(array, start):
-            return None if array is None else build.zext(load(array, start, BYTE), _vector(WORD))
+            return None if array is None else build.zext(load(array, start, BYTE), vector(WORD))
 
         def value(code, zero, unit):
-            code = build.bitcast(build.or_(code, _all(LIFTED)), _vector(REAL))
+            code = build.bitcast(build.or_(code, every(LIFTED)), vector(REAL))
             return build.fmul(build.fsub(code, zero), unit)
 
         # Before LLVM 16 the instruction gave integers.
@@ -132,10 +134,10 @@ def _weave(_, one, two, more, most, zero, unit, low, high):
                 grid = load(zero, own, REAL), load(unit, own, REAL)
                 pair = []
                 for code, upper in columns:
-                    code = build.lshr(code, _all(4)) if half else build.and_(code, _all(15))
+                    code = build.lshr(code, every(4)) if half else build.and_(code, every(15))
                     if upper is not None:
-                        upper = upper if half else build.shl(upper, _all(4))
-                        code = build.or_(code, build.and_(upper, _all(240)))
+                        upper = upper if half else build.shl(upper, every(4))
+                        code = build.or_(code, build.and_(upper, every(240)))
                     pair.append(value(code, *grid))
                 build.store(words(build, *pair), place(target, start, WORD), align=1)
         return context.get_dummy_value()
@@ -170,9 +172,9 @@ def _unpack(codes, more, units, zeros, lift, first, halves, weight):
             one, two = codes[tile, i], codes[tile, j]
             low, high = weight[place, line], weight[place, line + side]
             if more is None:
-                _weave(one, two, None, None, zero, unit, low, high)
+                weave(one, two, None, None, zero, unit, low, high)
             else:
-                _weave(one, two, more[tile, i], more[tile, j], zero, unit, low, high)
+                weave(one, two, more[tile, i], more[tile, j], zero, unit, low, high)
 
 
 def unpack(*arguments: Any) -> None:
