@@ -16,15 +16,25 @@ blocked = pytest.mark.skipif(not BLOCKED, reason="oneDNN has other blocks on thi
 SHAPES = [(64, 128, 32), (128, 512, -1), (600, 64, 64), (33, 70, -1), (200, 96, 32)]
 
 
+@pytest.fixture(params=["amx", "blocks"])
+def way(request, monkeypatch):
+    """Each of the two ways, of which a processor has one or both."""
+    if request.param == "amx" and cpu_blocks.tiles() is None:
+        pytest.skip("this processor has no AMX")
+    if request.param == "blocks":
+        monkeypatch.setattr(cpu_blocks, "tiles", lambda: None)
+    return request.param
+
+
 def through_blocks(product):
     """What the weight is there: each column alone, so that nothing is summed."""
-    return product._by_blocks(torch.eye(product.cols, dtype=torch.bfloat16)).T
+    return product._once(torch.eye(product.cols, dtype=torch.bfloat16)).T
 
 
 @blocked
 @pytest.mark.parametrize("rows", [cpu_blocks.ROWS, 64])  # one part, and several, the last shorter
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_weight_is_the_dequantized_one(shape, rows, monkeypatch):
+def test_the_weight_is_the_dequantized_one(shape, rows, way, monkeypatch):
     monkeypatch.setattr(cpu_blocks, "ROWS", rows)
     for wbits, sym, permuted in itertools.product((2, 3, 4, 8), (True, False), (False, True)):
         weight = make_weight(*shape, wbits, sym, permuted)
@@ -34,12 +44,12 @@ def test_the_weight_is_the_dequantized_one(shape, rows, monkeypatch):
 
 
 @blocked
-def test_it_is_taken_past_few_rows(monkeypatch):
+def test_it_is_taken_past_few_rows(way):
     weight = make_weight(600, 256, 64, 4, False, True)
     product = cpu_int4.Int4Product(weight, torch.bfloat16)
     taken = []
-    by_blocks = product._by_blocks
-    product._by_blocks = lambda x: taken.append(len(x)) or by_blocks(x)
+    once = product._once
+    product._once = lambda x: taken.append(len(x)) or once(x)
     few = cpu_int4.few()
     inputs = torch.randn(MANY, 256)
     for x in (inputs[:few].bfloat16(), inputs[: few + 1].bfloat16(), inputs, inputs.half()):
@@ -55,6 +65,7 @@ def test_it_is_taken_past_few_rows(monkeypatch):
 @pytest.mark.parametrize("missing", ["loops", "layout", "operators"])
 def test_without_it_results_are_right(missing, rows, monkeypatch):
     monkeypatch.setattr(cpu_blocks, "_kept", cpu_blocks._Kept())
+    monkeypatch.setattr(cpu_blocks, "tiles", lambda: None)
     if missing == "loops":
         monkeypatch.setattr(cpu_blocks, "loops", lambda: None)
     elif missing == "layout":  # plain rows, as on processors without bfloat16 products
@@ -68,7 +79,7 @@ def test_without_it_results_are_right(missing, rows, monkeypatch):
     weight = make_weight(128, 256, 64, 4, False, False)
     product = cpu_int4.Int4Product(weight, torch.bfloat16)
     x = torch.randn(rows, 256).bfloat16()
-    assert product._by_blocks(x) is None
+    assert product._once(x) is None
     assert relative(product(x), x.double() @ exact(weight).T) < 6e-3
 
 
@@ -99,7 +110,7 @@ def test_words_of_either_layout(halves, native, monkeypatch):
 
 
 @blocked
-def test_a_copy_has_views_of_its_own():
+def test_a_copy_has_views_of_its_own(way):
     weight = make_weight(64, 128, 32, 4, True, False)
     product = cpu_int4.Int4Product(weight, torch.bfloat16)
     before = through_blocks(product)
@@ -111,7 +122,7 @@ def test_a_copy_has_views_of_its_own():
 
 
 @blocked
-def test_threads_stay_as_they_are():
+def test_threads_stay_as_they_are(way):
     threads, found = torch.get_num_threads(), []
     weight = make_weight(600, 256, 64, 4, True, False)
     product = cpu_int4.Int4Product(weight, torch.bfloat16)
@@ -123,3 +134,17 @@ def test_threads_stay_as_they_are():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("tokens", [5, 33, 200])
+def test_amx_takes_any_number_of_rows_and_leaves_nothing_behind(tokens, monkeypatch):
+    """Several parts of them, of which the last is shorter; oneDNN finds its own tiles again."""
+    if (amx := cpu_blocks.tiles()) is None:
+        pytest.skip("this processor has no AMX")
+    monkeypatch.setattr(amx, "MOST", 64)
+    weight = make_weight(600, 1056, 32, 4, False, False)
+    product = cpu_int4.Int4Product(weight, torch.bfloat16)
+    x, other = torch.randn(tokens, 1056).bfloat16(), torch.randn(600, 1056).bfloat16()
+    before = torch.nn.functional.linear(x, other)
+    assert relative(product(x), x.double() @ exact(weight).T) < 6e-3
+    assert torch.equal(torch.nn.functional.linear(x, other), before)

@@ -2,9 +2,9 @@
 
 AMX multiplies tiles of 16 rows of activations and 16 of a weight, 32 columns each, with float32
 sums, in the time of a few vector operations. The weight's tiles are unpacked (:mod:`.unpack`) into
-the first-level cache a few at a time, and used for all activations before the next; bfloat16
-weights are never written to memory. The instructions are LLVM's ``llvm.x86.tileloadd64`` and
-others, with the processor's eight tiles named: 0 to 3 hold sums, 4 activations, 5 and 6 a weight.
+the nearest caches a few at a time, and used for all activations before the next. The instructions
+are LLVM's ``llvm.x86.tileloadd64`` and others, with the processor's eight tiles named: 0 to 3 hold
+sums, 4 and 5 activations, 6 and 7 a weight.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from numba import prange
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
 
 from optq.kernels.unpack import (
     HALF,
@@ -33,7 +36,9 @@ from optq.kernels.unpack import (
     weave,
 )
 
-ROWS = 16  # of activations in a tile
+ROWS, PAIR = 16, 32  # of activations in a tile, and in the two that are multiplied at a time
+MOST = 512  # rows of activations, whose sums stay in the second-level cache
+BESIDE = 8  # tiles of codes at most
 TILE = 64  # rows of packed codes, four tiles of a weight
 STEP = 32  # columns in a tile
 STEPS = 16  # tiles in a row that are unpacked at a time: twice 32 KB
@@ -153,8 +158,9 @@ def _round(_, sums, y):
 @no_type_check
 def _multiply(codes, more, units, zeros, lift, x, beside, config, y):
     """``x [groups of tokens, cols / 32, 16, 32]``, a tile in one place, times the weight into
-    ``y [tokens, rows]``, both bfloat16's bits. The weight is as in :func:`.unpack._unpack`. ``beside`` tiles of codes are taken
-    at a time, between which activations stay in the cache.
+    ``y [tokens, rows]``, both bfloat16's bits; an even number of groups. The weight is as in
+    :func:`.unpack._unpack`. ``beside`` tiles of codes are taken at a time, between which
+    activations stay in the cache.
     """
     tokens, cols = ROWS * x.shape[0], STEP * x.shape[1]
     groups, tiles = units.shape[0], codes.shape[0]
@@ -207,16 +213,25 @@ def _multiply(codes, more, units, zeros, lift, x, beside, config, y):
                 _round(source, y[token, start : start + TILE])
 
 
-def multiply(arrays: tuple[Any, ...], lift: int, x: torch.Tensor) -> torch.Tensor:
-    """``x @ W.T`` for bfloat16 ``x [tokens, cols]``, tokens a multiple of 16: ``[tokens, rows]``.
+def multiply(arrays: tuple[Any, ...], lift: int, x: Tensor) -> Tensor:
+    """``x @ W.T`` for bfloat16 ``x [tokens, cols]``: ``[tokens, rows]``.
 
     ``arrays`` are ``codes``, ``more``, ``units`` and ``zeros`` of :func:`.unpack._unpack`.
     """
-    threads, tiles = torch.get_num_threads(), len(arrays[0])
-    beside = min(len(x) // 64 + 1, 8, -(-tiles // (2 * threads)))
+    tokens, tiles = len(x), len(arrays[0])
+    x = pad(x, (0, 0, 0, -tokens % PAIR))
     y = x.new_empty(len(x), tiles * TILE)
+    size = -(-len(x) // (PAIR * -(-len(x) // MOST))) * PAIR
+    threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, THREADS))
-    x = x.view(-1, ROWS, x.shape[1] // STEP, STEP).transpose(1, 2).contiguous()
-    views = (each.view(torch.int16).numpy().view(np.uint16) for each in (x, y))
-    _multiply(*arrays, lift, next(views), beside, CONFIG, next(views))
-    return y
+    for start in range(0, len(x), size):
+        part = x[start : start + size]
+        beside = min(len(part) // 64 + 1, BESIDE, -(-tiles // (2 * threads)))
+        part = part.view(-1, ROWS, x.shape[1] // STEP, STEP).transpose(1, 2).contiguous()
+        _multiply(*arrays, lift, _bits(part), beside, CONFIG, _bits(y[start : start + size]))
+    return y[:tokens]
+
+
+def _bits(tensor: Tensor) -> NDArray[np.uint16]:
+    bits: NDArray[np.uint16] = tensor.view(torch.int16).numpy().view(np.uint16)
+    return bits

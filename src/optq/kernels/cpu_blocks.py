@@ -90,6 +90,16 @@ def loops() -> Any:
     return unpack if unpack.shares_threads() else None
 
 
+@cache
+def tiles() -> Any:
+    """The compiled product of processors with AMX, or None where it cannot be had."""
+    if loops() is None:
+        return None
+    from optq.kernels import amx
+
+    return amx if amx.serves() else None
+
+
 def _scratch(rows: int, cols: int) -> Scratch | None:
     if loops() is None:
         return None

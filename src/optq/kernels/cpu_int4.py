@@ -13,9 +13,9 @@ are cast for it. So:
 It reads a quarter of a bfloat16 weight's bytes, so it wins while reading is what takes time. Its
 time grows with every row of activations, for it unpacks the weight again for every few. Past
 :func:`few` rows bfloat16 activations are multiplied by a weight that is unpacked once, a part at a
-time (:mod:`.cpu_blocks`). Where that cannot be had, and for other dtypes, past ``FEW`` rows the
-weight is dequantized by torch's operations and multiplied in the activations' dtype (float16: in
-float32).
+time: with AMX in a loop of its own (:mod:`.amx`), else by oneDNN (:mod:`.cpu_blocks`). Where that
+cannot be had, and for other dtypes, past ``FEW`` rows the weight is dequantized by torch's
+operations and multiplied in the activations' dtype (float16: in float32).
 
 Accuracy of the packed product: activations, scales, offsets and the result are rounded to
 bfloat16 (2^-9 each), sums are float32. Of the others: scales and weights are rounded to the dtype.
@@ -35,6 +35,7 @@ from optq.core.weight import QuantizedWeight
 from optq.kernels import cpu_blocks
 from optq.kernels.product import Product, compact
 
+FEWEST = 4  # rows of activations that are always multiplied packed
 FEW = 96  # rows of activations: where packed and dense take equally long (bench/kernels.py)
 GROUPS = (256, 128, 64, 32)  # that the operator takes
 TILE = 64  # rows; a multiple of each processor's
@@ -51,12 +52,11 @@ def takes(weight: QuantizedWeight) -> bool:
 
 @cache
 def few() -> int:
-    """Rows of activations from which unpacking once is faster (bench/kernels.py).
+    """Rows of activations past which unpacking once is faster (bench/kernels.py).
 
-    A tile of AMX takes 16 rows in the time of one. Without it a row more costs time both ways.
+    AMX multiplies 16 rows in the time of one; without it every row costs its time either way.
     """
-    found = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return 12 if found is not None and found() else 24
+    return FEWEST if cpu_blocks.tiles() is not None else 24
 
 
 class Int4Product(Product):
@@ -106,8 +106,9 @@ class Int4Product(Product):
         kept: Any = self._buffers  # as attributes they would cost more than a small product
         if kept["order"] is not None:
             x = x[:, kept["order"]]
-        if len(x) * self.halves > few() and x.dtype == torch.bfloat16 and not x.requires_grad:
-            y = self._by_blocks(x)
+        count = len(x) * self.halves
+        if count > FEWEST and x.dtype == torch.bfloat16 and not x.requires_grad and count > few():
+            y = self._once(x)
             if y is not None:
                 return y
         if len(x) > FEW:
@@ -127,27 +128,30 @@ class Int4Product(Product):
         y = y if y.shape[1] == self.rows else y[:, : self.rows]
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
-    def _by_blocks(self, x: Tensor) -> Tensor | None:
-        """Through parts of the weight unpacked into blocks; None where they cannot be had."""
+    def _once(self, x: Tensor) -> Tensor | None:
+        """By a weight that is unpacked once, a part at a time; None where that cannot be had."""
         if _tile() != cpu_blocks.TILE:
             return None
-        codes, more, units, zeros = self._arrays()
+        codes, more, units, zeros = arrays = self._arrays()
         rows, cols = units.shape[1], codes.shape[1]
         x = pad(x, (0, cols - self.cols)) if cols > self.cols else x.contiguous()
+        if (amx := cpu_blocks.tiles()) is not None:
+            y = amx.multiply(arrays, self.lift, x)
+            return y if rows == self.rows else y[:, : self.rows]
         unpack, starts = cpu_blocks.loops(), cpu_blocks.parts(rows, cols)
-        found = x.new_empty(len(x), rows if len(starts) > 1 else 0)
+        y = x.new_empty(len(x), rows)
         for start in starts:
             part = cpu_blocks.scratch(min(starts.step, rows - start), cols)
             if part is None:
                 return None
             grids = (units, zeros, self.lift, start // TILE)
             unpack.unpack(codes, more, *grids, part.halves, part.words)
-            y = part.product(x)
-            if len(starts) == 1:
-                found = y
+            columns = part.product(x)
+            if columns.shape == y.shape:
+                y = columns
             else:
-                found[:, start : start + y.shape[1]] = y
-        return found if rows == self.rows else found[:, : self.rows]
+                y[:, start : start + columns.shape[1]] = columns
+        return y if rows == self.rows else y[:, : self.rows]
 
     def _arrays(self) -> tuple[Any, ...]:
         """What is packed, as :mod:`.unpack` wants it: views, kept as making them takes its time."""
