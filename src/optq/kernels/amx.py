@@ -21,7 +21,6 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
 from optq.kernels.unpack import (
     HALF,
@@ -31,6 +30,7 @@ from optq.kernels.unpack import (
     WORD,
     compiled,
     every,
+    fetch,
     rounded,
     vector,
     weave,
@@ -139,6 +139,20 @@ def _add(_, x, y, words):
 
 @intrinsic
 @no_type_check
+def _ahead(_, units, zeros):
+    """Ask for a tile's grid, of the group that comes next."""
+
+    def step(context, build, signature, arguments):
+        for line in range(4):
+            fetch(build, _bytes(context, build, units, arguments[0], 64 * line))
+        fetch(build, _bytes(context, build, zeros, arguments[1]))
+        return context.get_dummy_value()
+
+    return types.void(units, zeros), step
+
+
+@intrinsic
+@no_type_check
 def _round(_, sums, y):
     """Float32 ``[64]``, rounded half to even, to bfloat16's bits ``[64]``."""
 
@@ -182,6 +196,8 @@ def _multiply(codes, more, units, zeros, lift, x, beside, config, y):
                     group = column // width
                     if group != known:
                         known = group
+                        after = min(group + 1, groups - 1)
+                        _ahead(units[after, tile * TILE], zeros[after // shared, tile * TILE :])
                         for r in range(TILE):
                             bits = np.uint32(units[group, tile * TILE + r, 0])
                             unit[r] = np.uint32(bits << SHORT).view(np.float32)
@@ -218,17 +234,22 @@ def multiply(arrays: tuple[Any, ...], lift: int, x: Tensor) -> Tensor:
 
     ``arrays`` are ``codes``, ``more``, ``units`` and ``zeros`` of :func:`.unpack._unpack`.
     """
-    tokens, tiles = len(x), len(arrays[0])
-    x = pad(x, (0, 0, 0, -tokens % PAIR))
-    y = x.new_empty(len(x), tiles * TILE)
-    size = -(-len(x) // (PAIR * -(-len(x) // MOST))) * PAIR
+    (tokens, cols), tiles = x.shape, len(arrays[0])
+    y = x.new_empty(tokens + -tokens % PAIR, tiles * TILE)
+    size = -(-len(y) // (PAIR * -(-len(y) // MOST))) * PAIR
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, THREADS))
-    for start in range(0, len(x), size):
+    for start in range(0, len(y), size):
         part = x[start : start + size]
+        whole, left = divmod(len(part), ROWS)
+        # What fills the last tiles is left as it is, and so are rows of y that come of it.
+        tiled = x.new_empty(-(-len(part) // PAIR) * 2, cols // STEP, ROWS, STEP)
+        by_row = tiled.transpose(1, 2)
+        by_row[:whole] = part[: whole * ROWS].view(whole, ROWS, cols // STEP, STEP)
+        if left:
+            by_row[whole, :left] = part[whole * ROWS :].view(left, cols // STEP, STEP)
         beside = min(len(part) // 64 + 1, BESIDE, -(-tiles // (2 * threads)))
-        part = part.view(-1, ROWS, x.shape[1] // STEP, STEP).transpose(1, 2).contiguous()
-        _multiply(*arrays, lift, _bits(part), beside, CONFIG, _bits(y[start : start + size]))
+        _multiply(*arrays, lift, _bits(tiled), beside, CONFIG, _bits(y[start : start + size]))
     return y[:tokens]
 
 

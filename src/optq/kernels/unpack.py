@@ -82,7 +82,7 @@ def _words_natively(build, low, high):
 
 
 @no_type_check
-def _fetch(build, address):
+def fetch(build, address):
     """Into the first cache: the processor itself looks ahead no further than a page."""
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(BYTE), WORD, WORD, WORD])
     function = cgutils.get_or_insert_function(build.module, kind, "llvm.prefetch.p0i8")
@@ -126,7 +126,7 @@ def weave(_, one, two, more, most, zero, unit, low, high):
         words = _words_natively if native else _words
         for array in (one, more):
             if array is not None:
-                _fetch(build, build.gep(array, [ir.Constant(ir.IntType(64), AHEAD)]))
+                fetch(build, build.gep(array, [ir.Constant(ir.IntType(64), AHEAD)]))
         for start in range(0, HALF, 16):
             columns = [(codes(a, start), codes(b, start)) for a, b in ((one, more), (two, most))]
             for half, target in enumerate((low, high)):
