@@ -170,13 +170,18 @@ def _round(_, sums, y):
 
 @compiled
 @no_type_check
-def _multiply(codes, more, units, zeros, lift, x, beside, config, y):
-    """``x [groups of tokens, cols / 32, 16, 32]``, a tile in one place, times the weight into
-    ``y [tokens, rows]``, both bfloat16's bits; an even number of groups. The weight is as in
-    :func:`.unpack._unpack`. ``beside`` tiles of codes are taken at a time, between which
-    activations stay in the cache.
+def _multiply(codes, more, units, zeros, lift, given, beside, config, y):
+    """``given [tokens, cols]`` times the weight into ``y [tokens and what fills two tiles, rows]``,
+    both bfloat16's bits. The weight is as in :func:`.unpack._unpack`. ``beside`` tiles of codes
+    are taken at a time, between which activations stay in the cache.
     """
-    tokens, cols = ROWS * x.shape[0], STEP * x.shape[1]
+    tokens, cols = len(y), given.shape[1]
+    x = np.empty((tokens // ROWS, cols // STEP, ROWS, STEP), np.uint16)  # each tile in one place
+    for group in prange(tokens // ROWS):
+        for row in range(ROWS):
+            token = min(group * ROWS + row, len(given) - 1)  # the last fills what is left over
+            for step in range(cols // STEP):
+                x[group, step, row] = given[token, step * STEP : (step + 1) * STEP]
     groups, tiles = units.shape[0], codes.shape[0]
     width, shared = cols // groups, groups // zeros.shape[0]
     for job in prange((tiles + beside - 1) // beside):
@@ -234,22 +239,16 @@ def multiply(arrays: tuple[Any, ...], lift: int, x: Tensor) -> Tensor:
 
     ``arrays`` are ``codes``, ``more``, ``units`` and ``zeros`` of :func:`.unpack._unpack`.
     """
-    (tokens, cols), tiles = x.shape, len(arrays[0])
+    tokens, tiles = len(x), len(arrays[0])
     y = x.new_empty(tokens + -tokens % PAIR, tiles * TILE)
     size = -(-len(y) // (PAIR * -(-len(y) // MOST))) * PAIR
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, THREADS))
+    given, made = _bits(x), _bits(y)
     for start in range(0, len(y), size):
-        part = x[start : start + size]
-        whole, left = divmod(len(part), ROWS)
-        # What fills the last tiles is left as it is, and so are rows of y that come of it.
-        tiled = x.new_empty(-(-len(part) // PAIR) * 2, cols // STEP, ROWS, STEP)
-        by_row = tiled.transpose(1, 2)
-        by_row[:whole] = part[: whole * ROWS].view(whole, ROWS, cols // STEP, STEP)
-        if left:
-            by_row[whole, :left] = part[whole * ROWS :].view(left, cols // STEP, STEP)
+        part = given[start : start + size]
         beside = min(len(part) // 64 + 1, BESIDE, -(-tiles // (2 * threads)))
-        _multiply(*arrays, lift, _bits(tiled), beside, CONFIG, _bits(y[start : start + size]))
+        _multiply(*arrays, lift, part, beside, CONFIG, made[start : start + size])
     return y[:tokens]
 
 
