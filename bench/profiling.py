@@ -3,7 +3,7 @@
 One run in this process under torch's profiler, by default of the 61-million-parameter Llama of
 ``bench/model.py`` (32 x 512 tokens, 4 bits, groups of 128, the default settings):
 
-    python bench/profiling.py                      the default; --setting plain: the paper's algorithm
+    python bench/profiling.py        the default; --setting plain: the algorithm of the paper
     python bench/profiling.py SMOLLM2 --samples 64 --groupsize 64   a folder of bench/smollm2.py
 
 Rows are what a stage spends in an operation itself. The floor of a product is its multiply-adds

@@ -28,6 +28,7 @@ Everything is held transposed, ``[cols, rows]``: a column is one contiguous vect
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -136,7 +137,10 @@ class _Descent:
         self.zero = zeros.T.to(scales.dtype)
         self.snaps = [self.grid.snapping(zero) for zero in self.zero]
         # Transposed first, then converted: torch is slow at both in one.
-        self.steps.copy_(self.grid.units(codes.T.contiguous(), self.zero[self.group]))
+        for (part, zero), code in zip(
+            self._parts(), codes.T.contiguous().split(self.width), strict=True
+        ):
+            self.steps[part] = self.grid.units(code, zero)
 
         self.changes.copy_(self._miss(target))
         self.gradient.copy_(self.H_quick @ self.changes)
@@ -149,18 +153,22 @@ class _Descent:
         self.steps[self.dead] = self.grid.units(code, zero)
 
         better = after < before
-        found = self.grid.code(self.steps, self.zero[self.group]).T.contiguous()
-        codes.copy_(torch.where(better[:, None], found, codes))
+        found = [self.grid.code(self.steps[part], zero) for part, zero in self._parts()]
+        codes.copy_(torch.where(better[:, None], torch.cat(found).T.contiguous(), codes))
         scales.copy_(torch.where(better[:, None], self.scale.T, scales))
         return torch.where(better, after, before)
 
     def _miss(self, target: Tensor) -> Tensor:
         """``w - q``, in the memory of the gradient."""
         self.gradient.copy_(target.T.contiguous())
-        for group, columns in enumerate(range(0, self.columns, self.width)):
-            part = slice(columns, columns + self.width)
-            self.gradient[part].addcmul_(self.steps[part], self.scale[group], value=-1)
+        for (part, _), scale in zip(self._parts(), self.scale, strict=True):
+            self.gradient[part].addcmul_(self.steps[part], scale, value=-1)
         return self.gradient
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The columns of each group, and its zero points."""
+        for group, zero in enumerate(self.zero):
+            yield slice(group * self.width, (group + 1) * self.width), zero
 
     def _run(self, start: int, stop: int, last: bool) -> None:
         """Visit the columns ``start .. stop``, whose gradient is complete, and is again after.

@@ -112,7 +112,7 @@ class Sweep:
     def _one_by_one(self, start: int, stop: int) -> None:
         columns, count = slice(start, stop), len(self.starts)
         if self.levels is not None and serves(self.W):
-            self._compiled(start, stop)
+            self._compiled(start, stop, self.levels)
             return
         if self.levels is not None and self.on_gpu:
             from optq.core.triton_columns import column_loop
@@ -139,11 +139,10 @@ class Sweep:
         for each, own in zip(self.starts, self.own, strict=True):
             self.residual[own] += each.factored.squares[columns] @ block[:, own].square()
 
-    def _compiled(self, start: int, stop: int) -> None:
-        """The same in a compiled loop."""
+    def _compiled(self, start: int, stop: int, largest: int) -> None:
+        """The same in a compiled loop; ``largest``: of the codes."""
         columns, grids = slice(start, stop), (self.scale, self.zero, self.group_of)
-        constants = numbers(self.W, self.levels, MAGIC[self.W.dtype])
-        levels, magic = constants
+        levels, magic = numbers(self.W, largest, MAGIC[self.W.dtype])
         for each, own in zip(self.starts, self.own, strict=True):
             inside, squares = each.factored.N[columns, columns], each.factored.squares[columns]
             by_rows(
