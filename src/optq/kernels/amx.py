@@ -37,7 +37,7 @@ from optq.kernels.unpack import (
 )
 
 ROWS, PAIR = 16, 32  # of activations in a tile, and in the two that are multiplied at a time
-MOST = 512  # rows of activations, whose sums stay in the second-level cache
+MOST = 256  # rows of activations; beyond, oneDNN's product of blocks is faster
 BESIDE = 8  # tiles of codes at most
 TILE = 64  # rows of packed codes, four tiles of a weight
 STEP = 32  # columns in a tile
@@ -235,20 +235,16 @@ def _multiply(codes, more, units, zeros, lift, given, beside, config, y):
 
 
 def multiply(arrays: tuple[Any, ...], lift: int, x: Tensor) -> Tensor:
-    """``x @ W.T`` for bfloat16 ``x [tokens, cols]``: ``[tokens, rows]``.
+    """``x @ W.T`` for bfloat16 ``x [tokens, cols]``, up to ``MOST``: ``[tokens, rows]``.
 
     ``arrays`` are ``codes``, ``more``, ``units`` and ``zeros`` of :func:`.unpack._unpack`.
     """
     tokens, tiles = len(x), len(arrays[0])
     y = x.new_empty(tokens + -tokens % PAIR, tiles * TILE)
-    size = -(-len(y) // (PAIR * -(-len(y) // MOST))) * PAIR
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, THREADS))
-    given, made = _bits(x), _bits(y)
-    for start in range(0, len(y), size):
-        part = given[start : start + size]
-        beside = min(len(part) // 64 + 1, BESIDE, -(-tiles // (2 * threads)))
-        _multiply(*arrays, lift, part, beside, CONFIG, made[start : start + size])
+    beside = min(tokens // 64 + 1, BESIDE, -(-tiles // (2 * threads)))
+    _multiply(*arrays, lift, _bits(x), beside, CONFIG, _bits(y))
     return y[:tokens]
 
 

@@ -13,9 +13,10 @@ are cast for it. So:
 It reads a quarter of a bfloat16 weight's bytes, so it wins while reading is what takes time. Its
 time grows with every row of activations, for it unpacks the weight again for every few. Past
 :func:`few` rows bfloat16 activations are multiplied by a weight that is unpacked once, a part at a
-time: with AMX in a loop of its own (:mod:`.amx`), else by oneDNN (:mod:`.cpu_blocks`). Where that
-cannot be had, and for other dtypes, past ``FEW`` rows the weight is dequantized by torch's
-operations and multiplied in the activations' dtype (float16: in float32).
+time: with AMX and up to 256 rows in a loop of its own (:mod:`.amx`), else by oneDNN
+(:mod:`.cpu_blocks`). Where that cannot be had, and for other dtypes, past ``FEW`` rows the weight
+is dequantized by torch's operations and multiplied in the activations' dtype (float16: in
+float32).
 
 Accuracy of the packed product: activations, scales, offsets and the result are rounded to
 bfloat16 (2^-9 each), sums are float32. Of the others: scales and weights are rounded to the dtype.
@@ -135,7 +136,7 @@ class Int4Product(Product):
         codes, more, units, zeros = arrays = self._arrays()
         rows, cols = units.shape[1], codes.shape[1]
         x = pad(x, (0, cols - self.cols)) if cols > self.cols else x.contiguous()
-        if (amx := cpu_blocks.tiles()) is not None:
+        if (amx := cpu_blocks.tiles()) is not None and len(x) <= amx.MOST:
             y = amx.multiply(arrays, self.lift, x)
             return y if rows == self.rows else y[:, : self.rows]
         unpack, starts = cpu_blocks.loops(), cpu_blocks.parts(rows, cols)
