@@ -6,6 +6,9 @@ times. Then a checkpoint of 1 GB packed (hidden 4096, intermediate 11008, 10 lay
 codes are random: speed depends on shapes alone. Prints, and appends one record to
 bench/results/decode.jsonl.
 
+``--prompts``: the first of the two reads prompts, and one token of several sequences at once,
+beside the same model in bfloat16, in turns: how many times as fast it is, a median.
+
 ``--experts``: a random Qwen3-MoE instead (hidden 1024, 64 experts of 512, 8 chosen, 8 layers),
 beside transformers' own experts in bfloat16, in each of its implementations.
 """
@@ -14,7 +17,9 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +35,7 @@ from optq.formats.gptq import GPTQ_V1
 from optq.formats.scheme import LayerScheme
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
+from optq.model.linear import make_dense
 from optq.model.source import empty_model
 
 RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
@@ -123,15 +129,57 @@ def experts(runs: int) -> dict[str, object]:
     }
 
 
+def prompts(runs: int) -> dict[str, object]:
+    """Seconds of the packed model and of the same with bfloat16 weights, by rows of activations."""
+    with TemporaryDirectory() as scratch:
+        write(Path(scratch), config(2048, 8192, 8))
+        packed, dense = optq.load(scratch, "cpu"), optq.load(scratch, "cpu")
+    make_dense(dense)
+    found: dict[str, object] = {}
+    for name, sequences, tokens in (
+        *((f"prompt of {tokens}", 1, tokens) for tokens in (16, 32, 64, 128, 256, 500)),
+        *((f"a token of {count}", count, 1) for count in (1, 2, 4, 8, 12, 16)),
+    ):
+        ids = torch.randint(32000, (sequences, tokens))
+        read = {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+        ours, theirs = partial(packed, **read), partial(dense, **read)
+        with torch.no_grad():
+            times = paired(ours, theirs, runs)
+        ratio = statistics.median(t / o for o, t in zip(*times, strict=True))
+        found[name] = {
+            "ratio": round(ratio, 3),
+            "ms": round(statistics.median(times[0]) * 1e3, 2),
+            "bfloat16_ms": round(statistics.median(times[1]) * 1e3, 2),
+        }
+        print(f"{name:14}", found[name], flush=True)
+    return {"prompts": found}
+
+
+def paired(ours: Callable[[], object], theirs: Callable[[], object], runs: int):
+    """Times of two functions that take turns, the first of them left out."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(runs + 1):
+        for function, kept in zip((ours, theirs), times, strict=True):
+            start = time.perf_counter()
+            function()
+            kept.append(time.perf_counter() - start)
+    return times[0][1:], times[1][1:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--prompts", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.experts:
         record = {"bench": "decode, experts", **machine(), **experts(arguments.runs)}
         print(record)
+        append(RESULTS, record)
+        return
+    if arguments.prompts:
+        record = {"bench": "decode, prompts", **machine(), **prompts(arguments.runs)}
         append(RESULTS, record)
         return
     record = {"bench": "decode", **machine()}

@@ -52,7 +52,7 @@ def paired(ours: Callable[[], object], theirs: Callable[[], object], seconds: fl
 def measure(rows: int, cols: int, wbits: int, groupsize: int, batches, seconds: float):
     weight = random_weight(rows, cols, wbits, groupsize)
     kernel = pick(weight, torch.bfloat16)
-    dense = weight.weight.to(torch.bfloat16)
+    dense = weight.weight.to(torch.bfloat16).contiguous()  # as nn.Linear has it
     copies = max(2, CACHE // dense.nbytes)
     denses = cycle([dense.clone() for _ in range(copies)])
     products = cycle([kernel.build(weight, torch.bfloat16) for _ in range(4 * copies)])

@@ -11,11 +11,15 @@ are cast for it. So:
 * rows are padded to whole tiles, columns to whole groups.
 
 It reads a quarter of a bfloat16 weight's bytes, so it wins while reading is what takes time. Its
-time grows with every row of activations; past ``FEW`` of them dequantizing into a bfloat16 (or
-the activations' own dtype) and a dense product is faster, and rounds nothing but the activations.
+time grows with every row of activations, for it unpacks the weight again for every few. Past
+:func:`few` rows bfloat16 activations are multiplied by a weight that is unpacked once, a part at a
+time: with AMX and up to 256 rows in a loop of its own (:mod:`.amx`), else by oneDNN
+(:mod:`.cpu_blocks`). Where that cannot be had, and for other dtypes, past ``FEW`` rows the weight
+is dequantized by torch's operations and multiplied in the activations' dtype (float16: in
+float32).
 
 Accuracy of the packed product: activations, scales, offsets and the result are rounded to
-bfloat16 (2^-9 each), sums are float32.
+bfloat16 (2^-9 each), sums are float32. Of the others: scales and weights are rounded to the dtype.
 """
 
 from __future__ import annotations
@@ -23,14 +27,17 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from optq.core.weight import QuantizedWeight
+from optq.kernels import cpu_blocks
 from optq.kernels.product import Product, compact
 
-FEW = 96  # rows of activations: where the two take equally long (bench/kernels.py)
+FEWEST = 4  # rows of activations that are always multiplied packed
+FEW = 96  # rows of activations: where packed and dense take equally long (bench/kernels.py)
 GROUPS = (256, 128, 64, 32)  # that the operator takes
 TILE = 64  # rows; a multiple of each processor's
 CHUNK = 512  # rows that are dequantized at a time: they stay in the cache
@@ -42,6 +49,15 @@ def takes(weight: QuantizedWeight) -> bool:
         return True
     sizes = torch.bincount(weight.g_idx, minlength=weight.groups)
     return weight.width % GROUPS[-1] == 0 and bool((sizes == weight.width).all())
+
+
+@cache
+def few() -> int:
+    """Rows of activations past which unpacking once is faster (bench/kernels.py).
+
+    AMX multiplies 16 rows in the time of one; without it every row costs its time either way.
+    """
+    return FEWEST if cpu_blocks.tiles() is not None else 24
 
 
 class Int4Product(Product):
@@ -59,8 +75,6 @@ class Int4Product(Product):
         super().__init__(weight.rows, weight.cols, dtype)
         weight, order = weight.sorted()
         self.keep("order", order)
-        self.keep("scales", compact(weight.scales))  # as stored, for the dense product
-        self.keep("zeros", weight.zeros)
         padded = weight.cols + -weight.cols % GROUPS[-1]
         group = padded if weight.groups == 1 else weight.width
         self.width = next(size for size in GROUPS if group % size == 0)
@@ -68,7 +82,11 @@ class Int4Product(Product):
         filler = -weight.rows % TILE
         codes = pad(weight.codes.T, (0, filler, 0, padded - weight.cols)).contiguous().T
         scale = pad(weight.scales, (0, 0, 0, filler))
-        zero = pad(weight.zeros, (0, 0, 0, filler)).to(scale.dtype)
+        zeros = pad(weight.zeros, (0, 0, 0, filler))
+        # For the dense product, scales as stored; [groups, rows], zeros of whole tiles.
+        self.keep("scales", compact(weight.scales.T.contiguous()))
+        self.keep("zeros", zeros.T.contiguous())
+        zero = zeros.to(scale.dtype)
         if self.halves == 1:  # few bits in the middle of the operator's range
             self.lift = 8 - 2 ** (weight.wbits - 1)
             parts = [(codes + self.lift if self.lift else codes, scale, 8 - self.lift - zero)]
@@ -89,6 +107,11 @@ class Int4Product(Product):
         kept: Any = self._buffers  # as attributes they would cost more than a small product
         if kept["order"] is not None:
             x = x[:, kept["order"]]
+        count = len(x) * self.halves
+        if count > FEWEST and x.dtype == torch.bfloat16 and not x.requires_grad and count > few():
+            y = self._once(x)
+            if y is not None:
+                return y
         if len(x) > FEW:
             y = x.new_empty(len(x), self.rows)
             # float16 products of this layout are slower on a CPU than all else by far.
@@ -106,6 +129,50 @@ class Int4Product(Product):
         y = y if y.shape[1] == self.rows else y[:, : self.rows]
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
+    def _once(self, x: Tensor) -> Tensor | None:
+        """By a weight that is unpacked once, a part at a time; None where that cannot be had."""
+        if _tile() != cpu_blocks.TILE:
+            return None
+        codes, more, units, zeros = arrays = self._arrays()
+        rows, cols = units.shape[1], codes.shape[1]
+        x = pad(x, (0, cols - self.cols)) if cols > self.cols else x.contiguous()
+        if (amx := cpu_blocks.tiles()) is not None and len(x) <= amx.MOST:
+            y = amx.multiply(arrays, self.lift, x)
+            return y if rows == self.rows else y[:, : self.rows]
+        unpack, starts = cpu_blocks.loops(), cpu_blocks.parts(rows, cols)
+        y = x.new_empty(len(x), rows)
+        for start in starts:
+            part = cpu_blocks.scratch(min(starts.step, rows - start), cols)
+            if part is None:
+                return None
+            grids = (units, zeros, self.lift, start // TILE)
+            unpack.unpack(codes, more, *grids, part.halves, part.words)
+            columns = part.product(x)
+            if columns.shape == y.shape:
+                y = columns
+            else:
+                y[:, start : start + columns.shape[1]] = columns
+        return y if rows == self.rows else y[:, : self.rows]
+
+    def _arrays(self) -> tuple[Any, ...]:
+        """What is packed, as :mod:`.unpack` wants it: views, kept as making them takes its time."""
+        kept: Any = self._buffers
+        of, arrays = self.__dict__.get("_viewed", (None, ()))
+        if of is not kept["codes0"]:
+            tiles = (-1, 2 * self.codes0.shape[1], TILE // 2)
+            codes, more = (
+                None if packed is None else packed.view(tiles).numpy()
+                for packed in (self.codes0, kept.get("codes1"))
+            )
+            units = self.grid0.view(torch.int16).numpy().view(np.uint16)
+            arrays = (codes, more, units, self.zeros.numpy())
+            self.__dict__["_viewed"] = kept["codes0"], arrays
+        return arrays
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which makes its own views."""
+        return {name: value for name, value in self.__dict__.items() if name != "_viewed"}
+
     def dense(self) -> Tensor:
         chunks = [self._columns(start, self.dtype).T for start in range(0, self.rows, CHUNK)]
         weight = torch.cat(chunks)
@@ -120,10 +187,10 @@ class Int4Product(Product):
         if self.halves == 2:
             codes += 16 * _unpacked(self.codes1[rows], dtype)
         codes = codes[: self.cols, : self.rows - start]
-        grouped = codes.unflatten(0, (self.scales.shape[1], -1))
+        grouped = codes.unflatten(0, (self.scales.shape[0], -1))
         # Contiguous rows: broadcast along strided ones, these two steps take ten times as long.
-        zeros = (self.zeros[rows] + self.lift).T.to(dtype).contiguous()
-        scales = self.scales[rows].T.to(dtype).contiguous()
+        zeros = (self.zeros[:, rows] + self.lift).to(dtype).contiguous()[:, : self.rows - start]
+        scales = self.scales[:, rows].to(dtype).contiguous()
         return grouped.sub_(zeros[:, None]).mul_(scales[:, None]).flatten(0, 1)
 
 
