@@ -157,7 +157,9 @@ class Comparison:
         """``full``: what the full-precision model predicts, or its perplexity."""
         start = time.perf_counter()
         propagates = self._propagates(setting)
-        runner = Runner(self.config, quantizer, propagates, calib=tokens, skip=self.skip)
+        # Rounding reads no inputs: one sequence finds the layers.
+        calib = tokens[:1] if setting[0] == "rtn" else tokens
+        runner = Runner(self.config, quantizer, propagates, calib=calib, skip=self.skip)
         runner.tune = _tune(setting)
         result = runner.run()
         seconds = time.perf_counter() - start
