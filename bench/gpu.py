@@ -1,10 +1,10 @@
 """The Triton kernels on one NVIDIA GPU: right first, then their times beside dense bfloat16.
 
-    python bench/gpu.py [--quick] [--out bench/results/gpu.jsonl]
+    python bench/gpu.py [--quick] [--only PART] [--out bench/results/gpu.jsonl]
 
 1. Every kind of layout and every path (matrix-vector, tensor cores, dequantize and multiply)
    against float64 on the same codes and activations; then each product that is timed, as it was
-   tuned. A miss ends the run with exit status 1.
+   tuned; the sweep's column loop against torch's operations. A miss ends the run, exit status 1.
 2. Products. One time is a CUDA graph of launches, which keeps the launches' cost on the host out
    of it, over copies of the weight that together are several times the L2 cache, which keeps the
    cache out of it: per launch, the median of REPLAYS replays. Bandwidth is what the weight, the
@@ -12,9 +12,12 @@
    reaches in the same run (bytes read plus bytes written).
 3. Decoding with a random model of the shape of Llama 3 8B, batch 1: bfloat16, then its blocks'
    layers at 4 bits in groups of 128 (embedding and head stay bfloat16), by the same decoder.
+4. Blocks: one of each of three models' shapes is quantized, timed by stage: bench/gpu_blocks.py.
 
-Prints one table and appends one record. Most of the first run is compiling; Triton keeps the
-results in its cache. Without a GPU it says so and ends with status 2.
+Prints a table of each part and appends one record. Most of the first run is compiling; Triton keeps
+the results in its cache. ``--only products``, ``decoding`` or ``blocks`` is one part by itself.
+Without a GPU it says so and ends with status 2. ``--tiny`` is part 4 on tiny shapes, on a CPU too,
+to see that it runs: nothing is recorded.
 """
 
 import argparse
@@ -22,99 +25,27 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import gpu_blocks
 import torch
+import triton
+from gpu_checks import ERROR, misses, random_weight, relative_error, untuned
 from machine import append, machine
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from optq.core.weight import QuantizedWeight, group_index
 from optq.evaluate.graph import GraphDecoder, capturable
-from optq.kernels.triton_matmul import matmul_kernel
-from optq.kernels.triton_matvec import matvec_kernel
 from optq.kernels.triton_product import FEW, MANY, TritonProduct
 from optq.model.linear import QuantizedLinear
 
 SHAPES = ((8192, 8192), (28672, 8192), (4096, 4096), (11008, 4096))  # rows, columns
 BITS, TOKENS, GROUPSIZE = (4, 3, 2, 8), (1, 4, 16, 64), 128
 REPLAYS, LAUNCHES, CACHES = 20, 48, 4  # launches in a graph, at least; L2 sizes to exceed
-ERROR = {torch.bfloat16: 4e-3, torch.float16: 5e-4}  # as in tests/kernels/test_triton.py
 PROMPT, NEW, RUNS = 32, 128, 3
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
-
-
-# What is checked first: bits, columns in a group, sym, shuffled columns, activations. Every
-# property is there; each row compiles kernels of its own for some seconds.
-CASES = (
-    (4, 128, True, False, torch.bfloat16),
-    (4, 32, False, True, torch.float16),
-    (3, 128, True, False, torch.bfloat16),
-    (3, -1, False, True, torch.float16),
-    (2, 64, True, True, torch.float16),
-    (2, 32, False, False, torch.bfloat16),
-    (8, -1, True, False, torch.bfloat16),
-    (8, 32, False, True, torch.float16),
-)
-
-
-def random_weight(
-    wbits: int, rows: int, cols: int, groupsize: int, sym: bool, shuffled: bool, device: str
-) -> QuantizedWeight:
-    """Random codes and grids, weights of about the spread of a trained layer's."""
-    width = cols if groupsize == -1 else groupsize
-    grids = (rows, cols // width)
-    scales = (0.04 * (1 + torch.rand(grids, device=device)) / 2**wbits).to(torch.float16).float()
-    if sym:
-        zeros = torch.full(grids, 2 ** (wbits - 1), dtype=torch.uint8, device=device)
-    else:
-        zeros = torch.randint(2**wbits, grids, dtype=torch.uint8, device=device)
-    g_idx = group_index(cols, width, torch.device(device))
-    if shuffled:
-        g_idx = g_idx[torch.randperm(cols, device=device)]
-    codes = torch.randint(2**wbits, (rows, cols), dtype=torch.uint8, device=device)
-    return QuantizedWeight(wbits, codes, scales, zeros, g_idx)
-
-
-def relative_error(y: Tensor, expected: Tensor) -> float:
-    return ((y.double() - expected).norm() / expected.norm()).item()
-
-
-@contextmanager
-def untuned() -> Iterator[None]:
-    """One configuration of each kernel: tuning would compile all of them for each case."""
-    kernels = (matvec_kernel, matmul_kernel)
-    kept = [kernel.configs for kernel in kernels]
-    for kernel in kernels:
-        kernel.configs = kernel.configs[:1]
-    try:
-        yield
-    finally:
-        for kernel, configs in zip(kernels, kept, strict=True):
-            kernel.configs = configs
-
-
-def misses(device: str, rows: int, cols: int, tokens: tuple[int, ...]) -> list[str]:
-    """The cases whose relative error (Frobenius norm) is above ERROR; fresh inputs for each."""
-    found = []
-    for *options, dtype in CASES:
-        weight = random_weight(options[0], rows, cols, *options[1:], device)
-        product = TritonProduct(weight, dtype)
-        exact = weight.weight.double()
-        case = "{} bits, groups of {}, sym {}, shuffled {}, ".format(*options) + str(dtype)
-        if not torch.equal(product.dense(), weight.weight.to(dtype)):
-            found.append(f"{case}: dequantized weights differ")
-        for count in tokens:
-            x = torch.randn(count, cols, device=device).to(dtype)
-            poison = x.new_full((count, rows), torch.nan)
-            del poison  # its memory is what the result is likely to get
-            error = relative_error(product(x), x.double() @ exact.T)
-            if not error < ERROR[dtype]:
-                found.append(f"{case}, {count} rows of activations: error {error:.2e}")
-    return found
 
 
 def seconds(calls: list[Callable[[], object]]) -> float:
@@ -276,48 +207,69 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def tiny() -> int:
+    """Part 4 on little, and the column loop's kernel where it runs: in Triton's interpreter too."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" or triton.knobs.runtime.interpret:
+        if wrong := gpu_blocks.loop_misses(device, 20, 64):
+            print(*wrong, sep="\n", file=sys.stderr)
+            return 1
+        print("the column loop agrees with torch's operations", file=sys.stderr)
+    tokens = gpu_blocks.random_tokens(2, 64)
+    print(gpu_blocks.table(list(gpu_blocks.blocks(gpu_blocks.TINY, device, tokens, 32))))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape, two sizes, 4 layers")
+    parser.add_argument("--only", choices=("products", "decoding", "blocks"), help="one part")
+    parser.add_argument("--tiny", action="store_true", help="whether blocks run; here, and tiny")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file of records")
     args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.tiny:
+        return tiny()
     if not torch.cuda.is_available():
         print("bench/gpu.py needs an NVIDIA GPU, and there is none here", file=sys.stderr)
         return 2
 
-    torch.manual_seed(0)
     with untuned():
         wrong = misses("cuda", 1000, 1536, (1, FEW, 16, 33, 65, MANY + 1))
+    wrong += gpu_blocks.loop_misses("cuda", 1000, 1536)
     if wrong:
         print("\n".join(wrong[:20]), f"{len(wrong)} cases are wrong", sep="\n", file=sys.stderr)
         return 1
-    print("every kernel agrees with float64", file=sys.stderr)
+    print("every kernel agrees", file=sys.stderr)
 
     bandwidth = copy_bandwidth()
-    grid = (SHAPES[:1], BITS[:1], (1, 16)) if args.quick else (SHAPES, BITS, TOKENS)
-    records = products(*grid, bandwidth)
-    rates = decoding(llama(4 if args.quick else 32), "cuda", NEW)
-    append(
-        args.out,
-        {
-            **machine(),
-            "device": torch.cuda.get_device_name(),
-            "cuda": torch.version.cuda,
-            "triton": version("triton"),
-            "quick": args.quick,
-            "copy_GB_per_s": round(bandwidth / 1e9, 1),
-            "groupsize": GROUPSIZE,
-            "products": records,
-            "tokens_per_second": rates,
-        },
-    )
+    record = {
+        **machine(),
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "triton": version("triton"),
+        "quick": args.quick,
+        "copy_GB_per_s": round(bandwidth / 1e9, 1),
+        "groupsize": GROUPSIZE,
+    }
     print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e9:.0f} GB/s")
-    print(table(records))
-    print(
-        f"decoding, {'4 layers' if args.quick else '32 layers'} of Llama 3 8B's shape, batch 1:"
-        f" bfloat16 {rates['dense']:.1f} tokens/s, 4 bits {rates['ours']:.1f},"
-        f" ratio {rates['ratio']:.2f}"
-    )
+    if args.only in (None, "products"):
+        grid = (SHAPES[:1], BITS[:1], (1, 16)) if args.quick else (SHAPES, BITS, TOKENS)
+        record["products"] = products(*grid, bandwidth)
+        print(table(record["products"]))
+    if args.only in (None, "decoding"):
+        layers = 4 if args.quick else 32
+        record["tokens_per_second"] = rates = decoding(llama(layers), "cuda", NEW)
+        torch.cuda.empty_cache()
+        print(
+            f"decoding, {layers} layers of Llama 3 8B's shape, batch 1:"
+            f" bfloat16 {rates['dense']:.1f} tokens/s, 4 bits {rates['ours']:.1f},"
+            f" ratio {rates['ratio']:.2f}"
+        )
+    if args.only in (None, "blocks"):
+        record["blocks"] = gpu_blocks.measured(args.quick)
+        print(gpu_blocks.table(record["blocks"]))
+    append(args.out, record)
     return 0
 
 

@@ -16,7 +16,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 VOCABULARY = 8000
 SEQUENCES = 32
@@ -66,11 +72,21 @@ def build(folder: Path, kind: str = "llama") -> tuple[Path, Path]:
         return checkpoint, tokens
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.bfloat16)
+    save(CONFIGS[kind], checkpoint)
+    torch.save(random_tokens(SEQUENCES, SEQUENCE_LENGTH), tokens)
+    return checkpoint, tokens
+
+
+def save(config: PreTrainedConfig, checkpoint: Path) -> None:
+    """A checkpoint of this configuration, in bfloat16."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(checkpoint)
     _tokenizer().save_pretrained(checkpoint)
-    torch.save(torch.randint(4, VOCABULARY, (SEQUENCES, SEQUENCE_LENGTH)), tokens)
-    return checkpoint, tokens
+
+
+def random_tokens(sequences: int, length: int) -> torch.Tensor:
+    """Ids ``[sequences, length]``, special ones aside."""
+    return torch.randint(4, VOCABULARY, (sequences, length))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -15,11 +15,13 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 from optq import GPTQ, ModelConfig, Runner, __version__
 
 
-def quantize(model: Path, tokens: Tensor, out: Path, best: str | None) -> dict[str, float]:
+def quantize(
+    model: Path, tokens: Tensor, out: Path, best: str | None, groupsize: int
+) -> dict[str, float]:
     """Run OPTQ; seconds by phase: total, load, forward, hessian, factor, solve, write."""
     result = Runner(
         ModelConfig(model_id=str(model), device="cpu"),
-        GPTQ(wbits=4, groupsize=128) if best else GPTQ.plain(wbits=4, groupsize=128),
+        GPTQ(4, groupsize) if best else GPTQ.plain(4, groupsize),
         qep=best == "qep",
         calib=tokens,
         nsamples=tokens.shape[0],
@@ -34,7 +36,7 @@ def main() -> None:
     tokens = torch.load(args.tokens)
     measurement = Measurement(args.model)
     with measurement.seconds("whole"):
-        seconds = quantize(args.model, tokens, args.out, args.best)
+        seconds = quantize(args.model, tokens, args.out, args.best, args.groupsize)
     measurement.peak()
     # The run loads and writes block by block as it goes; its own clocks tell those two apart.
     whole = measurement.numbers.pop("whole_seconds")

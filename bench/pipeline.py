@@ -8,8 +8,11 @@ its own, since their requirements exclude each other's:
     python -m venv GPTQ && GPTQ/bin/pip install gptqmodel
     python bench/pipeline.py --llmcompressor LLMC/bin/python --gptqmodel GPTQ/bin/python --runs 3
 
-``--model experts`` takes one block of 128 experts instead, with Qwen3-30B-A3B's shapes. A tool that
-fails is recorded with its error, and one that takes longer than ``--limit`` with that.
+``--defaults`` adds OPTQ's own settings, and the peers' for quality: range search with act-order, or
+with GPTQModel's group-aware order. ``--model experts`` takes one block of 128 experts instead, with
+Qwen3-30B-A3B's shapes; a folder of ``bench/smollm2.py`` that model, 64 x 512 tokens of its text,
+groups of 64, and the settings for quality alone. A tool that fails is recorded with its error, and
+one that takes longer than ``--limit`` with that.
 
 ``--before CHECKOUT`` sets another commit beside this one, for a change that should cost no time:
 
@@ -32,12 +35,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from machine import append, machine
 from model import CONFIGS, build
 
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results" / "pipeline.jsonl"
 PHASES = ("load_seconds", "quantize_seconds", "save_seconds")
+QUALITY = {"llmcompressor": "mse", "gptqmodel": "group"}
 COMPARED = ("quantize_seconds", "total_seconds")
 REPORTED = (*COMPARED, "load_seconds", "save_seconds", "peak_memory_over_model_gb")
 
@@ -54,12 +59,13 @@ def run_once(
     best: str | None = None,
     source: Path | None = None,
     limit: float | None = None,
+    groupsize: int = 128,
 ) -> dict[str, object]:
     """One run in a process of its own; its record is the last line it prints.
 
     ``source``: the folder that OPTQ is imported from, if not where it is installed.
     """
-    inputs = ("--model", checkpoint, "--tokens", tokens)
+    inputs = ("--model", checkpoint, "--tokens", tokens, "--groupsize", str(groupsize))
     with tempfile.TemporaryDirectory() as scratch:
         try:
             process = subprocess.run(
@@ -82,22 +88,41 @@ def run_once(
     return {**record, "total_seconds": round(sum(record[phase] for phase in PHASES), 3)}
 
 
+def drawn(args: argparse.Namespace) -> Path:
+    """The calibration tokens of a folder's text, as a file that all tools read."""
+    from optq import ModelConfig
+    from optq.data.calibration import calibration_tokens
+
+    tokens = args.cache.resolve() / f"{Path(args.model).name}.pt"
+    tokens.parent.mkdir(parents=True, exist_ok=True)
+    _, tokenizer = ModelConfig(args.model, "cpu").load()
+    text = str(Path(args.model) / "calibration.txt")
+    torch.save(calibration_tokens(text, tokenizer, 64, 512, 0), tokens)
+    return tokens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llmcompressor", metavar="PYTHON", help="Python that has llm-compressor")
     parser.add_argument("--gptqmodel", metavar="PYTHON", help="Python that has GPTQModel")
-    parser.add_argument("--defaults", action="store_true", help="OPTQ's own settings as well")
+    parser.add_argument(
+        "--defaults", action="store_true", help="and what each tool has for quality"
+    )
     parser.add_argument("--before", metavar="CHECKOUT", type=Path, help="of an earlier commit")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="for one run of a tool")
-    parser.add_argument("--model", choices=CONFIGS, default="llama")
+    parser.add_argument("--model", default="llama", help=f"{', '.join(CONFIGS)}, or a folder")
     parser.add_argument("--cache", type=Path, default=Path(".bench"), help="keeps the model")
     args = parser.parse_args()
 
-    checkpoint, tokens = build(args.cache.resolve(), args.model)
-    tools = {"optq": (sys.executable, BENCH / "ours.py", None, None)}
-    if args.defaults:
-        for best in ("default", "qep"):
+    own, groupsize = args.model in CONFIGS, 128
+    if own:
+        checkpoint, tokens = build(args.cache.resolve(), args.model)
+    else:
+        checkpoint, tokens, groupsize = Path(args.model).resolve(), drawn(args), 64
+    tools = {"optq": (sys.executable, BENCH / "ours.py", None, None)} if own else {}
+    if args.defaults or not own:
+        for best in ("default", "qep") if own else ("qep",):
             tools[f"optq {best}"] = (sys.executable, BENCH / "ours.py", best, None)
     if args.before:
         source = args.before.resolve() / "src"
@@ -105,11 +130,15 @@ def main() -> None:
         tools = {}
         for name, (now, then) in pairs.items():  # one right after the other
             tools |= {name: now, f"{name}, before": then}
-    for name in ("llmcompressor", "gptqmodel"):
+    for name, best in QUALITY.items():
         if python := getattr(args, name):
             # Absolute, but with its symbolic links, by which a Python knows its environment.
             python = os.path.abspath(shutil.which(python) or python)
-            tools[name] = (python, BENCH / "peers" / f"{name}_run.py", None, None)
+            script = BENCH / "peers" / f"{name}_run.py"
+            if own:
+                tools[name] = (python, script, None, None)
+            if args.defaults or not own:
+                tools[f"{name} {best}"] = (python, script, best, None)
 
     before = machine()
     runs: dict[str, list[dict]] = {name: [] for name in tools}
@@ -119,7 +148,8 @@ def main() -> None:
             if name in failed:
                 continue
             try:
-                record = run_once(python, script, checkpoint, tokens, best, source, args.limit)
+                how = best, source, args.limit, groupsize
+                record = run_once(python, script, checkpoint, tokens, *how)
             except ToolError as error:
                 print(f"{name} failed: {error}", file=sys.stderr)
                 failed[name] = str(error).strip().splitlines()[-1]
@@ -132,8 +162,9 @@ def main() -> None:
         for name, records in runs.items()
         if records
     }
+    first = next(iter(medians.values()))
     ratios = {
-        key: {name: round(each[key] / medians["optq"][key], 2) for name, each in medians.items()}
+        key: {name: round(each[key] / first[key], 2) for name, each in medians.items()}
         for key in COMPARED
     }
     pairs = {name: runs[f"{name}, before"] for name in runs if f"{name}, before" in runs}
@@ -144,7 +175,7 @@ def main() -> None:
         )
         for name, earlier in pairs.items()
     }
-    before |= {"model": args.model, "failed": failed}
+    before |= {"model": checkpoint.name, "failed": failed}
     append(RESULTS, {**before, "runs": runs, "median": medians, "ratio": ratios, "pairs": slower})
     print_table(runs, medians, ratios)
     for name, ratio in slower.items():

@@ -3,7 +3,7 @@
 One run in this process under torch's profiler, by default of the 61-million-parameter Llama of
 ``bench/model.py`` (32 x 512 tokens, 4 bits, groups of 128, the default settings):
 
-    python bench/profiling.py                      the default; --setting plain: the paper's algorithm
+    python bench/profiling.py        the default; --setting plain: the algorithm of the paper
     python bench/profiling.py SMOLLM2 --samples 64 --groupsize 64   a folder of bench/smollm2.py
 
 Rows are what a stage spends in an operation itself. The floor of a product is its multiply-adds
@@ -132,12 +132,13 @@ def table(events, speed: dict[str, float]) -> list[dict]:
     open_ones: list[list] = []  # of one thread: the operations under way
 
     def close(entry: list) -> None:
-        event, stage, inner = entry
+        event, stage, inner, calls = entry
         name = "(python)" if event.name()[0] == "@" else event.name()
         row = rows[stage, name]
         row[0] += 1
         row[1] += (event.duration_ns() - inner) / 1e9
-        row[2] += 0.0 if inner else floor(event, stage, speed)  # of what calls others, theirs
+        if not calls or event.name() in PRODUCTS | {ATTENTION}:  # of what calls others, theirs
+            row[2] += floor(event, stage, speed)
 
     ordered = sorted(events, key=lambda event: (event.start_ns(), -event.duration_ns()))
     for event in ordered:
@@ -156,7 +157,8 @@ def table(events, speed: dict[str, float]) -> list[dict]:
             stage = event.name()[1:]
         if open_ones:
             open_ones[-1][2] += event.duration_ns()
-        open_ones.append([event, stage, 0])
+            open_ones[-1][3] += not VIEWS.search(event.name())
+        open_ones.append([event, stage, 0, 0])
     while open_ones:
         close(open_ones.pop())
     return [

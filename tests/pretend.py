@@ -9,7 +9,8 @@ It does not follow what reads a tensor's memory or belongs to the CUDA runtime: 
 ``data_ptr``, storages (so not what moves from the device to files), pinned memory, NCCL. Nor does
 it know what a GPU's arithmetic rounds otherwise, which operators have no CUDA kernel, or that a
 copy may be under way. Gradients it has none: autograd asks the runtime of each device for a
-stream. Triton's kernels run in its interpreter.
+stream. Triton's kernels run inside :func:`interpreted` only, in its interpreter; elsewhere what
+has none is taken.
 """
 
 from __future__ import annotations
@@ -274,6 +275,8 @@ def _moved(tensor: Tensor, dtype: torch.dtype | None = None, copy: bool = False)
 def pretended() -> Iterator[torch.device]:
     """The device, for as long as the context lasts."""
     with ExitStack() as stack:
+        # A GPU of this kind has no kernels in Triton, which would ask for a tensor's address.
+        stack.enter_context(patch.object(torch.version, "cuda", None))
         for name, value in {
             "is_available": lambda: True,
             "device_count": lambda: 1,
@@ -287,3 +290,22 @@ def pretended() -> Iterator[torch.device]:
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(_Factories())
         yield CUDA
+
+
+@contextmanager
+def interpreted() -> Iterator[torch.device]:
+    """The device with Triton's kernels, whose interpreter is given what is beneath."""
+    from triton.runtime.interpreter import GridExecutor
+
+    run = GridExecutor.__call__
+
+    def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+        _refuse_plain(executor.fn, args, kwargs)
+        run(executor, *tree_map(_beneath, args), **tree_map(_beneath, kwargs))
+
+    with pretended() as device, ExitStack() as stack:
+        stack.enter_context(patch.object(GridExecutor, "__call__", launch))
+        stack.enter_context(patch.object(torch.version, "cuda", "12.8"))
+        for name in ("_exchange_device", "_maybe_exchange_device"):
+            stack.enter_context(patch.object(torch.cuda, name, lambda index: index))
+        yield device

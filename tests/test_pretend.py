@@ -5,6 +5,8 @@ the CPU's, where products are rounded otherwise.
 """
 
 import shutil
+from contextlib import nullcontext
+from importlib.util import find_spec
 
 import decoder
 import numpy as np
@@ -12,10 +14,11 @@ import pytest
 import torch
 import zoo
 import zoo_configs as configs
-from pretend import Pretend, pretended
+from pretend import Pretend, interpreted, pretended
 from safetensors.torch import load_file, save_file
 
 from optq import GPTQ, OBQ, RTN, ModelConfig, Runner, load
+from optq.core.sweep import _on_gpu
 from optq.errors import NumericsError, OptqError, OutputError
 from optq.model.linear import QuantizedExperts, QuantizedLinear, make_dense
 from optq.record import TIMES
@@ -26,6 +29,9 @@ ROWS = {
 }
 CALIB = zoo.token_ids(4, 24)
 both = pytest.mark.parametrize("name", ROWS)
+interpreter = pytest.mark.skipif(
+    find_spec("triton") is None or torch.cuda.is_available(), reason="Triton does not interpret"
+)
 
 
 @pytest.fixture
@@ -122,6 +128,44 @@ def test_no_row_is_worse_than_rounding(gpu, solver):
     assert torch.allclose(solution.error.cpu().double(), error, rtol=1e-3, atol=1e-5)
     assert (solution.error.cpu() <= solution.rtn_error.cpu() * (1 + 1e-3) + 1e-6).all()
     assert problem.dead.cpu().tolist() == [column == 3 for column in range(32)]
+
+
+# Triton's kernels
+
+
+@interpreter
+@pytest.mark.parametrize("options", [{}, {"sym": False, "actorder": True}], ids=str)
+def test_the_column_loop_is_a_kernel_there(monkeypatch, options):
+    """Of two experts, each with a Hessian of its own."""
+    monkeypatch.setattr("optq.core.gpu._builds", lambda: True)
+    solver = GPTQ.plain(4, 16, **options)
+    W, X = torch.randn(2, 20, 32), torch.randn(2, 64, 32)
+    solved = []
+    for device in (interpreted, nullcontext):
+        with device() as there:
+            put = [each.to(there) for each in (*W, *X)]
+            assert _on_gpu(put[0]) == (device is interpreted)
+            sites = [solver.problem(x.T @ x / 64) for x in put[2:]]
+            solved.append(solver.solve_together(sites, put[:2], [None, None]))
+    for found, plain in zip(*solved, strict=True):
+        assert isinstance(found.codes, Pretend)
+        assert (found.codes.cpu() == plain.codes).double().mean() > 0.98
+        torch.testing.assert_close(found.error.cpu().sum(), plain.error.sum(), rtol=1e-4, atol=0)
+
+
+@interpreter
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_packed_products_are_kernels_there(monkeypatch, tokens):
+    monkeypatch.setattr("optq.core.gpu._builds", lambda: True)
+    solution = RTN(4, 16).solve(RTN(4, 16).problem(torch.eye(32)), torch.randn(20, 32))
+    layer = QuantizedLinear(32, 20, bias=False)
+    x = torch.randn(tokens, 32, dtype=torch.bfloat16)
+    with interpreted() as there, torch.no_grad():
+        layer.fill(solution.to(there), torch.bfloat16)
+        found = layer(x.to(there))
+        assert layer.product.name == "triton" and found.device == there
+    exact = x.double() @ solution.weight.double().T
+    assert (found.cpu() - exact).norm() < 8e-3 * exact.norm()
 
 
 # Whole runs: the promises

@@ -177,7 +177,7 @@ def stacked(site: Site, some: slice) -> Tensor:
     for layer in site.layers:
         part = layer.weight[max(some.start - first, 0) : max(some.stop - first, 0)]
         first += layer.shape[0]
-        if not torch.isfinite(part).all():
+        if part.numel() and not torch.stack(part.aminmax()).isfinite().all():
             raise NumericsError(
                 f"the weight of {layer.name} (block {site.block.index}) holds NaN or infinity",
                 "copy the model again, or train it again",
@@ -198,7 +198,7 @@ def _aim(
     if not any(qep.applies(layer.name) for layer in site.layers) or not drift.any():
         return None
     weight = weight.to(drift.dtype)
-    applies = [[qep.applies(layer.name)] * layer.shape[0] for layer in site.layers]
-    moved = torch.tensor([each for rows in applies for each in rows], device=weight.device)
+    applies = [(qep.applies(layer.name), layer.shape[0]) for layer in site.layers]
+    moved = torch.tensor([each for each, rows in applies for _ in range(rows)], device=drift.device)
     target = qep.correct(problem, weight, drift, len(moved))
-    return torch.where(moved[some, None], target, weight)
+    return target if moved.all() else torch.where(moved[some, None], target, weight)

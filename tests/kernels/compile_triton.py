@@ -7,12 +7,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from optq.core.triton_columns import column_kernel
 from optq.kernels.triton_matmul import dequantize_kernel, matmul_kernel
 from optq.kernels.triton_matvec import matvec_kernel
 
 THREE_BITS = {"periods": 8, "wbits": 3, "sym": False, "HALVES": 2, "PARTS": 2, "PLACES": 8}
 FOUR_BITS = {"periods": 32, "wbits": 4, "sym": True, "HALVES": 1, "PARTS": 1, "PLACES": 8}
 POINTERS = {"low": "*i32", "high": "*i32", "scales": "*fp16", "zeros": "*u8"}
+POINTERS |= {"codes": "*u8", "group": "*i32"}
+POINTERS |= dict.fromkeys(("W_hat", "W", "scale", "zero", "N", "squares", "residual"), "*fp32")
 ACTIVATIONS = ("x", "y", "weight")
 
 
@@ -40,8 +43,13 @@ def main():
         (matvec_kernel, THREE_BITS | matvec | {"PERIODS": 8, "RUN": 2, "TOKENS": 2}, 1),
         (matmul_kernel, FOUR_BITS | matmul, 1),
         (dequantize_kernel, THREE_BITS | {"RUN": 8, "ROWS": 16}, 4),
+        (column_kernel, {"count": 64, "COLUMNS": 64, "ROWS": 32}, 1),
+        (column_kernel, {"count": 5, "COLUMNS": 16, "ROWS": 32}, 1),
     ]:
-        print(compiled(kernel, constants, warps).asm["ptx"].count("\n"))
+        assembly = compiled(kernel, constants, warps).asm["ptx"]
+        if kernel is column_kernel:  # divides and rounds as the CPU: nothing is simplified away
+            assert all(part in assembly for part in ("div.rn.f32", "0f4B400000", "0fCB400000"))
+        print(assembly.count("\n"))
 
 
 if __name__ == "__main__":

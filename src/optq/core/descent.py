@@ -28,6 +28,7 @@ Everything is held transposed, ``[cols, rows]``: a column is one contiguous vect
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -35,6 +36,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
+from optq.core.compiled import MAGIC, by_rows, loops, numbers, serves
 from optq.core.error import undamped_error
 from optq.core.grid import Grid, Storage
 from optq.core.precision import exact_products, quick_dtype
@@ -134,7 +136,11 @@ class _Descent:
         self.scale = scales.T.clone(memory_format=torch.contiguous_format)
         self.zero = zeros.T.to(scales.dtype)
         self.snaps = [self.grid.snapping(zero) for zero in self.zero]
-        self.steps.copy_(self.grid.units(codes.T, self.zero[self.group]))
+        # Transposed first, then converted: torch is slow at both in one.
+        for (part, zero), code in zip(
+            self._parts(), codes.T.contiguous().split(self.width), strict=True
+        ):
+            self.steps[part] = self.grid.units(code, zero)
 
         self.changes.copy_(self._miss(target))
         self.gradient.copy_(self.H_quick @ self.changes)
@@ -147,18 +153,22 @@ class _Descent:
         self.steps[self.dead] = self.grid.units(code, zero)
 
         better = after < before
-        found = self.grid.code(self.steps, self.zero[self.group]).T
-        codes.copy_(torch.where(better[:, None], found, codes))
+        found = [self.grid.code(self.steps[part], zero) for part, zero in self._parts()]
+        codes.copy_(torch.where(better[:, None], torch.cat(found).T.contiguous(), codes))
         scales.copy_(torch.where(better[:, None], self.scale.T, scales))
         return torch.where(better, after, before)
 
     def _miss(self, target: Tensor) -> Tensor:
         """``w - q``, in the memory of the gradient."""
-        self.gradient.copy_(target.T)
-        for group, columns in enumerate(range(0, self.columns, self.width)):
-            part = slice(columns, columns + self.width)
-            self.gradient[part].addcmul_(self.steps[part], self.scale[group], value=-1)
+        self.gradient.copy_(target.T.contiguous())
+        for (part, _), scale in zip(self._parts(), self.scale, strict=True):
+            self.gradient[part].addcmul_(self.steps[part], scale, value=-1)
         return self.gradient
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The columns of each group, and its zero points."""
+        for group, zero in enumerate(self.zero):
+            yield slice(group * self.width, (group + 1) * self.width), zero
 
     def _run(self, start: int, stop: int, last: bool) -> None:
         """Visit the columns ``start .. stop``, whose gradient is complete, and is again after.
@@ -199,6 +209,14 @@ class _Descent:
                 change = self._move_scale(block, block)
                 delta.addcmul_(self.steps[block], change, value=-1)
             scale = self.scale[group]
+            if self.grid.levels is not None and serves(gradient):
+                levels, magic = numbers(gradient, self.grid.levels, MAGIC[gradient.dtype])
+                by_rows(
+                    *(loops().descend, 0, len(scale), gradient, self.steps[block], delta, scale),
+                    *(self.zero[group], self.twice_inverse[block, 0], self.worth[block, 0], inside),
+                    *(STEP_COLUMNS, levels, magic),
+                )
+                continue
             inverse = 1 / scale
             for own, codes, twice_inverse, worth, moved, spread in zip(*parts, strict=True):
                 # The change of each code, and (2 G - H_jj n s) n s / s^2, what it gains.

@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from optq.core.compiled import MAGIC, by_rows, loops, numbers, serves
 from optq.errors import SettingError
 
 BITS = (2, 3, 4, 8)
@@ -83,6 +84,11 @@ class Grid(ABC):
     def width(self, columns: int) -> int:
         """Columns in a (full) group."""
         return columns if self.groupsize == -1 else min(self.groupsize, columns)
+
+    @property
+    def levels(self) -> int | None:
+        """The largest code, where values are ``s * (c - z)``: those grids compiled loops know."""
+        return None
 
     @abstractmethod
     def fit(
@@ -180,6 +186,8 @@ class IntegerGrid(Grid):
         largest = importance.amax().clamp(min=torch.finfo(importance.dtype).tiny)
         importance = (importance / largest).to(group.dtype)
         rows = group.shape[1]
+        if self.wbits != 8 and serves(group):  # whose trials are of stored scales
+            return self._compiled_search(group.contiguous(), importance, storage, near)
         if group.device.type == "cpu":
             rows = max(1, WEIGHTS_AT_ONCE // len(group))
         found = []
@@ -227,18 +235,40 @@ class IntegerGrid(Grid):
         if near is None or self.wbits == 2:
             starts = [(factor * whole, factor * whole) for factor in COARSE[1:]]
         else:
-            scale, zero = near
-            if self.sym:
-                below = above = scale.abs() * self.levels / (2 * torch.maximum(high, -low))
-            else:
-                below, above = -zero * scale / low, (self.levels - zero) * scale / high
-            # An end at 0 has no factor.
-            below, above = (torch.where(end.isfinite(), end, 1) for end in (below, above))
-            starts = [(below, above)]
+            starts = [self._factors(low, high, near)]
         if not self.sym:
             return starts
         starts = [(whole, whole), *starts]
         return [(sign * below, above) for below, above in starts for sign in (1, -1)][1:]
+
+    def _factors(self, low: Tensor, high: Tensor, near: Fitted) -> tuple[Tensor, Tensor]:
+        """By what the ends of the grids ``near`` are those of the weights."""
+        scale, zero = near
+        if self.sym:
+            below = above = scale.abs() * self.levels / (2 * torch.maximum(high, -low))
+        else:
+            below, above = -zero * scale / low, (self.levels - zero) * scale / high
+        # An end at 0 has no factor.
+        below, above = (torch.where(end.isfinite(), end, 1) for end in (below, above))
+        return below, above
+
+    def _compiled_search(
+        self, group: Tensor, importance: Tensor, storage: Storage, near: Fitted | None
+    ) -> Fitted:
+        """What :meth:`_search` finds, in a compiled loop."""
+        low, high = _ends(group)
+        factors = group.new_empty(2, 0)
+        if near is not None and self.wbits != 2:
+            factors = torch.stack(self._factors(low, high, near))
+        ends = group.new_empty(2, group.shape[1])
+        middle = 2 ** (self.wbits - 1)
+        limits = numbers(
+            group, self.levels, middle, storage.min_zero, MAGIC[group.dtype], 1 - MARGIN
+        )
+        moves = (group.new_tensor(each) for each in (COARSE, FINE))
+        given = (group, importance[:, 0].contiguous(), low, high, factors, self.sym, *limits)
+        by_rows(loops().search, 0, group.shape[1], *given, *moves, ends)
+        return self._grid(low, high, ends[0], ends[1], storage)
 
     def _grid(
         self,

@@ -28,16 +28,17 @@ def pack(values: Integer[Tensor, "count streams"], bits: int) -> Int32[Tensor, "
     # The fewest values that fill whole words make one period, handled by slices of all periods.
     period_values = 32 if bits == 3 else 32 // bits
     period_words = period_values * bits // 32
-    periods = values.reshape(-1, period_values, streams).to(torch.int64)
+    periods = values.reshape(-1, period_values, streams)
     words = torch.zeros(
-        len(periods), period_words, streams, dtype=torch.int64, device=values.device
+        len(periods), period_words, streams, dtype=torch.int32, device=values.device
     )
     for i in range(period_values):
         word, shift = divmod(i * bits, 32)
-        words[:, word] |= periods[:, i] << shift
+        value = periods[:, i].to(torch.int32)
+        words[:, word] |= value << shift  # what leaves the word at its top is gone
         if shift + bits > 32:
-            words[:, word + 1] |= periods[:, i] >> (32 - shift)
-    return _signed(words & 0xFFFFFFFF).reshape(-1, streams)
+            words[:, word + 1] |= value >> (32 - shift)
+    return words.reshape(-1, streams)
 
 
 def unpack(words: Int32[Tensor, "words streams"], bits: int) -> UInt8[Tensor, "count streams"]:
@@ -57,8 +58,3 @@ def unpack(words: Int32[Tensor, "words streams"], bits: int) -> UInt8[Tensor, "c
             value |= periods[:, word + 1] << (32 - shift)
         values[:, i] = value.bitwise_and_(2**bits - 1)
     return values.reshape(-1, streams)
-
-
-def _signed(words: Tensor) -> Tensor:
-    """Unsigned 32-bit values in int64 as the int32 with the same bits."""
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

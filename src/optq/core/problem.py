@@ -117,11 +117,14 @@ class Factor:
         self, right: Float[Tensor, "some cols"], order: Int[Tensor, " cols"] | None
     ) -> Float[Tensor, "some cols"]:
         """``right (H + damp I)^-1``; the factor's columns stand in ``order``."""
-        N, columns = self.N, right.T if order is None else right.T.contiguous()[order]
-        solved = torch.linalg.solve_triangular(N, columns, upper=True, unitriangular=True)
-        solved = solved / self.pivots.square()[:, None]
-        solved = torch.linalg.solve_triangular(N.T, solved, upper=False, unitriangular=True)
-        return (solved if order is None else solved[torch.argsort(order)]).T
+        # From the right, and in LAPACK's order of a matrix, which is the transpose of torch's: else
+        # torch copies it there and back.
+        N, columns = self.N, right.T.contiguous()
+        columns = columns if order is None else columns[order]
+        how = {"unitriangular": True, "left": False}
+        solved = torch.linalg.solve_triangular(N.T, columns.T, upper=False, **how)
+        solved = torch.linalg.solve_triangular(N, solved / self.pivots.square(), upper=True, **how)
+        return solved if order is None else solved.T[torch.argsort(order)].T
 
 
 def check_percdamp(percdamp: float) -> None:

@@ -29,9 +29,10 @@ def working_copy(
     weight: Float[Tensor, "rows cols"], order: Int[Tensor, " cols"] | None = None
 ) -> Float[Tensor, "cols rows"]:
     """The transposed weights, at least float32, the columns in ``order``."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    W = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return W if order is None else W[order]
+    # One thing at a time: torch transposes fast only what it does not convert as well.
+    W = weight.T.clone(memory_format=torch.contiguous_format)
+    W = W if order is None else W[order]
+    return W.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def round_groups(

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from optq.core.compiled import MAGIC, by_rows, loops, numbers, serves
 from optq.core.error import weighted_squares
+from optq.core.gpu import triton_serves
 from optq.core.grid import Grid, Storage
 from optq.core.problem import Factor
 from optq.core.tiles import middle
@@ -55,6 +57,10 @@ class Sweep:
         self.own = [slice(i * rows, (i + 1) * rows) for i in range(len(starts))]
         self.W = _beside([start.W for start in starts])
         self.W_hat = self.W.clone()
+        self.levels = grid.levels
+        self.on_gpu = _on_gpu(self.W)
+        if self.on_gpu:
+            self.blocksize = min(blocksize, 64)  # columns that stay in registers
         self.codes = torch.empty_like(self.W, dtype=torch.uint8)
         if dynamic:
             self.scale = self.W.new_empty(int(group.max()) + 1, self.W.shape[1])
@@ -105,6 +111,16 @@ class Sweep:
 
     def _one_by_one(self, start: int, stop: int) -> None:
         columns, count = slice(start, stop), len(self.starts)
+        if self.levels is not None and serves(self.W):
+            self._compiled(start, stop, self.levels)
+            return
+        if self.levels is not None and self.on_gpu:
+            from optq.core.triton_columns import column_loop
+
+            factors = [each.factored for each in self.starts]
+            tensors = (self.W_hat, self.W, self.codes, self.scale, self.zero, self.residual)
+            column_loop(columns, factors, self.group_of, self.levels, *tensors)
+            return
         block, steps = self.W_hat[columns], self.steps[: stop - start]
         inside = [each.factored.N[columns, columns] for each in self.starts]
         spreads = inside[0] if count == 1 else torch.stack(inside, dim=-1)[..., None]
@@ -122,6 +138,22 @@ class Sweep:
         self.codes[columns] = self.grid.code(steps, self.zero[self.group_of[columns]])
         for each, own in zip(self.starts, self.own, strict=True):
             self.residual[own] += each.factored.squares[columns] @ block[:, own].square()
+
+    def _compiled(self, start: int, stop: int, largest: int) -> None:
+        """The same in a compiled loop; ``largest``: of the codes."""
+        columns, grids = slice(start, stop), (self.scale, self.zero, self.group_of)
+        levels, magic = numbers(self.W, largest, MAGIC[self.W.dtype])
+        for each, own in zip(self.starts, self.own, strict=True):
+            inside, squares = each.factored.N[columns, columns], each.factored.squares[columns]
+            by_rows(
+                *(loops().sweep, own.start, own.stop, self.W_hat, self.W, self.codes),
+                *(self.residual, inside, squares, *grids, start, stop, levels, magic),
+            )
+
+
+def _on_gpu(W: Tensor) -> bool:
+    """Whether the column loop is a kernel: see :mod:`optq.core.triton_columns`."""
+    return W.is_cuda and W.dtype == torch.float32 and triton_serves(W.device)
 
 
 def _beside(tensors: Sequence[Tensor]) -> Tensor:

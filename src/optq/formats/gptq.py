@@ -73,13 +73,16 @@ class GPTQFormat(Format):
         zeros = layer.zeros.to(torch.int64) - self.zero_offset
         if zeros.min() < 0:
             raise SettingError(f"{self.name} cannot hold a zero point of 0", "write gptq_v2")
+        codes = layer.codes.T.contiguous()
         tensors = {
-            "qweight": pack(layer.codes.T, layer.wbits).contiguous(),
+            "qweight": pack(codes, layer.wbits),
             "qzeros": pack(zeros, layer.wbits).T.contiguous(),
             "scales": layer.scales.T.to(torch.float16).contiguous(),
             "g_idx": layer.g_idx.to(torch.int32, copy=True),  # layers of a site share theirs
         }
-        if not torch.equal(self._decode(tensors, layer.wbits).weight, layer.weight.float()):
+        held = self._decode(tensors, layer.wbits)
+        pairs = ((held.codes.T, codes), (held.scales, layer.scales), (held.zeros, layer.zeros))
+        if not all(torch.equal(one, other) for one, other in pairs):
             raise SettingError(
                 f"{self.name} cannot hold a scale that float16 does not", "write compressed-tensors"
             )

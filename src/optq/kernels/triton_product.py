@@ -13,18 +13,16 @@ activations follow at each call. Triton is imported where a product is built or 
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from optq.core.gpu import triton_serves
 from optq.core.weight import QuantizedWeight
 from optq.kernels.product import Product, compact
 from optq.kernels.triton_layout import SLICE, pack_planes, period
-
-OLDEST = (3, 6)  # the oldest Triton that was tried
 
 # Not timed on a GPU yet; bench/gpu.py does. Counted in the machine code for compute capability 9.0
 # (4 bits, groups of 128): instructions to a weight are 3.7 for one row of activations and 5.3 for
@@ -41,26 +39,12 @@ SPLITS = 8  # shares of the columns, at most
 
 def takes(weight: QuantizedWeight) -> bool:
     """Whether Triton serves here, and groups are one to a row or multiples of 16 columns."""
-    device = weight.codes.device
-    if not _triton_serves() or (device.type == "cuda" and not _tensor_cores(device)):
+    if not triton_serves(weight.codes.device):
         return False
     if weight.groups == 1:
         return True
     whole = weight.cols == weight.width * weight.groups
     return whole and weight.width % SLICE == 0 and weight.sorted()[0].consecutive
-
-
-def _triton_serves() -> bool:
-    if find_spec("triton") is None:
-        return False
-    import triton
-
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST
-
-
-def _tensor_cores(device: torch.device) -> bool:
-    """Whether they multiply bfloat16: NVIDIA's do from compute capability 8.0."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class TritonProduct(Product):

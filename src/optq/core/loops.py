@@ -1,0 +1,299 @@
+"""What Numba compiles: the column loop of the sweep, the range search, the steps of polish.
+
+Each does what the torch operations beside its call do, a tile of rows at a time that stays in the
+fastest cache. Tensors are ``[cols, rows]``: a vector of the processor holds weights of neighbouring
+rows. Multiplications and additions are not fused or reordered, so that every processor gives the
+same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, no_type_check
+
+import numpy as np
+from numba import njit
+
+TILE = 64  # rows
+CHECKED = 8  # columns, after which a loss may be too large already
+
+
+def _compiled(loop: Callable[..., Any]) -> Any:
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(loop)
+    except RuntimeError:  # no folder to keep it in can be written
+        return njit(**options)(loop)
+
+
+@_compiled
+@no_type_check
+def sweep(
+    W_hat,
+    W,
+    codes,
+    residual,
+    N,
+    squares,
+    scale,
+    zero,
+    group,
+    start,
+    stop,
+    levels,
+    magic,
+    first,
+    last,
+):
+    """Columns ``start .. stop`` of a sweep, of rows ``first .. last``: rounded one by one, each
+    one's error spread over those behind it.
+
+    ``W`` becomes the errors; ``N`` and ``squares`` begin at ``start``, ``residual`` and ``N`` are
+    of the weight that has the rows: see :class:`optq.core.sweep.Sweep`.
+    """
+    count = stop - start
+    ahead = np.empty((count, TILE), W.dtype)
+    error = np.empty(TILE, W.dtype)
+    for top in range(first, last, TILE):
+        end = min(top + TILE, last)
+        rows = end - top
+        for j in range(count):
+            own, source = ahead[j], W_hat[start + j, top:end]
+            for r in range(rows):
+                own[r] = source[r]
+        for j in range(count):
+            own, w, code = ahead[j], W[start + j, top:end], codes[start + j, top:end]
+            s, z = scale[group[start + j], top:end], zero[group[start + j], top:end]
+            total, square = residual[top:end], squares[j]
+            for r in range(rows):
+                low = -z[r]
+                high = levels + low
+                unit = own[r] / s[r]
+                unit = unit if unit > low else low
+                unit = unit if unit < high else high
+                unit = (unit + magic) - magic
+                code[r] = np.uint8(np.int32(unit - low))
+                value = unit * s[r]
+                miss = own[r] - value
+                total[r] += square * (miss * miss)
+                error[r] = w[r] - value
+                w[r] = error[r]
+            for k in range(j + 1, count):
+                spread, later = N[j, k], ahead[k]
+                for r in range(rows):
+                    later[r] += spread * error[r]
+
+
+@_compiled
+@no_type_check
+def _loss(part, weigh, rows, scale, zero, levels, magic, most, loss):
+    """What rounding to its grid costs each row of a tile; or how much it is, when all are above
+    ``most``.
+    """
+    one = levels / levels  # a literal would make it float64
+    inverse = np.empty(TILE, part.dtype)
+    for r in range(rows):
+        inverse[r] = one / scale[r]
+        loss[r] = 0
+    for k in range(len(part)):
+        own, much = part[k], weigh[k]
+        for r in range(rows):
+            low = -zero[r]
+            high = levels + low
+            unit = own[r] * inverse[r]
+            unit = unit if unit > low else low
+            unit = unit if unit < high else high
+            unit = (unit + magic) - magic
+            miss = own[r] - unit * scale[r]
+            loss[r] += much * (miss * miss)
+        if k % CHECKED == CHECKED - 1:
+            below = 0
+            for r in range(rows):
+                below += loss[r] < most[r]
+            if below == 0:
+                return
+
+
+@_compiled
+@no_type_check
+def _grids(rows, low, high, below, above, sym, levels, half, least, magic, scale, zero):
+    """Scales and zero points for the ends ``below * low`` and ``above * high``."""
+    one = levels / levels
+    for r in range(rows):
+        if sym:
+            extent = (one + one) * max(high[r], -low[r])
+            s, z = extent * below[r] / levels, half
+        else:
+            bottom, top = low[r] * below[r], high[r] * above[r]
+            extent = top - bottom
+            s = extent / levels
+            z = ((-bottom / s) + magic) - magic
+            if z < least and top > 0:
+                s = top / (levels - least)
+            z = min(max(z, least), levels)
+        scale[r], zero[r] = (one, half) if extent == 0 else (s, z)
+
+
+@_compiled
+@no_type_check
+def search(
+    group,
+    weigh,
+    low,
+    high,
+    near,
+    sym,
+    levels,
+    half,
+    least,
+    magic,
+    margin,
+    starts,
+    fine,
+    ends,
+    first,
+    last,
+):
+    """The range search of a group, whose columns count as much as they ``weigh``.
+
+    ``ends [2, rows]`` becomes the factors of the best grid's ends, ``low`` and ``high``. After 1,
+    those in ``near [2, rows]`` are tried, or, where there are none, the others of ``starts``; then
+    moves by the steps ``fine``: see :mod:`optq.core.grid`.
+    """
+    part = np.empty((len(group), TILE), group.dtype)
+    kind = group.dtype  # one array each: rows of one array would not be known to be contiguous
+    below, above = np.empty(TILE, kind), np.empty(TILE, kind)
+    scale, zero = np.empty(TILE, kind), np.empty(TILE, kind)
+    most, loss = np.empty(TILE, kind), np.empty(TILE, kind)
+    least_loss, now_below, now_above = (
+        np.empty(TILE, kind),
+        np.empty(TILE, kind),
+        np.empty(TILE, kind),
+    )
+    one = levels / levels
+    for top in range(first, last, TILE):
+        end = min(top + TILE, last)
+        rows = end - top
+        lowest, highest = low[top:end], high[top:end]
+        best_below, best_above = ends[0, top:end], ends[1, top:end]
+        for r in range(rows):
+            least_loss[r], best_below[r], best_above[r] = np.inf, one, one
+        for k in range(len(group)):
+            own, source = part[k], group[k, top : top + rows]
+            for r in range(rows):
+                own[r] = source[r]
+        tries = 2 if near.shape[1] else len(starts)
+        moves = len(fine) * (1 if sym else 2)
+        for attempt in range(tries + moves):
+            move = attempt - tries
+            step, other = one - one, False
+            if move >= 0:
+                step, other = fine[move // (1 if sym else 2)], not sym and move % 2 == 1
+            for r in range(rows):
+                now_below[r], now_above[r] = best_below[r], best_above[r]
+            for sign in (one, -one):
+                for r in range(rows):
+                    if move >= 0:
+                        below[r] = now_below[r] + (one - one if other else sign * step)
+                        above[r] = now_above[r] + (sign * step if other else one - one)
+                    elif attempt == 1 and near.shape[1]:
+                        below[r], above[r] = sign * near[0, top + r], near[1, top + r]
+                    else:
+                        below[r], above[r] = sign * starts[attempt], starts[attempt]
+                if sign < 0 and move < 0 and not sym:
+                    continue
+                _grids(
+                    rows,
+                    lowest,
+                    highest,
+                    below,
+                    above,
+                    sym,
+                    levels,
+                    half,
+                    least,
+                    magic,
+                    scale,
+                    zero,
+                )
+                for r in range(rows):
+                    most[r] = least_loss[r] * margin
+                _loss(part, weigh, rows, scale, zero, levels, magic, most, loss)
+                for r in range(rows):
+                    if loss[r] < most[r]:
+                        least_loss[r], best_below[r], best_above[r] = loss[r], below[r], above[r]
+
+
+@_compiled
+@no_type_check
+def descend(
+    gradient,
+    steps,
+    delta,
+    scale,
+    zero,
+    twice_inverse,
+    worth,
+    H,
+    at_once,
+    levels,
+    magic,
+    first,
+    last,
+):
+    """Of each ``at_once`` neighbouring columns of a block, the step of the one that gains most.
+
+    See :meth:`optq.core.descent._Descent._visit`, which has the same in torch's operations.
+    """
+    count, kind = len(H), gradient.dtype
+    own = np.empty((count, TILE), kind)
+    inverse, best = np.empty(TILE, kind), np.empty(TILE, kind)
+    moved, size = np.empty(TILE, kind), np.empty(TILE, kind)
+    which = np.empty(TILE, np.int32)
+    one = levels / levels
+    half = one / (one + one)
+    tiny = np.finfo(kind).tiny
+    for top in range(first, last, TILE):
+        end = min(top + TILE, last)
+        rows = end - top
+        s, z = scale[top:end], zero[top:end]
+        for r in range(rows):
+            inverse[r] = one / s[r]
+        for k in range(count):
+            target, source = own[k], gradient[k, top:end]
+            for r in range(rows):
+                target[r] = source[r]
+        for left in range(0, count, at_once):
+            for r in range(rows):
+                best[r], moved[r], which[r] = tiny, 0, left
+            for k in range(left, min(left + at_once, count)):
+                slope, code, factor, much = own[k], steps[k, top:end], twice_inverse[k], worth[k]
+                for r in range(rows):
+                    low = -z[r]
+                    high = levels + low
+                    wish = (slope[r] * factor) * inverse[r]
+                    unit = code[r] + half * wish
+                    unit = unit if unit > low else low
+                    unit = unit if unit < high else high
+                    change = ((unit + magic) - magic) - code[r]
+                    gain = ((wish - change) * change) * much
+                    better = gain > best[r]
+                    best[r] = gain if better else best[r]
+                    moved[r] = change if better else moved[r]
+                    which[r] = np.int32(k) if better else which[r]
+            anything = False
+            for r in range(rows):
+                size[r] = moved[r] * s[r]
+                if moved[r] != 0:
+                    anything = True
+                    steps[which[r], top + r] += moved[r]
+                    delta[which[r], top + r] -= size[r]
+            if anything:
+                for k in range(count):
+                    target, across = own[k], H[k]
+                    for r in range(rows):
+                        target[r] -= across[which[r]] * size[r]
+        for k in range(count):
+            source, target = own[k], gradient[k, top:end]
+            for r in range(rows):
+                target[r] = source[r]
