@@ -93,9 +93,9 @@ def test_nothing_is_done_twice(comparison, monkeypatch):
     def watched(name):
         plain = getattr(compare, name)
 
-        def call(*arguments):
+        def call(*arguments, **named):
             done.append(name)
-            return plain(*arguments)
+            return plain(*arguments, **named)
 
         monkeypatch.setattr(compare, name, call)
 
