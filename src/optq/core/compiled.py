@@ -47,10 +47,8 @@ def by_rows(loop: Callable[..., None], first: int, last: int, *arguments: Any) -
         loop(*given, first, last)
         return
     ends = [first + (last - first) * part // parts for part in range(parts + 1)]
-    for done in _pool(os.getpid(), parts).map(
-        lambda i: loop(*given, ends[i], ends[i + 1]), range(parts)
-    ):
-        assert done is None
+    ranges = zip(ends[:-1], ends[1:], strict=True)
+    list(_pool(os.getpid(), parts).map(lambda ends: loop(*given, *ends), ranges))  # or an error
 
 
 def numbers(like: Tensor, *values: int | float) -> Iterator[Any]:
