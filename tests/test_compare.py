@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import zoo
 
-from optq import GPTQ, ModelConfig, Runner, compare
+from optq import GPTQ, RTN, ModelConfig, Runner, compare
 from optq.core.gptq import BEST, PLAIN
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
@@ -82,6 +82,36 @@ def test_a_comparison(comparison):
     )  # fmt: skip
     assert row.divergence is row.agreement is row.rise_error is None
     assert seen[-1][:2] == (8, 9) and "gptq at 3 bits" in seen[-1][2]
+
+
+def test_nothing_is_done_twice(comparison, monkeypatch):
+    """One text for all rows, one pass of the full-precision model, and rounding reads one window
+    to find its layers, whatever the others need.
+    """
+    done, run = [], Runner.run
+
+    def watched(name):
+        plain = getattr(compare, name)
+
+        def call(*arguments, **named):
+            done.append(name)
+            return plain(*arguments, **named)
+
+        monkeypatch.setattr(compare, name, call)
+
+    for name in ("calibration_tokens", "evaluation_tokens", "predictions", "divergence"):
+        watched(name)
+    monkeypatch.setattr(Runner, "run", lambda self: done.append(len(self.calib)) or run(self))
+    rows = replace(comparison, methods=("rtn", "plain"), groupsizes=(32,)).run()
+    once = ["evaluation_tokens", "calibration_tokens", "predictions"]
+    assert done == [*once, 1, "divergence", 4, "divergence"]
+    monkeypatch.undo()
+    tokenizer = comparison.config.load()[1]
+    tokens = calibration_tokens(comparison.calib, tokenizer, 4, 32, 0)
+    result = Runner(comparison.config, RTN(3, 32), calib=tokens).run()
+    windows = evaluation_tokens(comparison.text, tokenizer, 32)
+    assert perplexity(result.model, windows).perplexity == rows[1].perplexity
+    assert (result.bytes, result.bits_per_weight) == (rows[1].bytes, rows[1].bits_per_weight)
 
 
 def test_an_interrupted_comparison_goes_on(comparison, tmp_path, monkeypatch):

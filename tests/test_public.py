@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -91,6 +93,68 @@ def test_help_is_quick():
         lines = [line.split("|") for line in done.stderr.splitlines() if line.count("|") == 2]
         modules = {name.strip().split(".")[0] for _, _, name in lines}
         assert "typer" in modules and not HEAVY & modules
+
+
+UNUSED = {
+    "scipy.optimize",
+    "torch._dynamo.symbolic_convert",
+    "torch.distributed.tensor",
+    "datasets",
+}
+# What a command leaves out is there for whoever asks.
+LATER = """
+import sys
+from optq.cli import imports
+imports.load()
+import torch, transformers
+assert isinstance(sys.modules["torch._dynamo"], imports._Later)
+assert transformers.LlamaForCausalLM and not {unused} & sys.modules.keys()
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+assert "torch._dynamo.symbolic_convert" in sys.modules
+import torch.distributed.tensor, torch._dynamo.config
+"""
+
+
+def test_a_command_imports_what_it_uses(tmp_path):
+    words = ("quantize", "demo", tmp_path / "out", "--dry-run")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", COMMAND, *words],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = {line.split("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "transformers.modeling_utils" in modules
+    assert not UNUSED & modules
+
+
+def test_what_no_command_uses_is_there_later():
+    program = LATER.format(unused=UNUSED)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["demo", "quantize demo OUT", "eval demo", "compare demo", "bench demo"]
+)
+def test_a_bar_is_there_before_torch_is(words, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [COMMAND, *words.split()],
+        check=False,
+        cwd=tmp_path,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm-256color", "PYTHONPATH": path},
+    )
+    os.close(theirs)
+    seen = os.read(ours, 4096).decode()
+    os.close(ours)
+    title = "quantizing" if "quantize" in words else f"optq {words.split()[0]}"
+    assert done.returncode == 7 and title in seen and "starting" in seen
 
 
 def test_the_module_runs_as_the_command():

@@ -116,14 +116,19 @@ class Comparison:
         }
         model, tokenizer = self.config.load()
         seqlen = sequence_length(model, self.seqlen)
-        windows = evaluation_tokens(self.text, tokenizer, seqlen)
+
+        def reading(done: int, total: int) -> None:
+            progress(0, 1, f"reading text: {done} of {total}")
+
+        windows = evaluation_tokens(self.text, tokenizer, seqlen, reading)
         blocks = find_blocks(model, self.skip)
         layers = [layer for block in blocks for layer in block.layers]
         for quantizer in quantizers.values():
             check_layers(FORMATS["gptq"], blocks, quantizer.scheme(), ())
         tokens = None
         if not kept.rows.keys() >= {*keys.values()}:  # one calibration for all
-            tokens = calibration_tokens(self.calib, tokenizer, self.nsamples, seqlen, self.seed)
+            what = self.calib, tokenizer, self.nsamples, seqlen, self.seed
+            tokens = calibration_tokens(*what, progress=reading)
         steps = len(settings) + 1
         progress(0, steps, "full precision")
         size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
@@ -157,7 +162,9 @@ class Comparison:
         """``full``: what the full-precision model predicts, or its perplexity."""
         start = time.perf_counter()
         propagates = self._propagates(setting)
-        runner = Runner(self.config, quantizer, propagates, calib=tokens, skip=self.skip)
+        # Rounding reads no inputs: one sequence finds the layers.
+        calib = tokens[:1] if setting[0] == "rtn" else tokens
+        runner = Runner(self.config, quantizer, propagates, calib=calib, skip=self.skip)
         runner.tune = _tune(setting)
         result = runner.run()
         seconds = time.perf_counter() - start

@@ -159,11 +159,6 @@ def launched() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched() and _world() > 1
 
 
-def reports() -> bool:
-    """Whether this process is the one that a person hears from."""
-    return not launched() or os.environ["RANK"] == "0"
-
-
 def local_rank() -> int:
     """The number of this process on its machine, where torchrun started it."""
     return int(os.environ["LOCAL_RANK"])

@@ -1,6 +1,7 @@
 """Perplexity against a loop in float64 over one token at a time."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -39,8 +40,17 @@ def test_against_a_plain_loop(llama):
     assert (result.tokens, result.windows) == (tokens, 3) == (21, 3)
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """How many there are, of torch's, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("batch_tokens, positions", [(1, 1), (47, 7), (48, 23), (1000, 22)])
-def test_batches_and_chunks_change_nothing(llama, monkeypatch, batch_tokens, positions):
+def test_batches_and_chunks_change_nothing(llama, monkeypatch, batch_tokens, positions, threads):
     windows = zoo.token_ids(5, 24)
     whole = perplexity(llama, windows)
     monkeypatch.setattr(room, "POSITIONS", positions)
@@ -53,7 +63,9 @@ def test_batches_and_chunks_change_nothing(llama, monkeypatch, batch_tokens, pos
     finally:
         hook.remove()
     assert pieces.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
-    assert sum(sizes) == 5 and max(sizes) == min(5, max(1, batch_tokens // 24))
+    batch = max(1, batch_tokens // 24)  # in so many parts at once, one window at least
+    assert sum(sizes) == 5 and max(sizes) == min(5, batch // min(threads, batch))
+    assert torch.get_num_threads() == threads
 
 
 def test_a_bfloat16_model_stays_so_and_its_loss_does_not():
@@ -93,7 +105,7 @@ def test_modes_and_gradients_are_left_as_found(llama):
     assert torch.is_grad_enabled()
 
 
-def test_progress_counts_windows(llama):
+def test_progress_counts_windows(llama, threads):
     calls = []
     perplexity(
         llama,
@@ -101,11 +113,17 @@ def test_progress_counts_windows(llama):
         batch_tokens=48,
         progress=lambda done, total: calls.append((done, total)),
     )
-    assert calls == [(2, 5), (4, 5), (5, 5)]
+    assert calls == [(done, 5) for done in ((2, 4, 5) if threads == 1 else range(1, 6))]
+
+
+def test_threads_that_are_yet_to_come_have_all_cores(llama, threads):
+    perplexity(llama, zoo.token_ids(5, 24))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == threads
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite(llama, value):
+def test_logits_that_are_not_finite(llama, value, threads):
     windows = zoo.token_ids(4, 24)
     windows[windows == 50] = 51
     windows[2, 10] = 50  # only the third window reads the poisoned row
@@ -115,7 +133,7 @@ def test_logits_that_are_not_finite(llama, value):
     model.train()
     with pytest.raises(NumericsError, match="not finite in window 2"):
         perplexity(model, windows)
-    assert model.training
+    assert model.training and torch.get_num_threads() == threads
 
 
 def test_a_perplexity_beyond_floating_point(llama):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -24,6 +25,11 @@ def print_json(value: dict[str, Any]) -> None:
 def say(line: str) -> None:
     """What a person should know and no program reads."""
     print(f"optq: {line}", file=sys.stderr)
+
+
+def reports() -> bool:
+    """Whether this process is the one that a person hears from: of those of torchrun, the first."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 def words(flag: str, text: str, kind: Callable[[str], Any] = str.strip) -> list[Any]:

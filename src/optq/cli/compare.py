@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from optq.cli import imports
 from optq.cli.app import app, print_json, words
 from optq.cli.options import NSAMPLES, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.cli.solver import fitting_groupsize, tell_groupsize
@@ -17,18 +19,20 @@ from optq.cli.solver import fitting_groupsize, tell_groupsize
 def demo(device: Device = "auto", as_json: Json = False) -> None:
     """Round-to-nearest beside GPTQ at 4, 3 and 2 bits, on the bundled model; and a report."""
     from optq.cli.report import DemoReport
-    from optq.compare import demo_rows
     from optq.report import compared, progress, steps
 
-    if as_json:
+    with nullcontext() if as_json else DemoReport() as report:
         with progress.bar("optq demo") as bar:
-            rows = [asdict(row) for row in demo_rows(device, bar)]
+            bar(0, 1, "starting")
+            imports.load()
+            from optq.compare import demo_rows
+
+            done = () if report is None else (report.add,)
+            rows = [asdict(row) for row in demo_rows(device, bar, *done)]
+        path = None if report is None else report.write()
+    if as_json:
         print_json({"model": "demo", "rows": rows})
         return
-    with DemoReport() as report:
-        with progress.bar("optq demo") as bar:
-            rows = [asdict(row) for row in demo_rows(device, bar, report.add)]
-        path = report.write()
     compared.show(rows)
     see = "" if path is None else f"open {path} in a browser; or "
     steps.show(f"{see}optq quantize MODEL OUT, of a folder or a hub id in the place of MODEL")
@@ -60,33 +64,36 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Many settings on MODEL with one calibration: size, perplexity, divergence, seconds."""
-    from optq.compare import Comparison
-    from optq.config import ModelConfig
-    from optq.plan import Skeleton
     from optq.report import chart as svg
     from optq.report import compared, progress, steps
 
     if chart is not None:
         svg.check(chart)
-    config = ModelConfig(model, device, dtype)
-    if groupsize is None:
-        sizes = [fitting_groupsize(Skeleton.of(config.plain_checkpoint(), skip).blocks)]
-    else:
-        sizes = words("--groupsize", groupsize, int)
-    comparison = Comparison(
-        config,
-        words("--methods", methods),
-        words("--wbits", wbits, int),
-        sizes,
-        ("demo" if config.is_demo else "c4") if calib is None else calib,
-        ("demo" if config.is_demo else "wikitext2") if text is None else text,
-        nsamples,
-        seqlen,
-        seed,
-        skip,
-        () if bits_per_weight is None else words("--bits-per-weight", bits_per_weight, float),
-    )
     with progress.bar("optq compare") as bar:
+        bar(0, 1, "starting")
+        imports.load()
+        from optq.compare import Comparison
+        from optq.config import ModelConfig
+        from optq.plan import Skeleton
+
+        config = ModelConfig(model, device, dtype)
+        if groupsize is None:
+            sizes = [fitting_groupsize(Skeleton.of(config.plain_checkpoint(), skip).blocks)]
+        else:
+            sizes = words("--groupsize", groupsize, int)
+        comparison = Comparison(
+            config,
+            words("--methods", methods),
+            words("--wbits", wbits, int),
+            sizes,
+            ("demo" if config.is_demo else "c4") if calib is None else calib,
+            ("demo" if config.is_demo else "wikitext2") if text is None else text,
+            nsamples,
+            seqlen,
+            seed,
+            skip,
+            () if bits_per_weight is None else words("--bits-per-weight", bits_per_weight, float),
+        )
         rows = [asdict(row) for row in comparison.run(results, bar)]
     if groupsize is None:
         tell_groupsize(sizes[0])

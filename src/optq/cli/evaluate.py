@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from optq.cli import imports
 from optq.cli.app import app, print_json, refuse_given, say, words
 from optq.cli.options import Device, Dtype, Json, Seqlen
 
@@ -47,25 +48,28 @@ def evaluate(
     the last three where there are any. Of several models or texts: a list,
     models, of model, texts (of text, seqlen, ..), tasks and completions.
     """
-    from optq.config import ModelConfig
-    from optq.evaluate.tasks import ZeroShot
-    from optq.evaluation import Evaluation
     from optq.report import evaluated, progress, steps
 
     if tasks is None:
         refuse_given({"limit": limit}, "eval without --tasks", "name tasks, or leave it out")
     elif text is None and against is None:
         refuse_given({"seqlen": seqlen}, "eval of --tasks alone", "add --text, or leave it out")
-    shots = None if tasks is None else ZeroShot(words("--tasks", tasks), limit)
-    configs = [ModelConfig(name, device, dtype) for name in models]
-    dense = None if against is None else ModelConfig(against, device, dtype)
-    texts = []
-    if text is not None:
-        texts = words("--text", text)
-    elif tasks is None or against is not None:
-        is_demo = any(config.is_demo for config in (*configs, *([dense] if dense else [])))
-        texts = ["demo" if is_demo else "wikitext2"]
     with progress.bar("optq eval") as bar:
+        bar(0, 1, "starting")
+        imports.load()
+        from optq.config import ModelConfig
+        from optq.evaluate.tasks import ZeroShot
+        from optq.evaluation import Evaluation
+
+        shots = None if tasks is None else ZeroShot(words("--tasks", tasks), limit)
+        configs = [ModelConfig(name, device, dtype) for name in models]
+        dense = None if against is None else ModelConfig(against, device, dtype)
+        texts = []
+        if text is not None:
+            texts = words("--text", text)
+        elif tasks is None or against is not None:
+            is_demo = any(config.is_demo for config in (*configs, *([dense] if dense else [])))
+            texts = ["demo" if is_demo else "wikitext2"]
         found = Evaluation(configs, texts, dense, seqlen, shots, bar, say).run()
     if as_json:
         every = [_told(each.model, each.findings) for each in found]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from optq.cli.app import app, print_json, refuse_given, say, size
+from optq.cli import imports
+from optq.cli.app import app, print_json, refuse_given, reports, say, size
 from optq.cli.options import FORMATS_HELP, NSAMPLES, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.cli.solver import (
     DEFAULT_GROUPSIZE,
@@ -23,7 +23,6 @@ from optq.errors import SettingError
 
 @app.command()
 def quantize(
-    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     method: Annotated[str, typer.Option(help="gptq, rtn (round to nearest) or obq.")] = "gptq",
@@ -114,61 +113,66 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write the checkpoint OUT."""
-    if dry_run:
-        gc.disable()  # a short life with many small objects: looking for garbage is a part of it
-        context.call_on_close(gc.enable)
-    from optq.config import ModelConfig
-    from optq.core.gptq import BEST
-    from optq.model.head import with_own_head
-    from optq.plan import Skeleton
-    from optq.ranks import reports
     from optq.report import live, said, steps, tables
-    from optq.runner import Runner
 
-    config, skeleton = ModelConfig(model, device, dtype), None
-    options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
-    options |= {"actorder": actorder, "static_groups": static_groups}
-    asked = DEFAULT_GROUPSIZE if groupsize is None else groupsize
-    budget = {"bits_per_weight": bits_per_weight, "size": size("--size", in_all)}
-    if sum((plain, fast, best)) > 1:
-        raise SettingError("--plain, --fast and --best exclude each other", "choose one of them")
-    if method != "gptq":
-        named = {"fast": fast or None, "best": best or None}
-        refuse_given(named, method, "leave it out, or use --method gptq")
-    if fast and qep:
-        raise SettingError("--fast leaves out what --qep asks for", "choose one of them")
-    if best and tune is None:
-        tune = "model"
-    quantizer = solver_of(method, wbits, budget, asked, plain, options)
-    if groupsize is None or dry_run:
-        checkpoint = with_own_head(config.plain_checkpoint(not dry_run), head, untie)
-        skeleton = Skeleton.of(checkpoint, skip, head)
-    if groupsize is None and skeleton:
-        quantizer = replace(quantizer, groupsize=fitting_groupsize(skeleton.blocks))
-    if qep is None:
-        qep = method == "gptq" and not (plain or fast) and BEST[wbits or DEFAULT_WBITS].qep
-    memory = size("--activation-memory", activation_memory)
-    calib = ("demo" if config.is_demo else "c4") if calib is None else calib
-    runner = Runner(
-        config,
-        quantizer,
-        qep=qep,
-        tune=tune,
-        calib=calib,
-        output=out,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        seed=seed,
-        format=file_format,
-        skip=skip,
-        head=head,
-        untie=untie,
-        chat=chat,
-        force=force,
-        restart=restart,
-        activation_memory=memory,
-        notice=say,
-    )
+    with live.quantizing(reports()) as told:
+        imports.load()
+        from optq.config import ModelConfig
+        from optq.core.gptq import BEST
+        from optq.model.head import with_own_head
+        from optq.plan import Skeleton
+        from optq.runner import Runner
+
+        config, skeleton = ModelConfig(model, device, dtype), None
+        options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
+        options |= {"actorder": actorder, "static_groups": static_groups}
+        asked = DEFAULT_GROUPSIZE if groupsize is None else groupsize
+        budget = {"bits_per_weight": bits_per_weight, "size": size("--size", in_all)}
+        if sum((plain, fast, best)) > 1:
+            raise SettingError(
+                "--plain, --fast and --best exclude each other", "choose one of them"
+            )
+        if method != "gptq":
+            named = {"fast": fast or None, "best": best or None}
+            refuse_given(named, method, "leave it out, or use --method gptq")
+        if fast and qep:
+            raise SettingError("--fast leaves out what --qep asks for", "choose one of them")
+        if best and tune is None:
+            tune = "model"
+        quantizer = solver_of(method, wbits, budget, asked, plain, options)
+        if groupsize is None or dry_run:
+            checkpoint = with_own_head(config.plain_checkpoint(not dry_run), head, untie)
+            skeleton = Skeleton.of(checkpoint, skip, head)
+        if groupsize is None and skeleton:
+            quantizer = replace(quantizer, groupsize=fitting_groupsize(skeleton.blocks))
+        if qep is None:
+            qep = method == "gptq" and not (plain or fast) and BEST[wbits or DEFAULT_WBITS].qep
+        memory = size("--activation-memory", activation_memory)
+        calib = ("demo" if config.is_demo else "c4") if calib is None else calib
+        runner = Runner(
+            config,
+            quantizer,
+            qep=qep,
+            tune=tune,
+            calib=calib,
+            output=out,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            format=file_format,
+            skip=skip,
+            head=head,
+            untie=untie,
+            chat=chat,
+            force=force,
+            restart=restart,
+            activation_memory=memory,
+            notice=say,
+        )
+        if not dry_run:
+            told.begin()
+            runner.progress, runner.tuning, runner.reading = told.solved, told.tuning, told.reading
+            result = runner.run()
     if dry_run:
         plan = runner.plan(skeleton)
         facts = {"model": model, "out": str(out), "method": method, "qep": bool(qep), "head": head}
@@ -179,9 +183,6 @@ def quantize(
         if not as_json:
             steps.show("the same command without --dry-run")
         return
-    with live.quantizing(reports()) as told:
-        runner.progress, runner.tuning, runner.reading = told.solved, told.tuning, told.reading
-        result = runner.run()
     if not reports():
         return
     if groupsize is None:

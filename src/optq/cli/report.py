@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from optq.cli import imports
 from optq.cli.app import app, say
 from optq.cli.options import Model
 from optq.errors import ModelError, OtherMethodError, OutputError, SettingError
@@ -42,6 +43,7 @@ def report(
     ] = False,
 ) -> None:
     """One HTML page about the quantized MODEL: size, loss, errors by layer, who loads it."""
+    imports.load()
     from optq.report import steps, tables
     from optq.report.page import build
     from optq.report.page.known import Several

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from optq.cli import imports
 from optq.cli.app import app, print_json, refuse_given, say
 from optq.cli.options import FORMATS_HELP, Device, Dtype, Json, Model
 from optq.errors import SettingError
@@ -28,6 +29,7 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Continue PROMPT with MODEL, quantized or not, taking the likeliest token each time."""
+    imports.load()
     from optq.config import ModelConfig
     from optq.evaluate.generate import Completion, Speed
     from optq.report import tables
@@ -49,11 +51,14 @@ def generate(
 @app.command()
 def bench(model: Model, device: Device = "auto", as_json: Json = False) -> None:
     """Speed and memory of the quantized MODEL, beside the same model with dense weights."""
-    from optq.config import load
-    from optq.evaluate.speed import measure_speed
     from optq.report import progress, steps, tables
 
     with progress.bar("optq bench") as bar:
+        bar(0, 1, "starting")
+        imports.load()
+        from optq.config import load
+        from optq.evaluate.speed import measure_speed
+
         report = measure_speed(load(model, device), bar)
     if as_json:
         print_json({"model": model, **asdict(report)})
@@ -74,6 +79,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write the quantized checkpoint MODEL in another format, with the same codes and grids."""
+    imports.load()
     from optq.config import ModelConfig
     from optq.formats import FORMATS
     from optq.formats.export import export as convert
@@ -99,6 +105,7 @@ def export(
 @app.command()
 def inspect(model: Model, as_json: Json = False) -> None:
     """What is in a checkpoint: who loads it, bits, groups, sizes, errors by layer."""
+    imports.load()
     from optq.config import ModelConfig
     from optq.formats.describe import describe
     from optq.report import steps, tables

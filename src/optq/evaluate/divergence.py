@@ -78,7 +78,8 @@ def divergence(
     kl = torch.empty(count, max(predicted, 0), dtype=torch.float32)
     same = torch.empty(kl.shape, dtype=torch.bool)
     sums = torch.empty(2, count, dtype=torch.float64)
-    for start, ids, logits in in_batches(model, windows, batch_tokens):
+
+    def measured(start: int, ids: Tensor, logits: Tensor) -> int:
         beside = dense.logits(start, len(ids)).to(logits.device)
         for window in range(len(ids)):
             place = start + window
@@ -93,9 +94,12 @@ def divergence(
                     " dense model predicts",
                     "check that both are of one model",
                 )
-        del logits, beside
+        return start + len(ids)
+
+    # One at a time: the dense head is not to be asked for two things at once.
+    for done in in_batches(model, windows, batch_tokens, measured, threads=False):
         if progress is not None:
-            progress(start + len(ids), count)
+            progress(done, count)
     every, agrees = kl.double(), same.double()
     return Divergence(
         Perplexity.of(sums[0], predicted),

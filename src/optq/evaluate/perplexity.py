@@ -10,9 +10,11 @@ be 1 GB, three times over); sums are float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -21,8 +23,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from optq.errors import DataError, NumericsError, not_finite_remedy
+from optq.model.linear import QuantizedLinear
 from optq.model.predictions import BATCH_TOKENS, Predictions
 
+Found = TypeVar("Found")
 POSITIONS = 256  # whose float32 logits are held at one time
 
 
@@ -73,24 +77,32 @@ def perplexity(
     and if the perplexity is infinite; ``DataError`` if nothing is to be predicted.
     """
     sums = torch.empty(len(windows), dtype=torch.float64)
-    for start, ids, logits in in_batches(model, windows, batch_tokens):
+    dtype = model.head.dtype if isinstance(model, Predictions) else model.dtype
+
+    def measured(start: int, ids: Tensor, logits: Tensor) -> tuple[int, Tensor]:
         losses = _losses(logits, ids).cpu().double()  # not every device has float64
-        del logits  # before the next ones are made
-        sums[start : start + len(ids)] = losses.sum(1)
-        dtype = model.head.dtype if isinstance(model, Predictions) else model.dtype
         require_finite(losses, start, "the model", dtype)
+        return start, losses.sum(1)
+
+    for start, some in in_batches(model, windows, batch_tokens, measured):
+        sums[start : start + len(some)] = some
         if progress is not None:
-            progress(start + len(ids), len(windows))
+            progress(start + len(some), len(windows))
     return Perplexity.of(sums, windows.shape[1] - 1)
 
 
 def in_batches(
-    model: PreTrainedModel | Predictions, windows: Int[Tensor, "windows seqlen"], batch_tokens: int
-) -> Iterator[tuple[int, Int[Tensor, "batch seqlen"], Float[Tensor, "batch seqlen vocabulary"]]]:
-    """The index of the first, the ids and the logits of some windows, until all are done.
+    model: PreTrainedModel | Predictions,
+    windows: Int[Tensor, "windows seqlen"],
+    batch_tokens: int,
+    work: Callable[[int, Tensor, Tensor], Found],
+    threads: bool = True,
+) -> Iterator[Found]:
+    """What ``work`` makes of some windows at a time, in order, until all are done.
 
-    Ids and logits are on the model's device, which runs in evaluation mode meanwhile. Raises
-    ``DataError`` if nothing is to be predicted.
+    It is given the index of the first, the ids ``[batch, seqlen]`` and the logits ``[batch, seqlen,
+    vocabulary]`` on the model's device, and may be called by several ``threads`` at once. The model
+    runs in evaluation mode meanwhile. Raises ``DataError`` if nothing is to be predicted.
     """
     count, seqlen = windows.shape
     if count == 0 or seqlen < 2:
@@ -102,15 +114,43 @@ def in_batches(
     if isinstance(model, Predictions):
         for start in range(0, count, at_once):
             ids = windows[start : start + at_once].to(model.head.device, torch.int64)
-            yield start, ids, model.logits(start, len(ids))
+            yield work(start, ids, model.logits(start, len(ids)))
         return
+    workers = min(at_once, torch.get_num_threads())
+    if not threads or model.device.type != "cpu" or _is_packed(model):
+        workers = 1
+    some = at_once // workers
+
+    @torch.no_grad()
+    def predicted(start: int) -> Found:
+        ids = windows[start : start + some].to(model.device, torch.int64)
+        return work(start, ids, model(input_ids=ids, use_cache=False).logits)
+
     with _evaluation_mode(model):
-        for start in range(0, count, at_once):
-            ids = windows[start : start + at_once].to(model.device, torch.int64)
-            with torch.no_grad():
-                logits = model(input_ids=ids, use_cache=False).logits
-            yield start, ids, logits
-            del logits
+        yield from _beside(predicted, range(0, count, some), workers)
+
+
+def _beside(work: Callable[[int], Found], items: Iterable[int], workers: int) -> Iterator[Found]:
+    """``map`` in ``workers`` threads, which share the cores.
+
+    A thread to a batch is a quarter faster than all threads in each operator, where one waits for
+    the other; and what it has under way fits the caches better.
+    """
+    if workers == 1:
+        yield from map(work, items)
+        return
+    every = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "", torch.set_num_threads, (every // workers,))
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(every)  # of threads that are yet to come
+
+
+def _is_packed(model: nn.Module) -> bool:
+    """Whether its products have threads of their own."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def require_finite(

@@ -32,7 +32,12 @@ class Live:
         self.took: list[float] = []  # seconds, of each block that is done
         self.step: Any = None  # the last one of the current block
         self.block, self.every = _Errors(), _Errors()
-        bar(0, 1, "reading model and text")
+        bar(0, 1, "starting")
+
+    def begin(self) -> None:
+        """The run begins: what the command needed for itself is none of its time."""
+        self.bar(0, 1, "reading model and text")
+        self.begun = self.clock()
 
     def reading(self, done: int, total: int) -> None:
         """Text is drawn for calibration."""

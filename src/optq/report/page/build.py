@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,10 @@ from optq.report.page.known import Several
 
 FILE = "optq_report.html"
 SIGN = '<meta name="generator" content="OPTQ'  # by which a report knows another
+BUNDLE = """
+import sys, vl_convert
+sys.stdout.buffer.write(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").encode())
+"""
 HEAD = 1000  # characters at the start of a report, among which the sign stands
 
 
@@ -60,10 +66,12 @@ def _json(value: object) -> str:
 
 @cache
 def drawing() -> str:
-    """Vega-Embed with Vega inside, which vl-convert carries: it sets ``window.vegaEmbed``."""
-    import vl_convert
+    """Vega-Embed with Vega inside, which vl-convert carries: it sets ``window.vegaEmbed``.
 
-    made = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    Made in a process of its own: in this one no other thread would run for more than a second.
+    """
+    command = [sys.executable, "-c", BUNDLE]
+    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
     return re.sub("</(script)", r"<\\/\1", made, flags=re.IGNORECASE)  # it would end the script
 
 
