@@ -179,7 +179,7 @@ def test_it_is_taken_for_float32_on_a_gpu(monkeypatch):
         ({"which": lambda name: "/usr/bin/clang" if name == "clang" else None}, True),
         ({"sysconfig.get_path": lambda name, scheme: "/nowhere"}, False),
     ],
-    ids=str,
+    ids=["here", "no Triton", "older", "no CUDA", "old GPU", "no compiler", "clang", "no headers"],
 )
 def test_triton_serves_where_it_is_and_can_build(monkeypatch, tmp_path, changed, serves):
     (tmp_path / "Python.h").touch()

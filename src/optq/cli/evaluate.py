@@ -56,7 +56,8 @@ def evaluate(
         refuse_given({"seqlen": seqlen}, "eval of --tasks alone", "add --text, or leave it out")
     with progress.bar("optq eval") as bar:
         bar(0, 1, "starting")
-        imports.load()
+        if tasks is None:  # lm-eval may want what is left out there
+            imports.load()
         from optq.config import ModelConfig
         from optq.evaluate.tasks import ZeroShot
         from optq.evaluation import Evaluation
