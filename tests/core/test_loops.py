@@ -91,6 +91,20 @@ def test_the_search_loses_nothing(sym, near, monkeypatch):
     torch.testing.assert_close(found.sum(), plain.sum(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("wbits", [3, 4])
+def test_the_search_from_a_grid_that_reaches_too_little(wbits, monkeypatch):
+    """A start whose lower end moves past 0: the grid that is tried is the one that is returned."""
+    generator = torch.Generator().manual_seed(0)
+    group, importance = torch.rand(48, 300, generator=generator), torch.ones(48, 1)
+    group[7], importance[7] = -3 * torch.rand(300, generator=generator), 1e-6  # of no account
+    grid = IntegerGrid(wbits, 48, False, True)
+    near = 0.2 * torch.rand(300, generator=generator), torch.arange(300.0) % 3
+    found = grid.fit(group, Storage(), importance, near)
+    monkeypatch.setattr(compiled, "loops", lambda: None)
+    for made, plain in zip(found, grid.fit(group, Storage(), importance, near), strict=True):
+        assert torch.equal(made, plain)
+
+
 def test_without_numba_torch_does_it():
     code = (
         "import sys; sys.modules['numba'] = None\n"

@@ -1,7 +1,12 @@
 """Many rows on a CPU: what is unpacked into oneDNN's blocks is the dequantized weight."""
 
 import copy
+import hashlib
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,3 +152,32 @@ def test_amx_takes_any_number_of_rows_and_leaves_nothing_behind(tokens):
     before = torch.nn.functional.linear(x, other)
     assert relative(product(x), x.double() @ exact(weight).T) < 6e-3
     assert torch.equal(torch.nn.functional.linear(x, other), before)
+
+
+def test_what_is_compiled_into_the_other_file_changes_it():
+    """Numba compiles a file's functions anew when that file changes, not one that it calls."""
+    amx = pytest.importorskip("optq.kernels.amx")
+    assert hashlib.sha256(Path(unpack.__file__).read_bytes()).hexdigest()[:16] == amx.UNPACK
+
+
+@blocked
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_multiplies_in_another_way():
+    """OpenMP would end it."""
+    code = (
+        "import os, torch\n"
+        "from kernels.test_conformance import make_weight\n"
+        "from optq.kernels.cpu_int4 import Int4Product\n"
+        "torch.set_num_threads(1)\n"
+        "product = Int4Product(make_weight(64, 128, 32, 4, True, False), torch.bfloat16)\n"
+        "x = torch.eye(128, dtype=torch.bfloat16)\n"
+        "made = product(x)\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(not torch.equal(product(x), made))\n"
+        "print(os.waitpid(child, 0)[1])"
+    )
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    made = subprocess.run(
+        [sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True
+    )
+    assert made.stdout.strip() == "0"

@@ -58,8 +58,9 @@ def _without_compiler(torch: Any) -> None:
     sys.modules[COMPILER] = torch._dynamo = later
     if importlib.util.find_spec(NEEDED):
         importlib.import_module(NEEDED)
-    vars(later).update(dict.fromkeys(MARKS, _marked))
-    vars(later).pop("__path__", None)  # other parts of it want it whole
+    if type(later) is _Later:  # else somebody has asked for it already
+        vars(later).update(dict.fromkeys(MARKS, _marked))
+        vars(later).pop("__path__", None)  # other parts of it want it whole
 
 
 def _marked(function: Any = None, *_: object, **__: object) -> Any:

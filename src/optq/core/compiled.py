@@ -48,7 +48,7 @@ def by_rows(loop: Callable[..., None], first: int, last: int, *arguments: Any) -
         loop(*given, first, last)
         return
     ends = [first + (last - first) * part // parts for part in range(parts + 1)]
-    pool = _pool(os.getpid(), parts)
+    pool = _pool(os.getpid(), torch.get_num_threads())
     list(pool.map(lambda ends: loop(*given, *ends), pairwise(ends)))  # or what one of them raised
 
 

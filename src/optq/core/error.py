@@ -58,6 +58,7 @@ def undamped_error(
     return total.clamp_(min=0)
 
 
+@exact_products()
 def output_energy(
     weight: Float[Tensor, "rows cols"], H: Float[Tensor, "cols cols"]
 ) -> Float[Tensor, " rows"]:

@@ -128,7 +128,7 @@ def _grids(rows, low, high, below, above, sym, levels, half, least, magic, scale
             extent = top - bottom
             s = extent / levels
             z = ((-bottom / s) + magic) - magic
-            if z < least and top > 0:
+            if least > 0 and z < least and top > 0:
                 s = top / (levels - least)
             z = min(max(z, least), levels)
         scale[r], zero[r] = (one, half) if extent == 0 else (s, z)

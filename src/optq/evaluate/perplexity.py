@@ -116,9 +116,13 @@ def in_batches(
             ids = windows[start : start + at_once].to(model.head.device, torch.int64)
             yield work(start, ids, model.logits(start, len(ids)))
         return
-    workers = min(at_once, torch.get_num_threads())
-    if not threads or model.device.type != "cpu" or _is_packed(model):
+    every = torch.get_num_threads()
+    workers = min(at_once, every, count)
+    # A thread of its own knows nothing of autocast, nor of what accelerate moves about.
+    alone = torch.is_autocast_enabled("cpu") or hasattr(model, "hf_device_map")
+    if not threads or alone or model.device.type != "cpu" or _is_packed(model):
         workers = 1
+    workers = max(few for few in range(1, workers + 1) if every % few == 0)  # none is left idle
     some = at_once // workers
 
     @torch.no_grad()
@@ -144,8 +148,10 @@ def _beside(work: Callable[[int], Found], items: Iterable[int], workers: int) ->
     try:
         yield from pool.map(work, items)
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(every)  # of threads that are yet to come
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            torch.set_num_threads(every)  # of threads that are yet to come
 
 
 def _is_packed(model: nn.Module) -> bool:

@@ -81,7 +81,8 @@ class GPTQFormat(Format):
             "g_idx": layer.g_idx.to(torch.int32, copy=True),  # layers of a site share theirs
         }
         held = self._decode(tensors, layer.wbits)
-        pairs = ((held.codes.T, codes), (held.scales, layer.scales), (held.zeros, layer.zeros))
+        pairs = [(held.codes.T, codes), (held.scales, layer.scales), (held.zeros, layer.zeros)]
+        pairs.append((held.g_idx, layer.g_idx))
         if not all(torch.equal(one, other) for one, other in pairs):
             raise SettingError(
                 f"{self.name} cannot hold a scale that float16 does not", "write compressed-tensors"

@@ -16,6 +16,7 @@ another way. So it is without Numba, and where Numba's threads are not OpenMP's.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +56,7 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
+_ONE_THREAD = threading.Lock()
 
 
 def scratch(rows: int, cols: int) -> Scratch | None:
@@ -72,38 +74,56 @@ def parts(rows: int, cols: int) -> range:
     return range(0, rows, -(-rows // (count * TILE)) * TILE)
 
 
-@cache
 def loops() -> Any:
-    """The compiled loop, or None where it cannot be had."""
+    """The compiled loop, or None where it cannot be had: also in a fork of a process that had it,
+    where OpenMP would end the process.
+    """
+    process, (unpack, _) = _compiled()
+    return unpack if process == os.getpid() else None
+
+
+def tiles() -> Any:
+    """The compiled product of processors with AMX, or None where it cannot be had."""
+    process, (_, amx) = _compiled()
+    return amx if process == os.getpid() else None
+
+
+def _compiled() -> tuple[int, tuple[Any, Any]]:
+    with _ONE_THREAD:  # compiles
+        return _tried()
+
+
+@cache
+def _tried() -> tuple[int, tuple[Any, Any]]:
+    """The process, and the two modules or None; each has done nothing once, which compiles it."""
     try:
         from numba.core.errors import NumbaError
     except ImportError:
-        return None
+        return os.getpid(), (None, None)
+    found: list[Any] = []
     try:
         from optq.kernels import unpack
 
-        nothing = np.empty((0, 32, 32), np.uint32)
-        codes, units = np.empty((0, 32, 32), np.uint8), np.empty((1, 0, 2), np.uint16)
-        unpack.unpack(codes, None, units, np.empty((1, 0), np.uint8), 0, 0, True, nothing)
-    except (AttributeError, ImportError, NumbaError, RuntimeError):  # another version of it
-        return None
-    return unpack if unpack.shares_threads() else None
+        if unpack.shares_threads():
+            codes, units = np.empty((0, 32, 32), np.uint8), np.empty((1, 0, 2), np.uint16)
+            zeros, nothing = np.empty((1, 0), np.uint8), np.empty((0, 32, 32), np.uint32)
+            unpack.unpack(codes, None, units, zeros, 0, 0, True, nothing)
+            found.append(unpack)
+            from optq.kernels import amx
 
-
-@cache
-def tiles() -> Any:
-    """The compiled product of processors with AMX, or None where it cannot be had."""
-    if loops() is None:
-        return None
-    from optq.kernels import amx
-
-    return amx if amx.serves() else None
+            if amx.serves():
+                amx.multiply((codes, None, units, zeros), 0, torch.zeros(32, 32).bfloat16())
+                found.append(amx)
+    except (AttributeError, ImportError, NumbaError, RuntimeError, ValueError):
+        pass  # another version of it
+    unpack, amx = [*found, None, None][:2]
+    return os.getpid(), (unpack, amx)
 
 
 def _scratch(rows: int, cols: int) -> Scratch | None:
     if loops() is None:
         return None
-    example = torch.arange(rows * cols).to(torch.int16).view(rows, cols)
+    example = torch.arange(rows * cols, dtype=torch.int32).to(torch.int16).view(rows, cols)
     try:
         weight = torch.ops.mkldnn._reorder_linear_weight(example.view(torch.bfloat16), None)
         size = torch.ops.mkldnn._nbytes(weight)

@@ -57,6 +57,8 @@ def few() -> int:
 
     AMX multiplies 16 rows in the time of one; without it every row costs its time either way.
     """
+    if _tile() != cpu_blocks.TILE:  # packed in another way
+        return FEW
     return FEWEST if cpu_blocks.tiles() is not None else 24
 
 
@@ -131,7 +133,7 @@ class Int4Product(Product):
 
     def _once(self, x: Tensor) -> Tensor | None:
         """By a weight that is unpacked once, a part at a time; None where that cannot be had."""
-        if _tile() != cpu_blocks.TILE:
+        if _tile() != cpu_blocks.TILE or cpu_blocks.loops() is None:
             return None
         codes, more, units, zeros = arrays = self._arrays()
         rows, cols = units.shape[1], codes.shape[1]

@@ -187,5 +187,12 @@ def unpack(*arguments: Any) -> None:
 
 
 def shares_threads() -> bool:
-    """Whether Numba's threads are OpenMP's; its own abort where two callers meet."""
+    """Whether Numba's threads are OpenMP's; its own abort where two callers meet.
+
+    Starts them. Raises ``ValueError`` where a layer was asked for that is not there.
+    """
+    threads = torch.get_num_threads()
+    numba.get_num_threads()
+    if torch.get_num_threads() != threads:  # the start sets it for OpenMP as a whole
+        torch.set_num_threads(threads)
     return numba.threading_layer() == "omp"

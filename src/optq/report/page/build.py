@@ -70,8 +70,11 @@ def drawing() -> str:
 
     Made in a process of its own: in this one no other thread would run for more than a second.
     """
-    command = [sys.executable, "-c", BUNDLE]
-    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", BUNDLE]
+    # Of a session of its own: Ctrl-C is for the command.
+    made = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
+    ).stdout
     return re.sub("</(script)", r"<\\/\1", made, flags=re.IGNORECASE)  # it would end the script
 
 
