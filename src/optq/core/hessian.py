@@ -133,8 +133,7 @@ def add_drift(
         if chunk.device.type != "cpu":
             _add_product(total, other[:, rows] - chunk[:, rows], chunk)
         elif chunk.dtype == torch.bfloat16 and fast_bfloat16(chunk.device):
-            # Transposed beforehand, which the product is slower at.
-            total += (other[:, rows] - chunk[:, rows]).T.contiguous() @ chunk
+            total += (other[:, rows] - chunk[:, rows]).T @ chunk
         else:
             chunk = chunk.to(total.dtype)
             total.addmm_((other[:, rows].to(total.dtype) - chunk[:, rows]).T, chunk)
