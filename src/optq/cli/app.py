@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from optq.cli.imports import ELASTIC
 from optq.errors import SettingError
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ def say(line: str) -> None:
 
 def reports() -> bool:
     """Whether this process is the one that a person hears from: of those of torchrun, the first."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+    return ELASTIC not in os.environ or os.environ["RANK"] == "0"
 
 
 def words(flag: str, text: str, kind: Callable[[str], Any] = str.strip) -> list[Any]:

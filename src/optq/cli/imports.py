@@ -1,7 +1,7 @@
-"""What the commands import, in half the time.
+"""What the commands import, and no more.
 
 The model code of transformers imports, for any model, what compiles, shards and trains: torch's
-compiler, its distributed tensors, scipy; 1400 modules of 3000. No command asks for them. So they
+compiler, its distributed tensors, scipy. No command asks for them. So they
 are not run before somebody does, in a process that is the command's own.
 """
 
@@ -25,7 +25,7 @@ def load() -> None:
     """Import torch and transformers' models; nothing where somebody has imported torch already."""
     if "torch" in sys.modules:
         return
-    gc.disable()  # imports leave no garbage, and looking for it is a quarter of their time
+    gc.disable()  # imports leave no garbage, and looking for it takes its time
     try:
         import torch
 

@@ -25,6 +25,16 @@ FEW = 256  # rows that one thread does before another could start
 MAGIC = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}  # x + M - M rounds half to even
 
 
+def compiling(loop: Callable[..., Any], **options: Any) -> Any:
+    """The loop as Numba compiles it when it is first called, kept on disk where that can be."""
+    from numba import njit
+
+    try:
+        return njit(cache=True, nogil=True, error_model="numpy", **options)(loop)
+    except RuntimeError:  # no folder to keep it in can be written
+        return njit(nogil=True, error_model="numpy", **options)(loop)
+
+
 @cache
 def loops() -> Any:
     """The compiled loops, or None where there are none."""

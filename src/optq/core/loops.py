@@ -8,25 +8,17 @@ same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import numpy as np
-from numba import njit
+
+from optq.core.compiled import compiling
 
 TILE = 64  # rows
 CHECKED = 8  # columns, after which a loss may be too large already
 
 
-def _compiled(loop: Callable[..., Any]) -> Any:
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(loop)
-    except RuntimeError:  # no folder to keep it in can be written
-        return njit(**options)(loop)
-
-
-@_compiled
+@compiling
 @no_type_check
 def sweep(
     W_hat,
@@ -84,7 +76,7 @@ def sweep(
                     later[r] += spread * error[r]
 
 
-@_compiled
+@compiling
 @no_type_check
 def _loss(part, weigh, rows, scale, zero, levels, magic, most, loss):
     """What rounding to its grid costs each row of a tile; or how much it is, when all are above
@@ -114,7 +106,7 @@ def _loss(part, weigh, rows, scale, zero, levels, magic, most, loss):
                 return
 
 
-@_compiled
+@compiling
 @no_type_check
 def _grids(rows, low, high, below, above, sym, levels, half, least, magic, scale, zero):
     """Scales and zero points for the ends ``below * low`` and ``above * high``."""
@@ -134,7 +126,7 @@ def _grids(rows, low, high, below, above, sym, levels, half, least, magic, scale
         scale[r], zero[r] = (one, half) if extent == 0 else (s, z)
 
 
-@_compiled
+@compiling
 @no_type_check
 def search(
     group,
@@ -224,7 +216,7 @@ def search(
                         least_loss[r], best_below[r], best_above[r] = loss[r], below[r], above[r]
 
 
-@_compiled
+@compiling
 @no_type_check
 def descend(
     gradient,

@@ -137,8 +137,8 @@ def in_batches(
 def _beside(work: Callable[[int], Found], items: Iterable[int], workers: int) -> Iterator[Found]:
     """``map`` in ``workers`` threads, which share the cores.
 
-    A thread to a batch is a quarter faster than all threads in each operator, where one waits for
-    the other; and what it has under way fits the caches better.
+    With all threads in each operator one waits for the other; and what a thread alone has under way
+    fits the caches better.
     """
     if workers == 1:
         yield from map(work, items)

@@ -44,7 +44,7 @@ STEP = 32  # columns in a tile
 STEPS = 16  # tiles in a row that are unpacked at a time: twice 32 KB
 BYTE, SHORTER, PLACE = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 # Numba keeps what it compiled until this file changes; what is from the other one is in there, too.
-UNPACK = "3e86872c52004e6e"
+UNPACK = "686145d1ef4c6601"
 CONFIG = np.zeros(64, np.uint8)  # eight tiles of 16 rows of 64 bytes
 CONFIG[0], CONFIG[48:56] = 1, 16
 CONFIG[16:32].view(np.uint16)[:] = 64

@@ -16,6 +16,7 @@ another way. So it is without Numba, and where Numba's threads are not OpenMP's.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def _tried() -> tuple[int, tuple[Any, Any]]:
                 amx.multiply((codes, None, units, zeros), 0, torch.zeros(32, 32).bfloat16())
                 found.append(amx)
     except (AttributeError, ImportError, NumbaError, RuntimeError, ValueError):
-        pass  # another version of it
+        # Another version of it: slower, and no result is another. Who wonders why can look.
+        logging.getLogger(__name__).info("prompts are not compiled", exc_info=True)
     unpack, amx = [*found, None, None][:2]
     return os.getpid(), (unpack, amx)
 

@@ -9,7 +9,7 @@ those of torch, which wait for the next operation without sleep.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, no_type_check
 
 import numba
@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
-from numba import njit, prange
+from numba import prange
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from optq.core.compiled import compiling
 
 HALF = 32  # rows whose codes lie in the low bits of a tile's bytes; as many lie in the high bits
 LIFT = np.float32(2**23)  # whose last bits as a float32 are an integer's
@@ -30,12 +32,7 @@ THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]  # at most
 BYTE, WORD, REAL = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
 
-def compiled(loop: Callable[..., Any]) -> Any:
-    options: Any = {"nogil": True, "parallel": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(loop)
-    except RuntimeError:  # no folder to keep it in can be written
-        return njit(**options)(loop)
+compiled = partial(compiling, parallel=True)
 
 
 class _Bfloat(ir.Type):
@@ -182,8 +179,6 @@ def unpack(*arguments: Any) -> None:
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, THREADS))
     _unpack(*arguments)
-    if torch.get_num_threads() != threads:  # Numba's first start sets it for OpenMP as a whole
-        torch.set_num_threads(threads)
 
 
 def shares_threads() -> bool:
