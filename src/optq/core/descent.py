@@ -36,7 +36,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
-from optq.core.compiled import MAGIC, by_rows, loops, numbers, serves
+from optq.core.compiled import MAGIC, by_rows, numbers, serves
 from optq.core.error import undamped_error
 from optq.core.grid import Grid, Storage
 from optq.core.precision import exact_products, quick_dtype
@@ -212,7 +212,7 @@ class _Descent:
             if self.grid.levels is not None and serves(gradient):
                 levels, magic = numbers(gradient, self.grid.levels, MAGIC[gradient.dtype])
                 by_rows(
-                    *(loops().descend, 0, len(scale), gradient, self.steps[block], delta, scale),
+                    *("descend", 0, len(scale), gradient, self.steps[block], delta, scale),
                     *(self.zero[group], self.twice_inverse[block, 0], self.worth[block, 0], inside),
                     *(STEP_COLUMNS, levels, magic),
                 )
