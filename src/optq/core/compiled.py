@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 TILE = 64  # rows that stay in a core's fastest cache
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MAGIC = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}  # x + M - M rounds half to even
 
 
@@ -102,6 +103,20 @@ def _started() -> tuple[int, bool]:
     if torch.get_num_threads() != threads:  # the start sets it for OpenMP as a whole
         torch.set_num_threads(threads)
     return os.getpid(), shared
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """``[rows, cols]`` as ``[cols, rows]``, each column contiguous: a copy.
+
+    torch does it in one thread.
+    """
+    kind = INTEGERS.get(matrix.element_size())  # of bfloat16 Numba knows nothing
+    if matrix.device.type != "cpu" or kind is None or loops() is None or not shares_threads():
+        return matrix.T.clone(memory_format=torch.contiguous_format)
+    made = matrix.new_empty(*reversed(matrix.shape))
+    use_threads()
+    loops().transpose(matrix.contiguous().view(kind).numpy(), made.view(kind).numpy())
+    return made
 
 
 def numbers(like: Tensor, *values: int | float) -> Iterator[Any]:

@@ -294,8 +294,21 @@ def descend(
                 target[r] = source[r]
 
 
-# The same, each tile of rows in one of Numba's threads. One function that takes the loop would be
-# shorter, and Numba would not find what it kept of it.
+@in_threads
+@no_type_check
+def transpose(source, target):
+    """``source [rows, cols]`` into ``target [cols, rows]``, of one dtype."""
+    rows, cols = source.shape
+    for tile in prange((rows + TILE - 1) // TILE):
+        top, end = tile * TILE, min((tile + 1) * TILE, rows)
+        for left in range(0, cols, TILE):
+            for c in range(left, min(left + TILE, cols)):
+                for r in range(top, end):
+                    target[c, r] = source[r, c]
+
+
+# The loops above, each tile of rows in one of Numba's threads. One function that takes the loop
+# would be shorter, and Numba would not find what it kept of it.
 
 
 @in_threads
