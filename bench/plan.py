@@ -53,7 +53,7 @@ def run(folder: str, name: str, method: str) -> None:
     import torch
 
     from optq import GPTQ, RTN, ModelConfig, Runner
-    from optq.forecast import resident
+    from optq.machine import resident
 
     samples, seqlen = TOKENS[name]
     tokens = torch.randint(1000, (samples, seqlen), generator=torch.Generator().manual_seed(0))

@@ -67,7 +67,7 @@ MOVING = 24  # bytes to a scale that is tuned: its start, factor, gradient, best
 # one: 2.1 to 4.2 in ``bench/plan.py``.
 SLOWER = 2.6
 # Passes over a weight's float32 copies, by what makes them.
-PASSES = {"rtn": 30, "sweep": 100, "polish": 60, "search": 150}
+PASSES = {"rtn": 30, "sweep": 40, "polish": 25, "search": 30}
 
 
 @dataclass(frozen=True)
