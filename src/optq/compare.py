@@ -36,6 +36,7 @@ DEMO_SAMPLES = 64
 Setting = tuple[str, float, int]  # a method, bits, columns to a group
 Update = Callable[[float, float, str], None]  # done, total, note
 
+
 @dataclass(frozen=True)
 class Row:
     """One quantizer on one model; ``method`` is ``none`` for the model as it is.
@@ -68,8 +69,9 @@ class Comparison:
     """What is compared on what. ``calib`` and ``text`` are SPECs of :mod:`optq.data`.
 
     ``methods`` are names of :mod:`optq.contenders`; one with bits of its own is one row, whatever
-    ``wbits`` and ``groupsizes`` are. ``budgets`` are bits per weight within which each layer has a width of its own; ``done`` is
-    called with each row that was measured, and what its run gave. Without ``far`` perplexity alone
+    ``wbits`` and ``groupsizes`` are. ``budgets`` are bits per
+    weight within which each layer has a width of its own; ``done`` is called with each row that
+    was measured, and what its run gave. Without ``far`` perplexity alone
     is measured, in two thirds of what measuring takes. With ``speed`` each row's tokens per second
     are measured too, from packed weights, in a folder that goes again.
     """

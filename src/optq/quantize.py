@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from optq import __version__
 from optq.budget import Mixed
-from optq.core.error import total
 from optq.core.grid import Storage
 from optq.core.qep import QEP
 from optq.core.smoothquant import SmoothQuant
-from optq.core.solution import Solution
 from optq.core.solver import Solver
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, SettingError
@@ -43,13 +40,12 @@ from optq.record import (
     LayerRecord,
     RunRecord,
     SiteRecord,
-    SmoothingRecord,
     TunedBlock,
 )
+from optq.recording import grids, layer_record, smoothing_of
 from optq.solving import Outcome, Solving, in_turn, together
 from optq.tuning import Tuner
 
-BINS = 16  # of a histogram of codes, at most
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
 
 
@@ -142,7 +138,7 @@ class Quantization:
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
             self.solved[name] = part, of_layer(self.scheme, layer)
-            records.append(_record(site, layer, part, energy, outcome, sum(rows)))
+            records.append(layer_record(site, layer, part, energy, outcome, sum(rows)))
         self.records += records
         first = site.layers[0].name
         self.sites.append(
@@ -271,55 +267,4 @@ def record_of(work: Quantization, sink: Kept, **told: Any) -> RunRecord:
         blocks=[found.block for found in sink.found],
         tuned=[found.tuned for found in sink.found if found.tuned],
         **told,
-    )
-
-
-def grids(weight: QuantizedWeight) -> dict[str, Any]:
-    """What a layer's record says of its codes and scales."""
-    counts = torch.bincount(weight.codes.flatten(), minlength=2**weight.wbits)
-    ends = (counts[0] + counts[-1]).item() / weight.codes.numel()
-    bins = min(len(counts), BINS)
-    low, high = weight.scales.aminmax()
-    return {
-        "histogram": counts.view(bins, -1).sum(1).tolist(),
-        "at_ends": ends,
-        "scale_min": low.item(),
-        "scale_max": high.item(),
-    }
-
-
-def smoothing_of(site: Site) -> SmoothingRecord | None:
-    """What the record says of it; None where activations are left alone."""
-    if site.unsmoothed:
-        return SmoothingRecord(unsmoothed=site.unsmoothed)
-    if site.smoothing is None:
-        return None
-    made = site.smoothing
-    return SmoothingRecord(alpha=made.alpha, error=made.error, plain_error=made.plain)
-
-
-def _record(
-    site: Site, layer: Layer, part: Solution, energies: Tensor, outcome: Outcome, site_rows: int
-) -> LayerRecord:
-    rows, cols = layer.shape
-    error, energy = total(part.error), total(energies)
-    return LayerRecord(
-        name=layer.name,
-        block=site.block.name,
-        site=site.layers[0].name,
-        rows=rows,
-        cols=cols,
-        wbits=part.wbits,
-        error=error,
-        relative_error=error / energy if energy else 0.0,
-        rtn_error=total(part.rtn_error),
-        damp=outcome.damp,
-        seconds=sum(outcome.seconds.values()) * rows / site_rows,
-        damp_tries=outcome.damp_tries,
-        dead_columns=outcome.dead_columns,
-        fallback_rows=int(part.fell_back.sum()),
-        tokens=outcome.tokens,
-        borrowed=outcome.borrowed,
-        calls=layer.calls,
-        **grids(part),
     )

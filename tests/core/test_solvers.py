@@ -16,11 +16,11 @@ from core.problems import problem
 from optq.core.gptq import GPTQ
 from optq.core.grid import Grid, Storage
 from optq.core.methods import METHODS
-from optq.core.smoothquant import SmoothQuant
 from optq.core.obq import OBQ
 from optq.core.order import sweep_order
 from optq.core.problem import Problem
 from optq.core.rtn import RTN
+from optq.core.smoothquant import SmoothQuant
 from optq.core.solution import Solution
 from optq.core.weight import LayerScheme
 

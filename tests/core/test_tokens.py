@@ -18,10 +18,13 @@ def oracle(row):
 def test_codes_and_scales(shape):
     x = torch.randn(shape, dtype=torch.float64) * torch.logspace(-3, 3, shape[-1]).double()
     codes, scale = by_token(x)
-    for row, own, s in zip(x.reshape(-1, shape[-1]), codes.reshape(-1, shape[-1]), scale.flatten()):
+    flat = x.reshape(-1, shape[-1]), codes.reshape(-1, shape[-1])
+    for row, own, s in zip(*flat, scale.flatten(), strict=True):
         expected, wanted = oracle(row.tolist())
-        same = [a == b or abs(abs(a) - 127.5) == 0.5 == abs(abs(b) - 127.5)
-                for a, b in zip(own.tolist(), expected)]
+        same = [
+            a == b or abs(abs(a) - 127.5) == 0.5 == abs(abs(b) - 127.5)
+            for a, b in zip(own.tolist(), expected, strict=True)
+        ]
         assert all(same)
         assert s.item() == pytest.approx(wanted, rel=1e-15)
         # No value is further from its code than half a step, but the clipped half at the top.

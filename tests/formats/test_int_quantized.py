@@ -71,7 +71,10 @@ def test_config():
     found = FORM.detect(json.loads(json.dumps(config)))
     assert found.layer("layers.0.X") == W8A8 and found.layer("layers.0.Y") is None
     assert FORMATS["compressed-tensors"].detect(config) is None
-    assert FORM.detect(FORMATS["compressed-tensors"].config({"X": LayerScheme(8, -1, True)}, [], 0)) is None
+    assert (
+        FORM.detect(FORMATS["compressed-tensors"].config({"X": LayerScheme(8, -1, True)}, [], 0))
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,9 @@ def test_transformers_reads_what_we_write(tmp_path, dtype, alpha):
     ours = load(tmp_path / "out", device="cpu")
     plain = config.load()[0]
     with torch.no_grad():
-        one, kept, packed, full = (m(ids).logits.double() for m in (theirs, result.model, ours, plain))
+        one, kept, packed, full = (
+            m(ids).logits.double() for m in (theirs, result.model, ours, plain)
+        )
     for name, parameter in result.model.named_parameters():
         assert torch.equal(theirs.get_parameter(name), parameter), name
     # In bfloat16 the package rounds each step, the scales of tokens too, where we use float32.
@@ -154,7 +159,11 @@ def test_norms_are_written_and_the_rest_is_as_it_was(tmp_path):
     config, out = ModelConfig(str(source), device="cpu"), tmp_path / "out"
     result = Runner(config, SmoothQuant(alpha=0.5), calib=zoo.token_ids(4, 24), output=out).run()
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
-    smoothed = {f"model.layers.{i}.{n}_layernorm.weight" for i in (0, 1) for n in ("input", "post_attention")}
+    smoothed = {
+        f"model.layers.{i}.{n}_layernorm.weight"
+        for i in (0, 1)
+        for n in ("input", "post_attention")
+    }
     for name, tensor in before.items():
         if name in smoothed:
             assert not torch.equal(tensor, after[name])

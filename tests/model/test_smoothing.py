@@ -129,7 +129,6 @@ def test_reasons(twice, gated, why):
     x = torch.randn(1, 5, 16)
     with torch.no_grad(), smoother.hooks([block]):
 
-
         def read(module, args):
             if isinstance(getcurrent(), Batch):
                 smoother.source(batch, site, args[0])

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from optq.cli import imports
+from optq.cli import imports, llm_int8
 from optq.cli.app import app, print_json, refuse_given, reports, say, size
 from optq.cli.options import FORMATS_HELP, NSAMPLES, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.cli.solver import (
-    DEFAULT_GROUPSIZE,
     DEFAULT_WBITS,
     fitting_groupsize,
     solver_of,
@@ -129,6 +128,24 @@ def quantize(
     """Quantize MODEL and write the checkpoint OUT."""
     from optq.report import live, said, steps, tables
 
+    if method == "llm-int8":
+        unused = {
+            "wbits": None if wbits == 8 else wbits,
+            "abits": None if abits == 8 else abits,
+            "sym": None if sym else False,
+            "nsamples": None if nsamples == NSAMPLES else nsamples,
+            "format": file_format,
+            "size": in_all,
+            **{"alpha": alpha, "bits_per_weight": bits_per_weight, "groupsize": groupsize},
+            **{"plain": plain or None, "fast": fast or None, "best": best or None},
+            **{"actorder": actorder, "static_groups": static_groups, "mse": mse},
+            **{"polish": polish, "percdamp": percdamp, "qep": qep, "tune": tune, "calib": calib},
+            **{"seqlen": seqlen, "seed": seed or None, "chat": chat or None, "head": head},
+            **{"untie": untie or None, "activation_memory": activation_memory},
+            **{"restart": restart or None, "dry_run": dry_run or None},
+        }
+        llm_int8.run(model, out, device, dtype, skip, force, as_json, unused)
+        return
     with live.quantizing(reports()) as told:
         imports.load()
         from optq.config import ModelConfig

@@ -35,7 +35,9 @@ def solver_of(
     from optq.core.methods import METHODS
 
     if method not in METHODS:
-        raise SettingError(f"the method {method} is unknown", f"choose {', '.join(METHODS)}")
+        raise SettingError(
+            f"the method {method} is unknown", f"choose {', '.join(METHODS)} or llm-int8"
+        )
     if method == "smoothquant" or abits is not None:
         asked = options | budget | {"groupsize": groupsize, "plain": plain or None}
         return _with_activations(method, wbits, abits, alpha, asked)
@@ -66,7 +68,8 @@ def _with_activations(
 
     if method not in ("smoothquant", *ROUNDING):
         raise SettingError(
-            f"the method {method} has no --abits", "choose smoothquant, gptq or rtn, or leave it out"
+            f"the method {method} has no --abits",
+            "choose smoothquant, gptq or rtn, or leave it out",
         )
     damping = options.pop("percdamp")
     given = {name: value for name, value in options.items() if value not in (None, True, -1)}

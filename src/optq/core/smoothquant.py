@@ -84,9 +84,7 @@ class SmoothQuant(Solver):
                     "choose 8 for both; fewer bits for weights alone are --method gptq's",
                 )
         if self.rounding not in ROUNDING:
-            raise SettingError(
-                f"rounding is {self.rounding!r}", f"choose {' or '.join(ROUNDING)}"
-            )
+            raise SettingError(f"rounding is {self.rounding!r}", f"choose {' or '.join(ROUNDING)}")
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
         if self.alpha not in (None, "off") and not (number and 0 <= float(self.alpha) <= 1):  # type: ignore[arg-type]
             raise SettingError(f"alpha is {self.alpha!r}", 'choose 0 to 1, or "off"')

@@ -68,7 +68,12 @@ class Int8Linear(nn.Module):
         wide = torch.promote_types(weight.dtype, torch.float32)
         codes, scales = vector_wise(weight.to(wide))
         half = weight if weight.itemsize == 2 else weight.half()
-        for name, tensor in (("weight", half), ("codes", codes), ("scales", scales), ("bias", bias)):
+        for name, tensor in (
+            ("weight", half),
+            ("codes", codes),
+            ("scales", scales),
+            ("bias", bias),
+        ):
             self.register_buffer(name, tensor, persistent=False)
         self.threshold, self.outliers, self.columns = how.threshold, 0, 0
 

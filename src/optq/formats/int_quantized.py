@@ -43,7 +43,7 @@ class IntQuantizedFormat(CompressedTensorsFormat):
         super().check(name, rows, columns, layer, conv1d)
         if (layer.wbits, layer.groupsize, layer.sym, layer.abits) != (8, -1, True, 8):
             raise SettingError(
-                f"{self.name} keeps weights and activations of 8 bits, one scale to a row of {name}",
+                f"{self.name} keeps weights and activations of 8 bits: {name} has others",
                 "add --abits 8, or choose another --format",
             )
 

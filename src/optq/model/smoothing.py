@@ -27,16 +27,14 @@ from torch import Tensor, nn
 from optq.core.smoothquant import SmoothQuant
 from optq.core.tokens import rounded
 from optq.errors import ModelError
-from optq.model.batch import Batch, handed_on
+from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
 from optq.model.inputs import Handed
 from optq.model.layer import Layer
+from optq.model.norm import Norm, Trial, copied
 from optq.ranks import Ranks
 
 SAMPLE = 512  # tokens that the search multiplies
-TRIAL = 4.0  # scales that are tried: this or one over it
-SAME = 1e-3  # of what the block adds to the hidden states
-APART = 2.0  # what rounding a norm's new weight may make of a scale, at most
 FORMS: dict[str, float] = {"weight": 0.0, "1 + weight": 1.0}  # what norms multiply by
 
 NO_NORM = "no norm makes its input"
@@ -44,40 +42,6 @@ SHARED = "others read its input too, or its norm has other work"
 LOST = "its norm's input is gone when the layers run"
 MANY = "its norm runs more than once, or belongs to several blocks"
 ON_DISK = "its norm's weight is not one tensor on disk"
-
-
-@dataclass(frozen=True)
-class Norm:
-    """The module that makes a site's input; ``offset`` is what it adds to its weight."""
-
-    name: str
-    module: nn.Module
-    offset: float = 0.0
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: each for name, each in self.module.named_parameters(recurse=False)}
-
-    def folded(self, scales: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """New values of its parameters, and the scales that these stand for, which float64 has.
-
-        They are rounded to the parameters' dtype, so the scales are what rounding leaves of those
-        asked for; a channel where that is far off, or the weight zero, keeps its own.
-        """
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        old = weight.detach().double() + self.offset
-        value = (old / scales.double() - self.offset).to(weight.dtype)
-        new = value.double() + self.offset
-        exact = old / new
-        ratio = exact / scales
-        good = new.isfinite() & (new != 0) & (old != 0) & (ratio > 1 / APART) & (ratio < APART)
-        exact = torch.where(good, exact, 1.0)
-        values = {"weight": torch.where(good, value, weight.detach())}
-        for name, parameter in self.parameters.items():
-            if name != "weight":  # a bias
-                values[name] = (parameter.detach().double() / exact).to(parameter.dtype)
-        return values, exact
 
 
 @dataclass(frozen=True)
@@ -97,9 +61,10 @@ class _Made:
 
 
 class Smoother:
-    """Smooths the sites of a run, and has solved layers round what they read. ``on_disk`` are names of parameters that can be written anew.
+    """Smooths the sites of a run, and has solved layers round what they read.
 
-    ``changed`` has the parameters of the block under way that are other than the source's.
+    ``on_disk`` are names of parameters that can be written anew. ``changed`` has the parameters of
+    the block under way that are other than the source's.
     """
 
     def __init__(
@@ -145,7 +110,7 @@ class Smoother:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         batch = getcurrent()
         if isinstance(batch, Batch) and batch.kind == "scout":
-            self._entry = _copied(args), _copied(kwargs)
+            self._entry = copied(args), copied(kwargs)
 
     def _note(self, norm: Norm) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple, kwargs: dict, made: Any) -> None:
@@ -199,7 +164,7 @@ class Smoother:
         entry, self._entry = self._entry, None
         if not self._norms:
             return
-        with _Trial(block, *entry) as trial:
+        with Trial(block, *entry) as trial:
             if not trial.same(self._norms):  # in the common case all are of the first form
                 for site, norm in list(self._norms.items()):
                     forms = [Norm(norm.name, norm.module, each) for each in FORMS.values()]
@@ -273,72 +238,6 @@ def _rounding(layer: Layer) -> Callable[..., Any]:
         return args, kwargs | {name: rounded(kwargs[name])}
 
     return hook
-
-
-class _Trial:
-    """A block in float32, as a context, run with and without trial scales."""
-
-    def __init__(self, block: Block, args: tuple, kwargs: dict) -> None:
-        self.block, self.args, self.kwargs = block, args, kwargs
-        module = block.module
-        self._tensors = {*module.parameters(), *module.buffers()}
-        self._kept: dict[Tensor, Tensor] = {}
-
-    def __enter__(self) -> _Trial:
-        for each in self._tensors:
-            self._kept[each] = each.data
-            each.data = _copied(each.data, wide=True)
-        self.args, self.kwargs = _copied(self.args, wide=True), _copied(self.kwargs, wide=True)
-        self.plain = self._run()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for each, data in self._kept.items():
-            each.data = data
-
-    def same(self, norms: Mapping[Site, Norm]) -> bool:
-        """Whether the block computes the same with scales in these norms, out of the layers."""
-        before = {each: each.data for each in self._tensors}
-        try:
-            for site, norm in norms.items():
-                columns = site.layers[0].shape[1]
-                generator = torch.Generator().manual_seed(columns)
-                signs = torch.randint(2, (columns,), generator=generator) * 2 - 1
-                values, exact = norm.folded((TRIAL**signs).to(norm.module.weight.device))
-                for name, value in values.items():
-                    norm.parameters[name].data = value
-                for parameter in {layer.parameter for layer in site.layers}:
-                    parameter.data = parameter.data.clone()
-                for layer in site.layers:
-                    layer.weight.mul_(exact)
-            made = self._run()
-        finally:
-            for each, data in before.items():
-                each.data = data
-        first = next((x for x in (*self.args, *self.kwargs.values()) if _fits(x, made)), None)
-        base = self.plain if first is None else self.plain - first
-        return bool((made - self.plain).norm() <= SAME * base.norm())
-
-    def _run(self) -> Tensor:
-        args, kwargs = _copied(self.args), _copied(self.kwargs)
-        return handed_on(self.block.module(*args, **kwargs)).double()
-
-
-def _fits(value: Any, made: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == made.shape
-
-
-def _copied(value: Any, wide: bool = False) -> Any:
-    """Its tensors cloned; ``wide``: those of numbers in float32 at least."""
-    if isinstance(value, Tensor):
-        if wide and value.is_floating_point():
-            return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _copied(each, wide) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(each, wide) for each in value)
-    return value
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
