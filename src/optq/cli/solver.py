@@ -72,7 +72,8 @@ def _with_activations(
             "choose smoothquant, gptq or rtn, or leave it out",
         )
     damping = options.pop("percdamp")
-    given = {name: value for name, value in options.items() if value not in (None, True, -1)}
+    same = {"sym": True, "groupsize": -1}  # as they are, with or without being asked for
+    given = {name: value for name, value in options.items() if value != same.get(name)}
     refuse_given(given, "a run with --abits", "leave it out: weights have one scale to a row")
     bits = {"wbits": ABITS if wbits is None else wbits, "abits": ABITS if abits is None else abits}
     damped = {} if damping is None else {"percdamp": damping}
