@@ -75,8 +75,11 @@ def _with_activations(
     same = {"sym": True, "groupsize": -1}  # as they are, with or without being asked for
     given = {name: value for name, value in options.items() if value != same.get(name)}
     refuse_given(given, "a run with --abits", "leave it out: weights have one scale to a row")
-    bits = {"wbits": ABITS if wbits is None else wbits, "abits": ABITS if abits is None else abits}
-    damped = {} if damping is None else {"percdamp": damping}
+    bits: dict[str, Any] = {
+        "wbits": ABITS if wbits is None else wbits,
+        "abits": ABITS if abits is None else abits,
+    }
+    damped: dict[str, Any] = {} if damping is None else {"percdamp": damping}
     if method != "smoothquant":
         refuse_given({"alpha": alpha}, method, "leave it out, or use --method smoothquant")
         return SmoothQuant(**bits, alpha="off", rounding=method, **damped)

@@ -86,7 +86,7 @@ class SmoothQuant(Solver):
         if self.rounding not in ROUNDING:
             raise SettingError(f"rounding is {self.rounding!r}", f"choose {' or '.join(ROUNDING)}")
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if self.alpha not in (None, "off") and not (number and 0 <= float(self.alpha) <= 1):  # type: ignore[arg-type]
+        if self.alpha not in (None, "off") and not (number and 0 <= float(self.alpha) <= 1):
             raise SettingError(f"alpha is {self.alpha!r}", 'choose 0 to 1, or "off"')
         super().__post_init__()
 

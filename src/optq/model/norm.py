@@ -80,7 +80,7 @@ class Trial:
                 columns = site.layers[0].shape[1]
                 generator = torch.Generator().manual_seed(columns)
                 signs = torch.randint(2, (columns,), generator=generator) * 2 - 1
-                values, exact = norm.folded((TRIAL**signs).to(norm.module.weight.device))
+                values, exact = norm.folded((TRIAL**signs).to(norm.parameters["weight"].device))
                 for name, value in values.items():
                     norm.parameters[name].data = value
                 for parameter in {layer.parameter for layer in site.layers}:
