@@ -40,7 +40,7 @@ print(json.dumps({
 
 def test_the_names_are_these():
     names = ["GPTQ", "OBQ", "QEP", "RTN", "Mixed", "ModelConfig", "OptqError"]
-    assert optq.__all__ == [*names, "Runner", "Tune", "load"]
+    assert optq.__all__ == [*names, "Runner", "SmoothQuant", "Tune", "load"]
     assert set(optq.__all__) <= set(dir(optq))
     assert optq.__version__.count(".") == 2
 

@@ -685,9 +685,9 @@ def test_blocks_are_handed_on_in_order(folder_of):
     seen = []
 
     class Watched(optq.runner.Kept):
-        def commit(self, layers, found):
+        def commit(self, layers, found=None, *plain):
             seen.append(([*layers], [record.name for record in found.layers]))
-            super().commit(layers, found)
+            super().commit(layers, found, *plain)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optq.runner, "Kept", Watched)

@@ -17,6 +17,7 @@ _HOME = {
     "Mixed": "optq.budget",
     "ModelConfig": "optq.config",
     "Runner": "optq.runner",
+    "SmoothQuant": "optq.core.smoothquant",
     "Tune": "optq.tune",
     "load": "optq.config",
     "OptqError": "optq.errors",
@@ -30,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "OptqError",
     "Runner",
+    "SmoothQuant",
     "Tune",
     "load",
 ]

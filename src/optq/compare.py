@@ -5,49 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from optq import __version__
-from optq.budget import Mixed
-from optq.config import ModelConfig
-from optq.core.gptq import BEST, GPTQ
+from optq.config import ModelConfig, load
+from optq.contenders import Job, contender
 from optq.core.qep import QEP
-from optq.core.rtn import RTN
-from optq.core.solver import Solver
 from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
-from optq.errors import DataError, ModelError, OutputError, SettingError
+from optq.errors import DataError, ModelError, OutputError
 from optq.evaluate.divergence import Divergence, divergence
 from optq.evaluate.perplexity import perplexity
-from optq.formats import FORMATS
-from optq.formats.fit import check_layers
+from optq.evaluate.speed import model_speed
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.predictions import Predictions, predictions
 from optq.model.source import sequence_length
 from optq.result import Result
-from optq.runner import Runner
 
 DEMO_SEQLEN = 512  # what the bundled model was trained on
 DEMO_SAMPLES = 64
+Setting = tuple[str, float, int]  # a method, bits, columns to a group
 Update = Callable[[float, float, str], None]  # done, total, note
-
-# What `optq compare --methods` names; "gptq" and "best" propagate errors where that is the default.
-COMPARED: dict[str, Callable[[Any, int], Solver | Mixed]] = {
-    "rtn": RTN,
-    "plain": GPTQ.plain,
-    "no-qep": GPTQ,
-    "gptq": GPTQ,
-    "best": GPTQ,
-    "budget": lambda bits, groupsize: Mixed(bits_per_weight=bits, groupsize=groupsize),
-}
 
 
 @dataclass(frozen=True)
@@ -72,15 +59,21 @@ class Row:
     divergence_error: float | None = None
     agreement: float | None = None
     agreement_error: float | None = None
+    abits: int | None = None  # of activations, where they are quantized
+    sparsity: float | None = None  # of a pruned model: the share of weights that are zero
+    tokens_per_second: float | None = None  # one sequence, from packed weights, where measured
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What is compared on what. ``calib`` and ``text`` are SPECs of :mod:`optq.data`.
 
-    ``budgets`` are bits per weight within which each layer has a width of its own; ``done`` is
-    called with each row that was measured, and what its run gave. Without ``far`` perplexity alone
-    is measured, in two thirds of what measuring takes.
+    ``methods`` are names of :mod:`optq.contenders`; one with bits of its own is one row, whatever
+    ``wbits`` and ``groupsizes`` are. ``budgets`` are bits per
+    weight within which each layer has a width of its own; ``done`` is called with each row that
+    was measured, and what its run gave. Without ``far`` perplexity alone
+    is measured, in two thirds of what measuring takes. With ``speed`` each row's tokens per second
+    are measured too, from packed weights, in a folder that goes again.
     """
 
     config: ModelConfig
@@ -96,6 +89,7 @@ class Comparison:
     budgets: Sequence[float] = ()
     done: Callable[[Row, Result], object] = lambda *_: None
     far: bool = True
+    speed: bool = False
 
     def run(self, results: Path | None = None, progress: Update = lambda *_: None) -> list[Row]:
         """All rows, the full-precision model first.
@@ -104,16 +98,18 @@ class Comparison:
         there already, of the same model, texts and settings, is not measured again. Raises
         ``SettingError`` before any work for a method, width or group size that cannot be.
         """
-        settings: list[tuple[str, float, int]]
-        settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in self.methods]
+        known = {method: contender(method) for method in self.methods}
+        wide = [method for method in self.methods if known[method].bits is None]
+        settings: list[Setting]
+        settings = [(m, w, g) for w in self.wbits for g in self.groupsizes for m in wide]
+        settings += [(m, row.bits, -1) for m, row in known.items() if row.bits is not None]
         settings += [("budget", bits, g) for bits in self.budgets for g in self.groupsizes]
-        quantizers = {setting: self._quantizer(*setting) for setting in settings}
+        built = {setting: contender(setting[0]).build(*setting[1:]) for setting in settings}
         common = self._key(self.config.plain_checkpoint())
         kept = Rows(results)
-        keys = {
-            s: f"{common} {s} {q!r} {self._propagates(s) and QEP()!r} {_tune(s)}"
-            for s, q in quantizers.items()
-        }
+        if self.speed:
+            common += " timed"
+        keys = {s: f"{common} {s} {self._told(s, q)}" for s, q in built.items()}
         model, tokenizer = self.config.load()
         seqlen = sequence_length(model, self.seqlen)
 
@@ -123,8 +119,8 @@ class Comparison:
         windows = evaluation_tokens(self.text, tokenizer, seqlen, reading)
         blocks = find_blocks(model, self.skip)
         layers = [layer for block in blocks for layer in block.layers]
-        for quantizer in quantizers.values():
-            check_layers(FORMATS["gptq"], blocks, quantizer.scheme(), ())
+        for setting, quantizer in built.items():
+            contender(setting[0]).check(quantizer, blocks)
         tokens = None
         if not kept.rows.keys() >= {*keys.values()}:  # one calibration for all
             what = self.calib, tokenizer, self.nsamples, seqlen, self.seed
@@ -133,13 +129,16 @@ class Comparison:
         progress(0, steps, "full precision")
         size, bits = sum(layer.weight.nbytes for layer in layers), 8 * layers[0].weight.itemsize
         del blocks, layers
+        timed = self.speed and common not in kept.rows
+        rate = model_speed(model, size).decode if timed else None
         dense: Predictions | None = None
         if self.far and (tokens is not None or common not in kept.rows):
             with suppress(ModelError):  # of a head that cannot be had alone: perplexity, no more
                 dense = predictions(model, [windows])[0]
         if common not in kept.rows:
             measured = perplexity(dense or model, windows).perplexity
-            kept.add(common, Row("none", bits, -1, bits, size, measured))
+            full_row = Row("none", bits, -1, bits, size, measured, tokens_per_second=rate)
+            kept.add(common, full_row)
         del model
         full = kept.rows[common].perplexity
         for step, (setting, key) in enumerate(keys.items(), start=1):
@@ -147,46 +146,46 @@ class Comparison:
             progress(step, steps, f"{method} at {wbits} bits, groupsize {groupsize}")
             if key not in kept.rows:
                 assert tokens is not None
-                how = setting, quantizers[setting], tokens, windows, dense or full
+                how = setting, built[setting], tokens, windows, dense or full
                 kept.add(key, self._measure(*how))
         return [kept.rows[common], *(kept.rows[key] for key in keys.values())]
 
     def _measure(
         self,
-        setting: tuple[str, float, int],
-        quantizer: Solver | Mixed,
+        setting: Setting,
+        built: Any,
         tokens: Tensor,
         windows: Tensor,
         full: Predictions | float,
     ) -> Row:
         """``full``: what the full-precision model predicts, or its perplexity."""
-        start = time.perf_counter()
-        propagates = self._propagates(setting)
-        # Rounding reads no inputs: one sequence finds the layers.
-        calib = tokens[:1] if setting[0] == "rtn" else tokens
-        runner = Runner(self.config, quantizer, propagates, calib=calib, skip=self.skip)
-        runner.tune = _tune(setting)
-        result = runner.run()
+        start, method = time.perf_counter(), contender(setting[0])
+        made = method.make(method, built, Job(self.config, tokens, self.skip, setting[1]))
         seconds = time.perf_counter() - start
-        model = result.model.to(self.config.torch_device())
-        about = *setting, result.bits_per_weight, result.bytes
+        about = *setting, made.bits_per_weight, made.bytes
         if isinstance(full, float):
-            own = perplexity(model, windows).perplexity
+            own = perplexity(made.model, windows).perplexity
             row = Row(*about, own, own - full, seconds)
         else:
-            row = _row(about, divergence(model, full, windows), seconds)
-        self.done(row, result)
+            row = _row(about, divergence(made.model, full, windows), seconds)
+        rate = self._rate(made.result) if self.speed and made.result else None
+        told = {"abits": method.abits, "sparsity": method.sparsity, "tokens_per_second": rate}
+        row = replace(row, **told)  # type: ignore[arg-type]
+        if made.result:
+            self.done(row, made.result)
         return row
 
-    def _quantizer(self, method: str, wbits: float, groupsize: int) -> Solver | Mixed:
-        named = [name for name in COMPARED if name != "budget"]
-        if method not in (*named, *(["budget"] if wbits in self.budgets else [])):
-            raise SettingError(f"the method {method} is unknown", f"choose {', '.join(named)}")
-        return COMPARED[method](wbits, groupsize)
+    def _rate(self, result: Result) -> float:
+        """Tokens per second of what a run would write."""
+        with tempfile.TemporaryDirectory() as folder:
+            result.save(Path(folder) / "model")
+            model = load(Path(folder) / "model", self.config.device)
+            return model_speed(model, result.bytes).decode
 
-    def _propagates(self, setting: tuple[str, float, int]) -> bool:
-        method, wbits, _ = setting
-        return method == "budget" or (method in ("gptq", "best") and BEST[int(wbits)].qep)
+    def _told(self, setting: Setting, built: Any) -> str:
+        """Of a setting all that decides its row."""
+        method = contender(setting[0])
+        return f"{built!r} {method.propagates(setting[1]) and QEP()!r} {method.tune}"
 
     def _key(self, checkpoint: Checkpoint) -> str:
         """Of everything but the setting that a row depends on."""
@@ -215,11 +214,6 @@ def _row(about: tuple[str, float, int, float, int], found: Divergence, seconds: 
         agreement=found.agreement,
         agreement_error=found.agreement_error,
     )
-
-
-def _tune(setting: tuple[str, float, int]) -> str | None:
-    """As ``--best`` does."""
-    return "model" if setting[0] == "best" else None
 
 
 class Rows:

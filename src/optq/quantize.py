@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from optq import __version__
 from optq.budget import Mixed
-from optq.core.error import total
 from optq.core.grid import Storage
 from optq.core.qep import QEP
-from optq.core.solution import Solution
+from optq.core.smoothquant import SmoothQuant
 from optq.core.solver import Solver
 from optq.core.weight import LayerScheme, QuantizedWeight
-from optq.errors import ModelError
+from optq.errors import ModelError, SettingError
 from optq.formats.fit import check_layers, of_layer
 from optq.formats.scheme import Format
 from optq.formats.writer import Kept
@@ -27,18 +25,27 @@ from optq.model.activations import Activations
 from optq.model.batch import Passed
 from optq.model.blocks import Block, Site
 from optq.model.checkpoint import Checkpoint
+from optq.model.experts import Bank
 from optq.model.flow import Flow
 from optq.model.inputs import SiteSums
 from optq.model.layer import Layer
 from optq.model.names import disk_names
 from optq.model.shards import Shards
+from optq.model.smoothing import Smoother
 from optq.model.weights import Weights
 from optq.ranks import Ranks
-from optq.record import BlockRecord, Found, LayerRecord, RunRecord, SiteRecord, TunedBlock
+from optq.record import (
+    BlockRecord,
+    Found,
+    LayerRecord,
+    RunRecord,
+    SiteRecord,
+    TunedBlock,
+)
+from optq.recording import grids, layer_record, smoothing_of
 from optq.solving import Outcome, Solving, in_turn, together
 from optq.tuning import Tuner
 
-BINS = 16  # of a histogram of codes, at most
 BATCH_TOKENS = 4096  # of one coroutine: enough to keep matrix products busy
 
 
@@ -83,8 +90,12 @@ class Quantization:
         self.sites: list[SiteRecord] = []
         self.tuned: TunedBlock | None = None
         self.restoring = False  # the current block is finished already
+        self.smoother: Smoother | None = None
+        if isinstance(quantizer, SmoothQuant):
+            self.smoother = Smoother(quantizer, names, ranks)
         every = [layer for block in blocks for layer in block.layers]
         self.layers = {names[f"{x.name}.weight"].removesuffix(".weight"): x for x in every}
+        self.places = {on_disk: name for name, on_disk in names.items()}
         self.seconds = dict.fromkeys(("forward", "hessian", "factor", "solve", "write"), 0.0)
 
     def calibrate(
@@ -102,6 +113,7 @@ class Quantization:
         weights = Weights(self.model, self.blocks, activations.device, self.keep, self.shards)
         then = self.solve, self.done, self.solving.qep is not None, activations, self.restore
         flow = Flow(self.model, self.blocks, batches, weights, *then, self.ranks, together)
+        flow.smoother = self.smoother
         if tuner is not None:
             flow.tune = partial(self.tune, tuner)
         flow.run()
@@ -126,11 +138,16 @@ class Quantization:
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
             self.solved[name] = part, of_layer(self.scheme, layer)
-            records.append(_record(site, layer, part, energy, outcome, sum(rows)))
+            records.append(layer_record(site, layer, part, energy, outcome, sum(rows)))
         self.records += records
         first = site.layers[0].name
         self.sites.append(
-            SiteRecord(site=first, layers=[x.name for x in site.layers], diagonal=outcome.diagonal)
+            SiteRecord(
+                site=first,
+                layers=[x.name for x in site.layers],
+                diagonal=outcome.diagonal,
+                smoothing=smoothing_of(site),
+            )
         )
         for stage, seconds in outcome.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
@@ -182,11 +199,18 @@ class Quantization:
         self.restoring = found is not None
         if found is None:
             return None
-        return ((self.layers[name], weight.weight) for name, weight in found)
+        layers, changed = found
+        for name, tensor in changed.items():
+            parameter = self.model.get_parameter(self.places[name])
+            parameter.data = tensor.to(parameter.device)
+        return ((self.layers[name], weight.weight) for name, weight in layers)
 
     def _read_back(self) -> Any:
         found = self.sink.restored()
-        return found if found is None or self.ranks.size == 1 else list(found)
+        if found is None or self.ranks.size == 1:
+            return found
+        layers, changed = found
+        return list(layers), changed
 
     def done(self, block: Block, error: float | None) -> None:
         """A block that no batch needs any more is handed on; ``error`` as :class:`BlockRecord`."""
@@ -200,7 +224,8 @@ class Quantization:
         ]
         left = BlockRecord(block=block.name, error=error)
         found = Found(block=left, layers=records, sites=self.sites, tuned=self.tuned)
-        self.sink.commit(self.solved, found)
+        changed = self.smoother.changed if self.smoother else {}
+        self.sink.commit(self.solved, found, {self.names[n]: x for n, x in changed.items()})
         self.solved, self.records, self.sites, self.tuned = {}, [], [], None
         self.seconds["write"] += time.perf_counter() - start
 
@@ -210,6 +235,11 @@ def names_on_disk(
 ) -> dict[str, str]:
     """The names on disk of the model's tensors. Refuses a layer that cannot be written."""
     names = disk_names(model, checkpoint.files)
+    if quantizer.scheme().abits is not None and (bank := next(_banks(blocks), None)):
+        raise SettingError(
+            f"{bank.name} are experts, whose activations cannot be quantized yet",
+            f"leave them dense: --skip '{bank.name.rpartition('.')[2]}'",
+        )
     check_layers(form, blocks, quantizer.scheme())
     for layer in (layer for block in blocks for layer in block.layers):
         if f"{layer.name}.weight" not in names:
@@ -217,6 +247,10 @@ def names_on_disk(
                 f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"
             )
     return names
+
+
+def _banks(blocks: list[Block]) -> Iterator[Bank]:
+    return (bank for block in blocks for bank in block.banks)
 
 
 def record_of(work: Quantization, sink: Kept, **told: Any) -> RunRecord:
@@ -233,45 +267,4 @@ def record_of(work: Quantization, sink: Kept, **told: Any) -> RunRecord:
         blocks=[found.block for found in sink.found],
         tuned=[found.tuned for found in sink.found if found.tuned],
         **told,
-    )
-
-
-def grids(weight: QuantizedWeight) -> dict[str, Any]:
-    """What a layer's record says of its codes and scales."""
-    counts = torch.bincount(weight.codes.flatten(), minlength=2**weight.wbits)
-    ends = (counts[0] + counts[-1]).item() / weight.codes.numel()
-    bins = min(len(counts), BINS)
-    low, high = weight.scales.aminmax()
-    return {
-        "histogram": counts.view(bins, -1).sum(1).tolist(),
-        "at_ends": ends,
-        "scale_min": low.item(),
-        "scale_max": high.item(),
-    }
-
-
-def _record(
-    site: Site, layer: Layer, part: Solution, energies: Tensor, outcome: Outcome, site_rows: int
-) -> LayerRecord:
-    rows, cols = layer.shape
-    error, energy = total(part.error), total(energies)
-    return LayerRecord(
-        name=layer.name,
-        block=site.block.name,
-        site=site.layers[0].name,
-        rows=rows,
-        cols=cols,
-        wbits=part.wbits,
-        error=error,
-        relative_error=error / energy if energy else 0.0,
-        rtn_error=total(part.rtn_error),
-        damp=outcome.damp,
-        seconds=sum(outcome.seconds.values()) * rows / site_rows,
-        damp_tries=outcome.damp_tries,
-        dead_columns=outcome.dead_columns,
-        fallback_rows=int(part.fell_back.sum()),
-        tokens=outcome.tokens,
-        borrowed=outcome.borrowed,
-        calls=layer.calls,
-        **grids(part),
     )

@@ -56,6 +56,20 @@ class LayerRecord(Recorded):
     scale_max: float | None = None
 
 
+class SmoothingRecord(Recorded):
+    """What became of a site whose activations are quantized.
+
+    ``alpha`` is the strength of smoothing (None: none was best), ``error`` that of its product in
+    8 bits, relative to its output, on a sample; ``plain_error`` the same without smoothing. A site
+    that cannot be smoothed has ``unsmoothed``, the reason, alone.
+    """
+
+    alpha: float | None = None
+    error: float | None = None
+    plain_error: float | None = None
+    unsmoothed: str | None = None
+
+
 class SiteRecord(Recorded):
     """The layers that read one input, by their first, and ``diagonal``: of its Hessian.
 
@@ -65,6 +79,7 @@ class SiteRecord(Recorded):
     site: str
     layers: list[str]
     diagonal: list[float]
+    smoothing: SmoothingRecord | None = None  # where activations are quantized
 
 
 class BlockRecord(Recorded):
@@ -89,6 +104,19 @@ def without_tokens(layers: list[LayerRecord]) -> str | None:
         f" {worst.dead_columns} of {worst.cols}: those weights are rounded."
         " More, or more varied, text would reach them"
     )
+
+
+def unsmoothed(sites: list[SiteRecord]) -> str | None:
+    """A word about sites whose activations could not be smoothed, by the ends of their names."""
+    why: dict[str, dict[str, None]] = {}
+    for site in sites:
+        if site.smoothing is not None and site.smoothing.unsmoothed is not None:
+            ends = (name.rpartition(".")[2] for name in site.layers)
+            why.setdefault(site.smoothing.unsmoothed, {}).update(dict.fromkeys(ends))
+    if not why:
+        return None
+    parts = (f"{', '.join(names)} ({reason})" for reason, names in why.items())
+    return f"read in 8 bits and not smoothed: {'; '.join(parts)}"
 
 
 class Choice(Recorded):

@@ -28,7 +28,7 @@ from optq.data.calibration import tokens_for
 from optq.data.given import described, given
 from optq.data.text import Text
 from optq.errors import NumericsError, SettingError
-from optq.formats import FORMATS
+from optq.formats import form_of
 from optq.formats.journal import Journal, settings
 from optq.formats.notices import notices
 from optq.formats.place import place_of
@@ -44,7 +44,7 @@ from optq.model.shards import open_model
 from optq.plan import Plan, Skeleton, calibration_size, make_plan
 from optq.quantize import Progress, Quantization, names_on_disk, record_of
 from optq.ranks import Ranks, together
-from optq.record import Times, without_tokens
+from optq.record import Times, unsmoothed, without_tokens
 from optq.result import Result
 from optq.stages import solve_blocks, tune_scales
 from optq.tune import Tune
@@ -67,7 +67,8 @@ class Runner:
     each block that is tuned, ``tuning(step, steps, divergence)`` as :func:`optq.distill.distill`
     says, ``reading(done, total)`` with the windows drawn from ``c4``, ``notice`` with what a person
     should know; ``head`` quantizes the output head too, to so many bits, 8 or 4, and ``untie``
-    parts it from embeddings that are the head.
+    parts it from embeddings that are the head; ``format`` is gptq, or compressed-tensors where
+    activations are quantized (:class:`optq.core.smoothquant.SmoothQuant`), unless another is named.
     """
 
     model_config: ModelConfig
@@ -78,7 +79,7 @@ class Runner:
     nsamples: int = 128
     seqlen: int | None = None
     seed: int = 0
-    format: str = "gptq"
+    format: str | None = None
     skip: str | None = None
     chat: bool = False
     force: bool = False
@@ -140,11 +141,19 @@ class Runner:
         if self.head is not None and isinstance(self.quantizer, Mixed):
             cause = f"the widths within {self.quantizer.flag} are those of the blocks' layers"
             raise SettingError(cause, "leave out --head")
-        if self.format not in FORMATS:
+        layer = self.quantizer.scheme()
+        if layer.abits is not None:
+            self._check_activations()
+        return form_of(self.format, layer)
+
+    def _check_activations(self) -> None:
+        """Refuse what was never tried with activations that are quantized."""
+        flags = {"--qep": self.qep, "--tune": self.tune, "--head": self.head}
+        if given := [flag for flag, value in flags.items() if value]:
             raise SettingError(
-                f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
+                f"{given[0]} is for weights alone, and activations are to be quantized too",
+                f"leave out {given[0]}, or --abits",
             )
-        return FORMATS[self.format]
 
     def _run(
         self,
@@ -193,8 +202,9 @@ class Runner:
             tune=asdict(tune) if self.tune else None,
             distilled=distilled,
         )
-        if blind := without_tokens(record.layers):
-            self.notice(blind)
+        for line in (without_tokens(record.layers), unsmoothed(record.sites)):
+            if line:
+                self.notice(line)
         finishing = time.perf_counter()
         rest = left_over(checkpoint, names, model, blocks, sink.layers)
 
@@ -285,7 +295,7 @@ class Runner:
             qep=None if qep is None else asdict(qep),
             # The scales come after the blocks, which are the same whatever becomes of them.
             tune=tune and asdict(tune) | {"seed": self.seed},
-            format=self.format,
+            format=self._form().name,
             skip=self.skip,
             head=self.head,
             dtype=self.model_config.dtype,

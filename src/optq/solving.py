@@ -172,7 +172,10 @@ def portions(site: Site, rows: slice) -> list[slice]:
 
 
 def stacked(site: Site, some: slice) -> Tensor:
-    """These rows of the site's layers, one below the other, and no copy of the others."""
+    """These rows of the site's layers, one below the other, and no copy of the others.
+
+    Smoothed, where the site is.
+    """
     parts, first = [], 0
     for layer in site.layers:
         part = layer.weight[max(some.start - first, 0) : max(some.stop - first, 0)]
@@ -183,7 +186,11 @@ def stacked(site: Site, some: slice) -> Tensor:
                 "copy the model again, or train it again",
             )
         parts.append(part)
-    return torch.cat(parts)
+    weight = torch.cat(parts)
+    if site.scales is None:
+        return weight
+    wide = torch.promote_types(weight.dtype, torch.float32)  # scaled, it is not rounded once more
+    return (weight.double() * site.scales).to(wide)
 
 
 def _aim(

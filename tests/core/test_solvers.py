@@ -20,6 +20,7 @@ from optq.core.obq import OBQ
 from optq.core.order import sweep_order
 from optq.core.problem import Problem
 from optq.core.rtn import RTN
+from optq.core.smoothquant import SmoothQuant
 from optq.core.solution import Solution
 from optq.core.weight import LayerScheme
 
@@ -218,6 +219,9 @@ def test_a_problem_is_made_once():
 def test_every_method_is_a_solver_with_a_scheme():
     for name, method in METHODS.items():
         assert method.__name__.lower() == name
+        if method is SmoothQuant:
+            assert method(8).scheme() == LayerScheme(8, -1, True, abits=8)
+            continue
         assert method(3, 32, False).scheme() == LayerScheme(3, 32, False)
     assert GPTQ.plain(4, 32, actorder=True).scheme().actorder
     assert not GPTQ.plain(4, -1, actorder=True).scheme().actorder

@@ -255,7 +255,7 @@ def test_configs_that_are_read():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (settings(format="int-quantized"), "kept as int-quantized"),
+        (settings(format="naive-quantized"), "kept as naive-quantized"),
         (settings(format=None), "kept as None"),
         (settings(quantization_status="initialized"), "quantization_status is initialized"),
         (settings(kv_cache_scheme={"num_bits": 8}), "has a kv_cache_scheme"),

@@ -42,7 +42,11 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
 def compare(
     model: Model,
     methods: Annotated[
-        str, typer.Option(help="Of rtn, plain (the paper's), no-qep, gptq, best (tuned).")
+        str,
+        typer.Option(
+            help="Of rtn, plain (the paper's), no-qep, gptq, best (tuned); of 8-bit activations"
+            " w8a8, smoothquant, llm-int8."
+        ),
     ] = "rtn,plain,no-qep,gptq",
     wbits: Annotated[str, typer.Option(help="Of 2, 3, 4, 8.")] = "4,3,2",
     bits_per_weight: Annotated[
@@ -60,6 +64,9 @@ def compare(
     results: Annotated[
         Path, typer.Option(help="Rows that are done: the same command goes on from them.")
     ] = Path("optq-compare.jsonl"),
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Tokens per second too, from packed weights.")
+    ] = False,
     chart: Annotated[Path | None, typer.Option(help="An SVG to draw.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -93,6 +100,7 @@ def compare(
             seed,
             skip,
             () if bits_per_weight is None else words("--bits-per-weight", bits_per_weight, float),
+            speed=speed,
         )
         rows = [asdict(row) for row in comparison.run(results, bar)]
     if groupsize is None:

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from optq.cli import imports
+from optq.cli import imports, llm_int8
 from optq.cli.app import app, print_json, refuse_given, reports, say, size
 from optq.cli.options import FORMATS_HELP, NSAMPLES, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.cli.solver import (
-    DEFAULT_GROUPSIZE,
     DEFAULT_WBITS,
     fitting_groupsize,
     solver_of,
@@ -25,8 +24,17 @@ from optq.errors import SettingError
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    method: Annotated[str, typer.Option(help="gptq, rtn (round to nearest) or obq.")] = "gptq",
+    method: Annotated[
+        str, typer.Option(help="gptq, rtn (round to nearest), obq, smoothquant or llm-int8.")
+    ] = "gptq",
     wbits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. Default: 4.")] = None,
+    abits: Annotated[
+        int | None, typer.Option(help="Activations too, in 8 bits: the default of smoothquant.")
+    ] = None,
+    alpha: Annotated[
+        str | None,
+        typer.Option(help="Of smoothquant, 0 to 1, or off. Default: searched at each site."),
+    ] = None,
     bits_per_weight: Annotated[
         float | None,
         typer.Option(help="Each layer its own width: so many in the mean, as stored, 3.25 say."),
@@ -95,7 +103,12 @@ def quantize(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = None,
-    file_format: Annotated[str, typer.Option("--format", help=f"{FORMATS_HELP}.")] = "gptq",
+    file_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help=f"{FORMATS_HELP}. Default: gptq; with --abits compressed-tensors."
+        ),
+    ] = None,
     activation_memory: Annotated[
         str | None,
         typer.Option(
@@ -115,6 +128,24 @@ def quantize(
     """Quantize MODEL and write the checkpoint OUT."""
     from optq.report import live, said, steps, tables
 
+    if method == "llm-int8":
+        unused = {
+            "wbits": None if wbits == 8 else wbits,
+            "abits": None if abits == 8 else abits,
+            "sym": None if sym else False,
+            "nsamples": None if nsamples == NSAMPLES else nsamples,
+            "format": file_format,
+            "size": in_all,
+            **{"alpha": alpha, "bits_per_weight": bits_per_weight, "groupsize": groupsize},
+            **{"plain": plain or None, "fast": fast or None, "best": best or None},
+            **{"actorder": actorder, "static_groups": static_groups, "mse": mse},
+            **{"polish": polish, "percdamp": percdamp, "qep": qep, "tune": tune, "calib": calib},
+            **{"seqlen": seqlen, "seed": seed or None, "chat": chat or None, "head": head},
+            **{"untie": untie or None, "activation_memory": activation_memory},
+            **{"restart": restart or None, "dry_run": dry_run or None},
+        }
+        llm_int8.run(model, out, device, dtype, skip, force, as_json, unused)
+        return
     with live.quantizing(reports()) as told:
         imports.load()
         from optq.config import ModelConfig
@@ -126,7 +157,6 @@ def quantize(
         config, skeleton = ModelConfig(model, device, dtype), None
         options = {"sym": sym, "mse": mse, "percdamp": percdamp, "polish": polish}
         options |= {"actorder": actorder, "static_groups": static_groups}
-        asked = DEFAULT_GROUPSIZE if groupsize is None else groupsize
         budget = {"bits_per_weight": bits_per_weight, "size": size("--size", in_all)}
         if sum((plain, fast, best)) > 1:
             raise SettingError(
@@ -139,14 +169,21 @@ def quantize(
             raise SettingError("--fast leaves out what --qep asks for", "choose one of them")
         if best and tune is None:
             tune = "model"
-        quantizer = solver_of(method, wbits, budget, asked, plain, options)
+        activations = abits, alpha
+        quantizer = solver_of(method, wbits, budget, groupsize, plain, options, *activations)
+        weights_only = quantizer.scheme().abits is None
+        if not weights_only:
+            named = {"fast": fast or None, "best": best or None}
+            refuse_given(named, "a run with --abits", "leave it out")
+        file_format = file_format or ("gptq" if weights_only else "compressed-tensors")
         if groupsize is None or dry_run:
             checkpoint = with_own_head(config.plain_checkpoint(not dry_run), head, untie)
             skeleton = Skeleton.of(checkpoint, skip, head)
-        if groupsize is None and skeleton:
+        if groupsize is None and weights_only and skeleton:
             quantizer = replace(quantizer, groupsize=fitting_groupsize(skeleton.blocks))
         if qep is None:
-            qep = method == "gptq" and not (plain or fast) and BEST[wbits or DEFAULT_WBITS].qep
+            usual = method == "gptq" and weights_only and not (plain or fast)
+            qep = usual and BEST[wbits or DEFAULT_WBITS].qep
         memory = size("--activation-memory", activation_memory)
         calib = ("demo" if config.is_demo else "c4") if calib is None else calib
         runner = Runner(
@@ -177,6 +214,7 @@ def quantize(
         plan = runner.plan(skeleton)
         facts = {"model": model, "out": str(out), "method": method, "qep": bool(qep), "head": head}
         facts["tune"] = tune
+        facts |= {"groupsize": quantizer.groupsize, "sym": quantizer.sym}
         settings = {"format": file_format} | facts | asdict(quantizer)
         print_json(settings | plan.told()) if as_json else tables.planned(plan)
         plan.check(out)
@@ -185,7 +223,7 @@ def quantize(
         return
     if not reports():
         return
-    if groupsize is None:
+    if groupsize is None and weights_only:
         tell_groupsize(quantizer.groupsize)
     made, tuned, distilled = result.record.calibration, result.record.tuned, result.record.distilled
     if as_json:
@@ -197,6 +235,8 @@ def quantize(
             "wbits": None,
             "actorder": False,
             "percdamp": None,
+            "groupsize": quantizer.groupsize,
+            "sym": quantizer.sym,
         }
         settings |= asdict(quantizer)
         sizes = {"bits_per_weight": result.bits_per_weight, "bytes": result.bytes}
@@ -221,6 +261,7 @@ def quantize(
             "error": (f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0")
             + (", before it was tuned" if tune else ""),
             **said.short_of_tokens([layer.model_dump() for layer in result.layers]),
+            **said.smoothed(result.record.sites),
             **said.held(result.activations),
             **said.tuned(tuned, distilled),
             "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",

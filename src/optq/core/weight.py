@@ -18,6 +18,7 @@ class LayerScheme:
     groupsize: int
     sym: bool
     actorder: bool = False  # groups follow the order of quantization, not of the columns
+    abits: int | None = None  # of the activations it reads, each token with a scale of its own
 
 
 @dataclass(frozen=True)

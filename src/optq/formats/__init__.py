@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.errors import ModelError, OtherMethodError
+from optq.core.weight import LayerScheme
+from optq.errors import ModelError, OtherMethodError, SettingError
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
+from optq.formats.int_quantized import INT_QUANTIZED
 from optq.formats.scheme import Detected, Format
 from optq.model.checkpoint import Checkpoint, read_settings
 
 FORMATS: dict[str, Format] = {row.name: row for row in (GPTQ_V1, GPTQ_V2, COMPRESSED_TENSORS)}
+# What the same name stands for where activations are quantized too.
+WITH_ACTIVATIONS: dict[str, Format] = {COMPRESSED_TENSORS.name: INT_QUANTIZED}
 REMEDY = f"give a plain model, or one in {', '.join(FORMATS)}"
 PLAIN = (
     "give the plain model; or load it in transformers with its quantization config's"
@@ -32,7 +36,8 @@ def detect(checkpoint: Checkpoint) -> Detected | None:
     """
     settings, scheme = quantization(checkpoint), None
     if settings is not None:
-        scheme = next(filter(None, (form.detect(settings) for form in FORMATS.values())), None)
+        forms = (*FORMATS.values(), *WITH_ACTIVATIONS.values())
+        scheme = next(filter(None, (form.detect(settings) for form in forms)), None)
         if scheme is None:
             unnamed = "bitsandbytes" if "load_in_4bit" in settings else "an unnamed method"
             method = settings.get("quant_method", unnamed)
@@ -50,6 +55,18 @@ def detect(checkpoint: Checkpoint) -> Detected | None:
     raise OtherMethodError(
         f"{what} is of a quantized model, and config.json does not say how", REMEDY
     )
+
+
+def form_of(name: str | None, layer: LayerScheme) -> Format:
+    """The format that users call ``name``, for layers of this scheme; None: the usual one.
+
+    Raises ``SettingError`` for a name that none has.
+    """
+    usual = GPTQ_V1 if layer.abits is None else COMPRESSED_TENSORS
+    name = usual.name if name is None else name
+    if name not in FORMATS:
+        raise SettingError(f"the format {name} is unknown", f"choose {' or '.join(FORMATS)}")
+    return (WITH_ACTIVATIONS if layer.abits is not None else {}).get(name, FORMATS[name])
 
 
 def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:

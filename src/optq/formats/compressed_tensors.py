@@ -29,6 +29,7 @@ from optq.core.weight import LayerScheme, QuantizedWeight, group_index
 from optq.errors import ModelError, SettingError
 from optq.formats.config_groups import (
     HEAD,
+    INTEGERS,
     PACKED,
     groups_of,
     matches,
@@ -49,6 +50,7 @@ from optq.formats.scheme import (
 )
 from optq.model.checkpoint import TOGETHER
 
+COMPRESSED = "compressed-tensors"
 RELEASE = "0.20.0"  # of the package compressed-tensors whose layout this is
 
 
@@ -56,9 +58,11 @@ RELEASE = "0.20.0"  # of the package compressed-tensors whose layout this is
 class CompressedTensorsFormat(Format):
     """The one layout of compressed-tensors that holds integer codes of 2, 3, 4 or 8 bits."""
 
-    name: str = "compressed-tensors"
+    name: str = COMPRESSED
     suffixes: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
     optional: tuple[str, ...] = ("weight_zero_point", "weight_g_idx")
+    kind: str = PACKED  # what the config calls it
+    other: str = INTEGERS  # which is not read here
 
     def check(
         self, name: str, rows: int, columns: int, layer: LayerScheme, conv1d: bool = False
@@ -81,7 +85,7 @@ class CompressedTensorsFormat(Format):
         groupsize = -1 if layer.groups == 1 else layer.width
         scheme = LayerScheme(layer.wbits, groupsize, sym, not layer.consecutive)
         self.check("the layer", layer.rows, layer.cols, scheme)
-        dtype = _scale_dtype(dtype)
+        dtype = scale_dtype(dtype)
         tensors = {
             "weight_packed": _pack(layer.codes, layer.wbits),
             "weight_scale": layer.scales.to(dtype).contiguous(),
@@ -103,7 +107,7 @@ class CompressedTensorsFormat(Format):
         words = torch.empty(rows, _words(columns, layer.wbits), dtype=torch.int32, device="meta")
         tensors = {
             "weight_packed": words,
-            "weight_scale": words.new_empty(rows, groups, dtype=_scale_dtype(dtype)),
+            "weight_scale": words.new_empty(rows, groups, dtype=scale_dtype(dtype)),
             "weight_shape": words.new_empty(2, dtype=torch.int64),
         }
         zeros = words.new_empty(_words(rows, layer.wbits), groups)
@@ -159,8 +163,8 @@ class CompressedTensorsFormat(Format):
         if has_drafts(layers, outside) and not any("mtp" in name for name in layers):
             ignore.append("re:.*mtp.*")
         return {
-            "quant_method": self.name,
-            "format": PACKED,
+            "quant_method": COMPRESSED,
+            "format": self.kind,
             "quantization_status": "compressed",
             "version": RELEASE,
             "ignore": ignore,
@@ -170,15 +174,15 @@ class CompressedTensorsFormat(Format):
         }
 
     def detect(self, settings: dict[str, Any]) -> Detected | None:
-        if settings.get("quant_method") != self.name:
+        if settings.get("quant_method") != COMPRESSED or settings.get("format") == self.other:
             return None
-        refuse_other_kinds(settings)
+        refuse_other_kinds(settings, self.kind)
         groups = settings.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise ModelError("the quantization_config has no config_groups", TOGETHER)
         schemes: dict[str, LayerScheme] = {}
         for title, group in groups.items():
-            layer = scheme_of(title, group)
+            layer = scheme_of(title, group, self.kind)
             targets = patterns_in(f"the targets of {title}", group.get("targets"))
             schemes |= dict.fromkeys(targets, layer)
         ignore = patterns_in("ignore", settings.get("ignore") or [])
@@ -193,7 +197,7 @@ class CompressedTensorsFormat(Format):
         return Detected(self, layer_of)
 
 
-def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype  # the widest that readers know
 
 

@@ -12,8 +12,9 @@ from optq.formats.scheme import EXPERT, Schemes, heads_of
 from optq.model.checkpoint import TOGETHER
 
 PACKED = "pack-quantized"
+INTEGERS = "int-quantized"  # codes as int8, activations quantized too
 HEAD = "lm_head"  # what readers look for
-OTHER_KIND = "give a checkpoint of integer weights alone, format pack-quantized"
+OTHER_KIND = "give a checkpoint of integer weights, format pack-quantized or int-quantized"
 # Early releases (0.5) left "frozen" in the config of files that are compressed.
 STATUSES = ("compressed", "frozen")
 
@@ -56,14 +57,30 @@ def _group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:
             "observer_kwargs": {},
             "block_structure": None,
         },
-        "input_activations": None,
+        "input_activations": None if layer.abits is None else _by_token(layer.abits),
         "output_activations": None,
-        "format": PACKED,
+        "format": PACKED if layer.abits is None else INTEGERS,
     }
 
 
-def refuse_other_kinds(settings: dict[str, Any]) -> None:
-    if settings.get("format") != PACKED:
+def _by_token(abits: int) -> dict[str, Any]:
+    """Each token with a scale that is found when it is read."""
+    return {
+        "num_bits": abits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+        "actorder": None,
+        "observer": None,
+        "observer_kwargs": {},
+        "block_structure": None,
+    }
+
+
+def refuse_other_kinds(settings: dict[str, Any], kind: str = PACKED) -> None:
+    if settings.get("format") != kind:
         raise OtherMethodError(f"the weights are kept as {settings.get('format')}", OTHER_KIND)
     status = settings.get("quantization_status")
     if status not in STATUSES:
@@ -74,13 +91,16 @@ def refuse_other_kinds(settings: dict[str, Any]) -> None:
             raise OtherMethodError(f"the checkpoint has a {key}", OTHER_KIND)
 
 
-def scheme_of(title: str, group: Any) -> LayerScheme:
+def scheme_of(title: str, group: Any, kind: str = PACKED) -> LayerScheme:
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise OtherMethodError(f"{title} does not say how weights are quantized", OTHER_KIND)
+    activations = group.get("input_activations")
     for key in ("input_activations", "output_activations"):
-        if group.get(key) is not None:
-            raise OtherMethodError(f"{title} quantizes {key.replace('_', ' ')}", OTHER_KIND)
-    if group.get("format") not in (None, PACKED):
+        known = kind == INTEGERS and key == "input_activations" and _is_by_token(activations)
+        if group.get(key) is not None and not known:
+            how = " in another way than by token in 8 bits" if kind == INTEGERS else ""
+            raise OtherMethodError(f"{title} quantizes {key.replace('_', ' ')}{how}", OTHER_KIND)
+    if group.get("format") not in (None, kind):
         raise OtherMethodError(f"{title} keeps weights as {group['format']}", OTHER_KIND)
     weights = {"type": "int", "symmetric": True} | group["weights"]
     for key, wanted in (
@@ -100,7 +120,17 @@ def scheme_of(title: str, group: Any) -> LayerScheme:
         raise ModelError(f"{title} has a {weights['strategy']} of {groupsize} columns", TOGETHER)
     # "dynamic" was a second name of "group", "static" is one of "weight".
     actorder = grouped and weights.get("actorder") in ("group", "dynamic")
-    return LayerScheme(weights["num_bits"], groupsize, weights["symmetric"], actorder)
+    abits = None if activations is None else activations["num_bits"]
+    return LayerScheme(weights["num_bits"], groupsize, weights["symmetric"], actorder, abits)
+
+
+def _is_by_token(activations: Any) -> bool:
+    """Whether they are 8-bit integers, symmetric, with a scale to each token that it brings."""
+    if not isinstance(activations, dict):
+        return False
+    told = {"type": "int", "symmetric": True, "dynamic": False} | activations
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return all(told.get(key) == value for key, value in wanted.items())
 
 
 def of_experts(settings: dict[str, Any]) -> LayerScheme:

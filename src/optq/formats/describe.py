@@ -49,6 +49,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "group_size": common.groupsize,
             "sym": common.sym,
             "desc_act": common.actorder,
+            **({} if common.abits is None else {"activation_bits": common.abits}),
         }
     what |= {
         "other_schemes": len(schemes) - 1,
@@ -79,7 +80,8 @@ def weights(checkpoint: Checkpoint) -> tuple[int, int]:
     for name in quantized_layers(checkpoint):
         scheme = found.layer(name)
         codes = next(f"{name}.{part}" for part in found.form.parts if f"{name}.{part}" in packed)
-        count += checkpoint.layout[codes].numel() * 32 // scheme.wbits if scheme else 0
+        words = checkpoint.layout[codes]
+        count += words.nbytes * 8 // scheme.wbits if scheme else 0
     config = checkpoint.config()
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     size = 4 if dtype.endswith("float32") else 2

@@ -45,6 +45,7 @@ class Done(BaseModel):
     found: Found | None  # None: layers of an export
     bytes: int  # as encoded, and how many weights that is
     weights: int
+    plain: list[str] = []  # of the names: tensors that are no layer's, other than the source's
 
 
 class Journal:

@@ -40,7 +40,8 @@ def load_checkpoint(checkpoint: Checkpoint, device: torch.device = CPU) -> Any:
 
     model = load_model(checkpoint, prepare)
     for name in names:
-        fill(model, places[name], name, read_layer(checkpoint, name, scheme).to(device))
+        weight, layer = read_layer(checkpoint, name, scheme).to(device), scheme.layer(name)
+        fill(model, places[name], name, weight, layer.abits if layer else None)
     return model.to(device)
 
 
@@ -50,7 +51,7 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
     names: dict[str, None] = {}
     for part in checkpoint.files:
         name, _, suffix = part.rpartition(".")
-        if suffix in form.parts:
+        if suffix in form.parts and suffix != "weight":  # which any module has
             names[name] = None
     if not names:
         raise ModelError(
@@ -62,7 +63,7 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
                 raise ModelError(
                     f"{checkpoint.folder} lacks {name}.{suffix}", "copy the model again"
                 )
-        if f"{name}.weight" in checkpoint.files:
+        if f"{name}.weight" in checkpoint.files and "weight" not in form.parts:
             raise ModelError(
                 f"{checkpoint.folder} has {name}.weight beside its codes", "copy the model again"
             )

@@ -21,6 +21,7 @@ from optq.formats.config_groups import of_experts
 from optq.formats.gguf import begun
 from optq.formats.gguf_blocks import misfits
 from optq.formats.gguf_settings import FAMILIES
+from optq.formats.int_quantized import INT_QUANTIZED
 from optq.formats.notices import (
     GROUPS,
     experts_in_transformers,
@@ -157,6 +158,8 @@ def _transformers(packed: _Packed) -> Answer:
     why = why or widths_in_transformers(form, {each.wbits for each in experts})
     if why or (packed.head and (why := head_in_transformers(form))):
         return False, why
+    if form is INT_QUANTIZED:
+        return True, "reads it with the package compressed-tensors, and rounds activations"
     if form is not COMPRESSED_TENSORS:
         if len(packed.schemes) > 1:
             return None, "was not tried with gptq layers of several kinds (dynamic rules)"
@@ -181,6 +184,8 @@ def _vllm(packed: _Packed) -> Answer:
     gptq = packed.form is not COMPRESSED_TENSORS
     if why := _in_servers(packed):
         return False, why
+    if packed.form is INT_QUANTIZED:
+        return True, "multiplies 8-bit weights and activations as integers"
     if gptq and (other := [each for each in packed.schemes if not _is_plain(each)]):
         why = f"takes 4 and 8 bits, symmetric, from gptq, not {_called(other[0])}"
         whole = packed.turned or any(each.actorder for each in packed.schemes)
@@ -206,6 +211,8 @@ def _sglang(packed: _Packed) -> Answer:
         return False, why
     if packed.turned:
         return None, "was not tried with quantized Conv1D layers"
+    if packed.form is INT_QUANTIZED:
+        return True, "multiplies 8-bit weights and activations as integers"
     if packed.form is COMPRESSED_TENSORS:
         if few := [each.wbits for each in packed.schemes if each.wbits not in (4, 8)]:
             return False, f"takes 4 and 8 bits from compressed-tensors, not {min(few)}"

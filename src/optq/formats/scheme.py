@@ -61,6 +61,12 @@ class Format(ABC):
         self, name: str, rows: int, columns: int, layer: LayerScheme, conv1d: bool = False
     ) -> None:
         """Refuse a layer that this format, or its readers, cannot hold. Raises ``SettingError``."""
+        if layer.abits is not None and "weight" not in self.suffixes:
+            raise SettingError(
+                f"{self.name} says nothing of activations, and {name} reads them in"
+                f" {layer.abits} bits",
+                "quantize with --format compressed-tensors",
+            )
         if layer.groupsize != -1 and columns % layer.groupsize:
             raise SettingError(
                 f"groupsize {layer.groupsize} does not divide the {columns} columns of {name}",

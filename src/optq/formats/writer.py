@@ -32,35 +32,50 @@ SHARD_BYTES = 2**29  # at most, but for a tensor that has more
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+# Layers by name on disk, and other tensors.
+Restored = tuple[Iterator[tuple[str, QuantizedWeight]], dict[str, Tensor]]
+
+
 class Kept:
     """Encoded layers, kept in memory for a :class:`Writer` to come; ``dtype`` is the model's."""
 
     def __init__(self, form: Format, dtype: torch.dtype) -> None:
         self.form, self.dtype = form, dtype
         self.layers: dict[str, LayerScheme] = {}  # by name on disk
+        self.plain: set[str] = set()  # names of tensors that are no layer's, and new
         self.found: list[Found] = []
         self.bytes = self.weights = 0  # as encoded, and how many weights that is
         self.blocks: list[dict[str, Tensor]] = []
 
-    def commit(self, layers: Solved, found: Found | None = None) -> None:
-        """Take the solved layers of one block, by name on disk."""
+    def commit(
+        self, layers: Solved, found: Found | None = None, plain: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Take the solved layers of one block, by name on disk.
+
+        ``plain`` are tensors that are no layer's and have changed: norms that were smoothed.
+        """
         tensors = self._encode(layers)
+        beside = {name: tensor.cpu() for name, tensor in (plain or {}).items()}
         done = Done(
-            tensors=list(tensors),
+            tensors=[*tensors, *beside],
             layers={name: scheme for name, (_, scheme) in layers.items()},
             found=found,
             bytes=sum(tensor.nbytes for tensor in tensors.values()),
             weights=sum(weight.codes.numel() for weight, _ in layers.values()),
+            plain=[*beside],
         )
-        self._take_block(tensors, done)
+        self._take_block(tensors | beside, done)
         self._count(done)
 
     def finished(self) -> int:
         """How many blocks an earlier run has finished."""
         return 0
 
-    def restored(self) -> Iterator[tuple[str, QuantizedWeight]] | None:
-        """The layers of the next block, by name on disk, if an earlier run has finished it."""
+    def restored(self) -> Restored | None:
+        """The layers of the next block, by name on disk, if an earlier run has finished it.
+
+        And the tensors that have changed beside them.
+        """
         return None
 
     def solved(self) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -84,6 +99,8 @@ class Kept:
 
     def _decode(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, QuantizedWeight]]:
         for name in dict.fromkeys(part.rpartition(".")[0] for part in tensors):
+            if name not in self.layers:  # of a norm
+                continue
             parts = [suffix for suffix in self.form.parts if f"{name}.{suffix}" in tensors]
             own = {suffix: tensors[f"{name}.{suffix}"] for suffix in parts}
             yield name, self.form.decode(name, own, self.layers[name])
@@ -97,6 +114,7 @@ class Kept:
 
     def _count(self, done: Done) -> None:
         self.layers |= done.layers
+        self.plain |= {*done.plain}
         self.found += [done.found] if done.found else []
         self.bytes += done.bytes
         self.weights += done.weights
@@ -108,7 +126,9 @@ class Kept:
 class Dropped(Kept):
     """What a process has that neither writes nor keeps: another one does."""
 
-    def commit(self, layers: Solved, found: Found | None = None) -> None:
+    def commit(
+        self, layers: Solved, found: Found | None = None, plain: Mapping[str, Tensor] | None = None
+    ) -> None:
         pass
 
 
@@ -143,9 +163,18 @@ class Writer(Kept):
     def finished(self) -> int:
         return len(self.journal.done) if self.journal else 0
 
-    def restored(self) -> Iterator[tuple[str, QuantizedWeight]] | None:
+    def restored(self) -> Restored | None:
+        from safetensors import safe_open
+
         index, done = next(self._earlier, (0, None))
-        return None if done is None else self._layers_of(index, done)
+        if done is None:
+            return None
+        plain: dict[str, Tensor] = {}
+        if done.plain:
+            assert self.journal is not None
+            with safe_open(self.journal.file(index), "pt") as file:
+                plain = {name: file.get_tensor(name) for name in done.plain}
+        return self._layers_of(index, done), plain
 
     def _layers_of(self, index: int, done: Done) -> Iterator[tuple[str, QuantizedWeight]]:
         from safetensors import safe_open
@@ -161,7 +190,7 @@ class Writer(Kept):
 
     def take(self, kept: Kept) -> None:
         """Take all that a run has kept, in the place of commits."""
-        self.layers = kept.layers
+        self.layers, self.plain = kept.layers, kept.plain
         for tensors in kept.blocks:
             self._take(tensors)
 
@@ -173,7 +202,8 @@ class Writer(Kept):
         times: Callable[[], Times] | None = None,
     ) -> None:
         """Add all that is not quantized, and let the checkpoint appear."""
-        replaced = {*rest.replaced, *(f"{name}.weight" for name in self.layers)}
+        packed = (f"{name}.weight" for name in self.layers)
+        replaced = {*rest.replaced, *self.plain, *packed}
         names = [name for name in self.source.files if name not in replaced]
         size = self._total + sum(self.source.layout[name].nbytes for name in names)
         size += sum(tensor.nbytes for tensor in self._pending.values())
@@ -231,7 +261,8 @@ class Writer(Kept):
         assert self.journal is not None
         if done.tensors:
             self._shards.append((self.journal.file(index), done.tensors))
-            self._total += done.bytes
+            beside = sum(self.source.layout[name].nbytes for name in done.plain)
+            self._total += done.bytes + beside
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         size = sum(tensor.nbytes for tensor in (*self._pending.values(), *tensors.values()))

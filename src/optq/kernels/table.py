@@ -16,6 +16,7 @@ from optq.core.grid import BITS
 from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError
 from optq.kernels import cpu_int4, cpu_int8, triton_product
+from optq.kernels.int8_tokens import Int8TokensProduct
 from optq.kernels.product import Product
 from optq.kernels.reference import ReferenceProduct
 from optq.kernels.triton_product import TritonProduct
@@ -57,6 +58,20 @@ KERNELS = (
     Kernel("triton", ("cuda",), BITS, TENSOR_CORES, triton_product.takes, TritonProduct),
     Kernel("reference", ("cpu", "cuda"), BITS, DENSE, lambda weight: True, ReferenceProduct),
 )
+
+
+def build(weight: QuantizedWeight, dtype: torch.dtype, abits: int | None = None) -> Product:
+    """The product with a weight, by the kernel that :func:`pick` names.
+
+    Where activations are quantized too, to ``abits``, there is one kernel: what it computes is not
+    what the others do, so it has no row among them.
+    """
+    if abits is not None:
+        return Int8TokensProduct(weight, dtype)
+    kernel = pick(weight, dtype)
+    product = kernel.build(weight, dtype)
+    product.name = kernel.name
+    return product
 
 
 def pick(weight: QuantizedWeight, dtype: torch.dtype) -> Kernel:

@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from optq.core.smoothquant import Smoothing
 from optq.errors import ModelError, SettingError
 from optq.model.experts import Bank, bank_of, count_of, is_bank
 from optq.model.layer import Layer
@@ -46,6 +47,11 @@ class Site:
     bank: Bank | None = None
     experts: list[list[Layer]] = field(default_factory=list)
     let_go: bool = False  # nobody has the original weights any more
+    # Where activations are quantized: why they were not smoothed; else what was chosen, and the
+    # scales of the columns, which the layers' weights are multiplied by before they are solved.
+    unsmoothed: str | None = None
+    smoothing: Smoothing | None = None
+    scales: Tensor | None = None
 
 
 def find_blocks(model: Any, skip: str | None = None, head: int | None = None) -> list[Block]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -37,6 +38,7 @@ from optq.model.layer import Layer
 from optq.model.memory import trim
 from optq.model.others import Others
 from optq.model.sites import Sites
+from optq.model.smoothing import Smoother
 from optq.model.spread import Spread
 from optq.model.weights import Weights
 from optq.ranks import Ranks
@@ -74,11 +76,15 @@ class Flow:
     ranks: Ranks = field(default_factory=Ranks)
     together: Callable[[Site], int] = lambda site: 1
     tune: Callable[[Block, list[tuple[Passed, Passed]]], bool] | None = None
+    smoother: Smoother | None = None  # where activations are quantized
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0})
 
     def run(self) -> None:
         """Run to the end. On an error or Ctrl-C every paused batch is unwound before it leaves."""
-        self._sites = Sites(self.model, self.blocks)
+        smoother = self.smoother
+        source = () if smoother is None else (smoother.source,)
+        self._sites = Sites(self.model, self.blocks, *source)
+        watched = nullcontext() if smoother is None else smoother.hooks(self.blocks)
         self._held = self.activations or Activations(self.weights.device)
         self._held.shared = {id(buffer) for buffer in self.model.buffers()}
         self._finished: set[Block] = set()
@@ -88,7 +94,7 @@ class Flow:
             own = self.ranks.own(len(self.batches))
             for ids, first in [*zip(self.batches, firsts, strict=False)][own]:
                 everyone.append(Batch(self._forward, ids, first, kind))
-        with torch.no_grad(), self.weights.outside.on_device(), self._sites.hooks():
+        with torch.no_grad(), self.weights.outside.on_device(), self._sites.hooks(), watched:
             try:
                 self._advance(everyone)
                 self.weights.outside.let_go()
@@ -116,6 +122,8 @@ class Flow:
             )
         self.weights.fetch(block)
         self._sites.begin(block)
+        if self.smoother:
+            self.smoother.begin()
         self._advance([batch for batch in waiting if batch.kind == "scout"])
         self._sites.arrange(block)
         if (known := self.restore(block)) is not None:
@@ -125,6 +133,8 @@ class Flow:
                 layer.put(weight)
                 layer.solved = True
             self._sites.begin(block)  # there are no sites: batches run straight through
+        elif self.smoother:
+            self.smoother.look(block, self._sites.order)
         tunes = self.tune is not None and known is None and not block.head
         batches = [batch for batch in waiting if batch.kind != "scout"]
         for batch in batches:
@@ -137,6 +147,8 @@ class Flow:
                 # Else there is nothing to go by.
                 if self._twice:
                     self.weights.hold_originals(site.layers)
+                if self.smoother:
+                    self.smoother.smooth(site, here, self.weights.device)
                 self._solve(site, here)
                 for layer in site.layers:
                     layer.solved = True

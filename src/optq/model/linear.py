@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optq.core.weight import QuantizedWeight
 from optq.errors import ModelError
 from optq.kernels.product import Product
-from optq.kernels.table import pick
+from optq.kernels.table import build
 from optq.model.checkpoint import TOGETHER
 from optq.model.experts import PARTS, Bank, bank_of, is_bank
 from optq.model.names import disk_names
@@ -33,11 +33,9 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", empty)
         self.register_module("product", None)
 
-    def fill(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
-        """Hand the weight to the kernel that serves it best."""
-        kernel = pick(weight, dtype)
-        self.product = kernel.build(weight, dtype)
-        self.product.name = kernel.name
+    def fill(self, weight: QuantizedWeight, dtype: torch.dtype, abits: int | None = None) -> None:
+        """Hand the weight to the kernel that serves it best; ``abits``: of the activations."""
+        self.product = build(weight, dtype, abits)
 
     @property
     def weight(self) -> Tensor:
@@ -140,7 +138,9 @@ def make_room(model: Any, names_on_disk: list[str], tensors: Collection[str]) ->
     return places
 
 
-def fill(model: Any, place: str, name_on_disk: str, weight: QuantizedWeight) -> None:
+def fill(
+    model: Any, place: str, name_on_disk: str, weight: QuantizedWeight, abits: int | None = None
+) -> None:
     """Give the layer at ``place`` its weight. Raises :class:`ModelError` for another shape."""
     layer = model.get_submodule(place)
     if (weight.rows, weight.cols) != (layer.out_features, layer.in_features):
@@ -149,7 +149,7 @@ def fill(model: Any, place: str, name_on_disk: str, weight: QuantizedWeight) -> 
             f" {layer.out_features} x {layer.in_features}",
             TOGETHER,
         )
-    layer.fill(weight, model.dtype)
+    layer.fill(weight, model.dtype, abits)
 
 
 def make_dense(model: Any) -> None:

@@ -155,7 +155,7 @@ class _Ahead(Sites):
         super().begin(block)
         self.inputs.clear()
 
-    def _record(self, block: Block, layer: Layer, x: Tensor) -> None:
+    def _record(self, block: Block, layer: Layer, x: Tensor, batch: Batch) -> None:
         """As of a batch, which does not hold its inputs longer than the model itself does."""
         same = (
             site for seen, version, site in self.inputs if seen() is x and version == x._version

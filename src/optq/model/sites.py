@@ -30,8 +30,14 @@ from optq.model.layer import Layer
 class Sites:
     """What batches meet on their way through the model, as the hooks of its modules see it."""
 
-    def __init__(self, model: Any, blocks: list[Block]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        blocks: list[Block],
+        source: Callable[[Batch, Site, Tensor], None] = lambda *_: None,
+    ) -> None:
         self.model, self.blocks = model, blocks
+        self.source = source  # is told of each input that the scout is about to read
         self.block: Block | None = None  # under way
         self.order: list[Site] = []  # of the block under way
         self._of: dict[Layer, Site] = {}
@@ -107,7 +113,7 @@ class Sites:
         if batch.calls[layer] > 1 or self.block is None:
             return  # a layer belongs to its first call
         if batch.kind == "scout":
-            self._record(self.block, layer, x)
+            self._record(self.block, layer, x, batch)
             return
         site = self._of.get(layer)
         if site is None:
@@ -190,7 +196,7 @@ class Sites:
     def _leaving(self, batch: Batch, _: None, args: tuple, kwargs: dict) -> None:
         raise GreenletExit  # nothing after the blocks is needed
 
-    def _record(self, block: Block, layer: Layer, x: Tensor) -> None:
+    def _record(self, block: Block, layer: Layer, x: Tensor, batch: Batch) -> None:
         if layer.solved:  # with an earlier block
             return
         same = (site for seen, version, site in self._seen if seen is x and version == x._version)
@@ -198,6 +204,7 @@ class Sites:
         if site is None:
             site = Site(block, [])
             self._seen.append((x, x._version, site))
+            self.source(batch, site, x)
         site.layers.append(layer)
         self._of[layer] = site
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optq.record import DistillRecord, TunedBlock
+from optq.record import DistillRecord, SiteRecord, TunedBlock
 from optq.report.tables import expert_in, size
 
 
@@ -19,6 +19,19 @@ def short_of_tokens(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     few = sum(any(each["borrowed"] for each in parts) for parts in experts.values())
     said = f"{none} of {len(experts)} saw no token, {few} borrowed some of their block's"
     return {"experts": said} if none or few else {}
+
+
+def smoothed(sites: Sequence[SiteRecord]) -> dict[str, str]:
+    """How many inputs were smoothed, and what for; nothing where activations are not quantized."""
+    made = [site.smoothing for site in sites if site.smoothing is not None]
+    if not made:
+        return {}
+    done = [each for each in made if each.alpha is not None and each.error and each.plain_error]
+    shares = sorted(each.error / each.plain_error for each in done)  # type: ignore[operator]
+    said = f"{len(done)} of {len(made)} inputs"
+    if shares:
+        said += f", their products' error {shares[len(shares) // 2]:.0%} of what it would be"
+    return {"smoothed": said}
 
 
 def held(most: Mapping[str, int]) -> dict[str, str]:

@@ -15,7 +15,11 @@ OPTIONS = {
     "no-qep": ("--no-qep",),
     "gptq": (),
     "best": ("--best",),
+    "w8a8": ("--abits", 8),
+    "smoothquant": ("--method", "smoothquant"),
+    "llm-int8": ("--method", "llm-int8"),
 }
+UNCALIBRATED = ("llm-int8",)
 
 
 def show(step: str) -> None:
@@ -35,10 +39,13 @@ def after_comparison(
 
     ``same`` are options of all rows, None where one was left out.
     """
-    row = min(rows[1:], key=lambda row: (row["perplexity"], row["bytes"]))
+    quantized = [row for row in rows[1:] if not row.get("sparsity")] or rows[1:]
+    row = min(quantized, key=lambda row: (row["perplexity"], row["bytes"]))
     bits = "--bits-per-weight" if row["method"] == "budget" else "--wbits"
     words: list[object] = [*OPTIONS.get(row["method"], ()), bits, row["wbits"]]
-    words += ["--groupsize", row["groupsize"]]
+    words += [] if row.get("abits") else ["--groupsize", row["groupsize"]]
+    if row["method"] in UNCALIBRATED:
+        same = {name: same.get(name) for name in ("skip", "dtype")}
     for name, value in same.items():
         words += [f"--{name}", value] if value is not None else []
     return command("quantize", model, "OUT", *words)

@@ -51,6 +51,8 @@ def _made(known: Known) -> str:
         calib = "calibrated"
     called = f"{record.method.upper()}, {layers.widths(record)}, {groups}"
     head = f", head at {record.head} bits" if record.head else ""
+    abits = quantizer.get("abits")
+    head += f", activations at {abits} bits" if abits else ""
     model = f"{Path(known.times.model).name}: " if known.times else ""
     return f"{model}{called}{head}; {calib}; format {what['format']}"
 
