@@ -45,6 +45,16 @@ def loops() -> Any:
     return found
 
 
+@cache
+def pruning_loops() -> Any:
+    """Those of pruning, or None."""
+    try:
+        from optq.core import pruning_loops as found
+    except ImportError:
+        return None
+    return found
+
+
 def serves(tensor: Tensor) -> bool:
     """Whether the compiled loops can work on a tensor."""
     return tensor.device.type == "cpu" and tensor.dtype in MAGIC and loops() is not None

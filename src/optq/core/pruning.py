@@ -1,0 +1,242 @@
+"""Pruning: which weights are removed, and what all methods of doing it have in common.
+
+A *pattern* says how many of neighbouring columns stay, in each row by itself: a share of them, or
+``n`` of each ``m`` (2:4 is what sparse units of GPUs multiply). Saliencies say which: those of the
+least are removed.
+
+A row never ends worse than by magnitude, which removes the smallest weights and, where weights are
+quantized as well, rounds the others: where it would, it takes that (:func:`no_worse`).
+
+Everything is held transposed, ``[cols, rows]``, as the solvers hold it.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from optq.core.error import undamped_error
+from optq.core.grid import Fitted, Grid, IntegerGrid, Storage
+from optq.core.problem import Problem
+from optq.core.rounding import Rounded, no_worse, round_groups
+from optq.core.solution import Pruned, Solution
+from optq.core.solver import Solver
+from optq.core.weight import UNCODED, LayerScheme, group_index
+from optq.errors import SettingError
+
+BLOCK = 128  # columns of which a share is kept, each time: SparseGPT's
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """``kept`` of each ``of`` neighbouring columns; or, where ``of`` is 0, all but a ``share``."""
+
+    share: float  # that is removed
+    kept: int = 0
+    of: int = 0
+
+    @classmethod
+    def of_text(cls, sparsity: float | str) -> Pattern:
+        """From ``0.5`` or ``2:4``. Raises ``SettingError`` for what is neither."""
+        remedy = "choose a share between 0 and 1, such as 0.5, or a pattern such as 2:4"
+        found = re.fullmatch(r"(\d+):(\d+)", sparsity.strip()) if isinstance(sparsity, str) else None
+        if found:
+            kept, of = map(int, found.groups())
+            if not 0 < kept < of:
+                raise SettingError(f"the sparsity is {sparsity}", remedy)
+            return cls(1 - kept / of, kept, of)
+        try:
+            share = float(sparsity)
+        except (TypeError, ValueError):
+            share = 0.0
+        if isinstance(sparsity, bool) or not 0 < share < 1:
+            raise SettingError(f"the sparsity is {sparsity}", remedy)
+        return cls(share)
+
+    @property
+    def block(self) -> int:
+        """Columns whose weights compete with each other in a sweep."""
+        return self.of or BLOCK
+
+    def keep(
+        self, saliency: Float[Tensor, "cols rows"], first: int = 0
+    ) -> Bool[Tensor, "cols rows"]:
+        """What stays of columns that follow ``first`` others: the most salient of each row.
+
+        Shares are exact in a row as a whole: blocks that have no whole number of them take turns.
+        """
+        if self.of:
+            parts = saliency.unflatten(0, (-1, self.of))
+            order = parts.argsort(dim=1, stable=True)
+            keep = torch.ones_like(parts, dtype=torch.bool)
+            return keep.scatter_(1, order[:, : self.of - self.kept], False).flatten(0, 1)
+        removed = int(self.share * (first + len(saliency)) + 1e-9) - int(self.share * first + 1e-9)
+        order = saliency.argsort(dim=0, stable=True)
+        keep = torch.ones_like(saliency, dtype=torch.bool)
+        return keep.scatter_(0, order[:removed], False)
+
+
+@dataclass(frozen=True)
+class Uncoded(Grid):
+    """All numbers: what a weight that is pruned, and not quantized, can be. Its codes are the mask.
+
+    So ``wbits`` says no more than that there are no codes.
+    """
+
+    wbits: int = UNCODED
+    groupsize: int = -1
+
+    def fit(
+        self,
+        group: Tensor,
+        storage: Storage,
+        importance: Tensor | None = None,
+        near: Fitted | None = None,
+    ) -> Fitted:
+        return group.new_ones(group.shape[1]), group.new_zeros(group.shape[1])
+
+    def snapping(self, zero: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda units: units
+
+    def code(self, units: Tensor, zero: Tensor) -> Tensor:
+        return (units != 0).to(torch.uint8)
+
+    def units(self, code: Tensor, zero: Tensor) -> Tensor:
+        """1 for what is kept: the values themselves stand beside the codes."""
+        return code.to(zero.dtype)
+
+
+class Baseline(NamedTuple):
+    """Pruned by magnitude, and rounded if there are codes; with its error."""
+
+    keep: Bool[Tensor, "cols rows"]
+    rounded: Rounded
+    error: Float[Tensor, " rows"]
+
+
+class Pruner(Solver):
+    """A method of pruning: a frozen dataclass with these options among its own.
+
+    ``sparsity``: the share of weights that is removed, of each row; or a pattern, ``"2:4"``: so
+    many of each so many neighbouring columns stay. ``wbits``: what stays is quantized as well; None
+    for not. The other options mean what they mean for :class:`optq.core.gptq.GPTQ`.
+    """
+
+    sparsity: float | str
+    wbits: int | None  # type: ignore[assignment]  # None: no codes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of, size = self.pattern.of, self.groupsize
+        if self.wbits is None:
+            if size != -1 or self.mse or not self.sym:
+                raise SettingError(
+                    "groups, range search and zero points are of weights that are quantized",
+                    "add wbits, or leave them out",
+                )
+        elif of and size != -1 and size % of:
+            raise SettingError(
+                f"groups of {size} columns would part the {self.sparsity} of their columns",
+                f"choose a groupsize that {of} divides",
+            )
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        return Pattern.of_text(self.sparsity)
+
+    @property
+    def grid(self) -> Grid:
+        if self.wbits is None:
+            return Uncoded()
+        return IntegerGrid(self.wbits, self.groupsize, self.sym, self.mse)
+
+    def scheme(self) -> LayerScheme:
+        return LayerScheme(UNCODED if self.wbits is None else self.wbits, self.groupsize, self.sym)
+
+    def check_layer(self, name: str, rows: int, columns: int) -> None:
+        """Refuse a layer that the pattern does not fit. Raises ``SettingError``."""
+        of = self.pattern.of
+        if of and columns % of:
+            raise SettingError(
+                f"the pattern {self.sparsity} does not divide the {columns} columns of {name}",
+                "choose a share such as 0.5, or leave the layer dense with --skip",
+            )
+
+    def magnitude(
+        self, W: Float[Tensor, "cols rows"], problem: Problem, storage: Storage
+    ) -> Baseline:
+        """What is to beat."""
+        keep = self.pattern.keep(W.abs())
+        rounded = self.rounded(W * keep, problem, storage)
+        miss = torch.where(keep, rounded.miss, W)
+        return Baseline(keep, rounded, undamped_error(miss, problem.H))
+
+    def rounded(
+        self, kept: Float[Tensor, "cols rows"], problem: Problem, storage: Storage
+    ) -> Rounded:
+        """A weight with zeros, and its grids; a zero is one of the values, and stays."""
+        if self.wbits is not None:
+            group = group_index(len(kept), self.grid.width(len(kept)), kept.device)
+            return round_groups(kept, group, self.grid, storage, problem.importance)
+        one = kept.new_ones(1, kept.shape[1])
+        values = storage.round_weight(kept)
+        return Rounded((values != 0).to(torch.uint8), one, torch.zeros_like(one), kept - values)
+
+    def pruned(
+        self,
+        W: Float[Tensor, "cols rows"],
+        values: Float[Tensor, "cols rows"],
+        problem: Problem,
+        baseline: Baseline,
+        storage: Storage,
+    ) -> Solution:
+        """``values`` that have no codes, in the place of ``W``; in rows where it serves better, by
+        magnitude.
+        """
+        values = storage.round_weight(values)
+        error = undamped_error(W - values, problem.H)
+        worse = ~(error <= baseline.error)  # also where a dtype could not hold a value
+        other = storage.round_weight(W * baseline.keep)
+        differs = (values != other).any(0)
+        values = torch.where(worse, other, values).T.contiguous()
+        rows, columns = values.shape
+        return Pruned(
+            wbits=UNCODED,
+            codes=(values != 0).to(torch.uint8),
+            scales=values.new_ones(rows, 1),
+            zeros=torch.zeros(rows, 1, dtype=torch.uint8, device=values.device),
+            g_idx=group_index(columns, columns, values.device),
+            grid=self.grid,
+            error=torch.where(worse, baseline.error, error),
+            rtn_error=baseline.error,
+            fell_back=worse & differs,
+            values=values,
+        )
+
+    def coded(
+        self,
+        W: Float[Tensor, "cols rows"],
+        found: Rounded,
+        group: Int[Tensor, " cols"],
+        problem: Problem,
+        baseline: Baseline,
+    ) -> Solution:
+        """The same of codes; ``found`` has the miss from ``W``."""
+        error = undamped_error(found.miss, problem.H)
+        grids = found.scale, found.zero
+        solution = self._solution(found.codes, *grids, group, error, baseline.error)
+        return no_worse(solution, baseline.rounded, None, error, baseline.error)
+
+    @abstractmethod
+    def _solve(
+        self, problem: Problem, weight: Tensor, aim: Tensor | None, storage: Storage
+    ) -> Solution: ...
+
