@@ -15,11 +15,13 @@ from optq import __version__
 from optq.budget import Mixed
 from optq.core.error import total
 from optq.core.grid import Storage
+from optq.core.pruning import Pruner
 from optq.core.qep import QEP
 from optq.core.solution import Solution
 from optq.core.solver import Solver
-from optq.core.weight import LayerScheme, QuantizedWeight
+from optq.core.weight import UNCODED, LayerScheme, QuantizedWeight
 from optq.errors import ModelError
+from optq.formats.dense import DENSE
 from optq.formats.fit import check_layers, of_layer
 from optq.formats.scheme import Format
 from optq.formats.writer import Kept
@@ -126,7 +128,8 @@ class Quantization:
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
             self.solved[name] = part, of_layer(self.scheme, layer)
-            records.append(_record(site, layer, part, energy, outcome, sum(rows)))
+            told = site, layer, part, energy, outcome, sum(rows)
+            records.append(_record(*told, isinstance(self.solving.quantizer, Pruner)))
         self.records += records
         first = site.layers[0].name
         self.sites.append(
@@ -216,6 +219,13 @@ def names_on_disk(
             raise ModelError(
                 f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"
             )
+        if isinstance(quantizer, Pruner):
+            quantizer.check_layer(layer.name, *layer.shape)
+        if form is DENSE and names[f"{layer.name}.weight"] not in checkpoint.files:
+            raise ModelError(
+                f"{layer.name} is not on disk as one tensor, and no reader knows one of its own",
+                "quantize it as well with --wbits, or leave it dense with --skip",
+            )
     return names
 
 
@@ -238,6 +248,8 @@ def record_of(work: Quantization, sink: Kept, **told: Any) -> RunRecord:
 
 def grids(weight: QuantizedWeight) -> dict[str, Any]:
     """What a layer's record says of its codes and scales."""
+    if weight.wbits == UNCODED:
+        return {}
     counts = torch.bincount(weight.codes.flatten(), minlength=2**weight.wbits)
     ends = (counts[0] + counts[-1]).item() / weight.codes.numel()
     bins = min(len(counts), BINS)
@@ -251,7 +263,13 @@ def grids(weight: QuantizedWeight) -> dict[str, Any]:
 
 
 def _record(
-    site: Site, layer: Layer, part: Solution, energies: Tensor, outcome: Outcome, site_rows: int
+    site: Site,
+    layer: Layer,
+    part: Solution,
+    energies: Tensor,
+    outcome: Outcome,
+    site_rows: int,
+    pruned: bool,
 ) -> LayerRecord:
     rows, cols = layer.shape
     error, energy = total(part.error), total(energies)
@@ -273,5 +291,6 @@ def _record(
         tokens=outcome.tokens,
         borrowed=outcome.borrowed,
         calls=layer.calls,
+        sparsity=(part.weight == 0).float().mean().item() if pruned else None,
         **grids(part),
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 from optq import __version__
 from optq.budget import Mixed, told
 from optq.config import ModelConfig, check_types
+from optq.core.pruning import Pruner
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import tokens_for
@@ -29,6 +30,7 @@ from optq.data.given import described, given
 from optq.data.text import Text
 from optq.errors import NumericsError, SettingError
 from optq.formats import FORMATS
+from optq.formats.dense import DENSE
 from optq.formats.journal import Journal, settings
 from optq.formats.notices import notices
 from optq.formats.place import place_of
@@ -78,7 +80,7 @@ class Runner:
     nsamples: int = 128
     seqlen: int | None = None
     seed: int = 0
-    format: str = "gptq"
+    format: str | None = None
     skip: str | None = None
     chat: bool = False
     force: bool = False
@@ -140,11 +142,23 @@ class Runner:
         if self.head is not None and isinstance(self.quantizer, Mixed):
             cause = f"the widths within {self.quantizer.flag} are those of the blocks' layers"
             raise SettingError(cause, "leave out --head")
-        if self.format not in FORMATS:
-            raise SettingError(
-                f"the format {self.format} is unknown", f"choose {' or '.join(FORMATS)}"
-            )
-        return FORMATS[self.format]
+        if isinstance(self.quantizer, Pruner):
+            self._check_pruner(self.quantizer)
+            if self.quantizer.wbits is None:
+                return DENSE
+        name = "gptq" if self.format is None else self.format
+        if name not in FORMATS:
+            raise SettingError(f"the format {name} is unknown", f"choose {' or '.join(FORMATS)}")
+        return FORMATS[name]
+
+    def _check_pruner(self, pruner: Pruner) -> None:
+        """Refuse what is of codes, where there are none, or where zeros would not last."""
+        if self.format is not None and pruner.wbits is None:
+            cause = f"a model that is pruned only has no codes for the format {self.format}"
+            raise SettingError(cause, "leave out --format, or quantize it as well with --wbits")
+        for flag, given in (("--tune", self.tune), ("--head", self.head)):
+            if given is not None:
+                raise SettingError(f"pruning has no {flag}", "leave it out")
 
     def _run(
         self,
@@ -285,7 +299,7 @@ class Runner:
             qep=None if qep is None else asdict(qep),
             # The scales come after the blocks, which are the same whatever becomes of them.
             tune=tune and asdict(tune) | {"seed": self.seed},
-            format=self.format,
+            format=self._form().name,
             skip=self.skip,
             head=self.head,
             dtype=self.model_config.dtype,
