@@ -29,8 +29,7 @@ from optq.data.calibration import tokens_for
 from optq.data.given import described, given
 from optq.data.text import Text
 from optq.errors import NumericsError, SettingError
-from optq.formats import FORMATS
-from optq.formats.dense import DENSE
+from optq.formats import form_of
 from optq.formats.journal import Journal, settings
 from optq.formats.notices import notices
 from optq.formats.place import place_of
@@ -139,26 +138,12 @@ class Runner:
     def _form(self) -> Format:
         """The format, with all settings checked."""
         check_types(self, get_type_hints(type(self)))
+        if self.head is not None and isinstance(self.quantizer, Pruner):
+            raise SettingError("the head is not pruned", "leave out --head")
         if self.head is not None and isinstance(self.quantizer, Mixed):
             cause = f"the widths within {self.quantizer.flag} are those of the blocks' layers"
             raise SettingError(cause, "leave out --head")
-        if isinstance(self.quantizer, Pruner):
-            self._check_pruner(self.quantizer)
-            if self.quantizer.wbits is None:
-                return DENSE
-        name = "gptq" if self.format is None else self.format
-        if name not in FORMATS:
-            raise SettingError(f"the format {name} is unknown", f"choose {' or '.join(FORMATS)}")
-        return FORMATS[name]
-
-    def _check_pruner(self, pruner: Pruner) -> None:
-        """Refuse what is of codes, where there are none, or where zeros would not last."""
-        if self.format is not None and pruner.wbits is None:
-            cause = f"a model that is pruned only has no codes for the format {self.format}"
-            raise SettingError(cause, "leave out --format, or quantize it as well with --wbits")
-        for flag, given in (("--tune", self.tune), ("--head", self.head)):
-            if given is not None:
-                raise SettingError(f"pruning has no {flag}", "leave it out")
+        return form_of(self.format, self.quantizer.scheme())
 
     def _run(
         self,

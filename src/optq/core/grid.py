@@ -60,7 +60,9 @@ class Storage:
 
     def round_weight(self, values: Tensor) -> Tensor:
         """The values that a file keeps of a weight without a grid."""
-        return values if self.weight_dtype is None else values.to(self.weight_dtype).to(values.dtype)
+        return (
+            values if self.weight_dtype is None else values.to(self.weight_dtype).to(values.dtype)
+        )
 
     def round(self, scale: Tensor) -> Tensor:
         """The stored value nearest to each scale, of the same sign; never 0 and never infinite."""

@@ -47,7 +47,9 @@ class Pattern:
     def of_text(cls, sparsity: float | str) -> Pattern:
         """From ``0.5`` or ``2:4``. Raises ``SettingError`` for what is neither."""
         remedy = "choose a share between 0 and 1, such as 0.5, or a pattern such as 2:4"
-        found = re.fullmatch(r"(\d+):(\d+)", sparsity.strip()) if isinstance(sparsity, str) else None
+        found = (
+            re.fullmatch(r"(\d+):(\d+)", sparsity.strip()) if isinstance(sparsity, str) else None
+        )
         if found:
             kept, of = map(int, found.groups())
             if not 0 < kept < of:
@@ -67,21 +69,48 @@ class Pattern:
         return self.of or BLOCK
 
     def keep(
-        self, saliency: Float[Tensor, "cols rows"], first: int = 0
+        self, saliency: Float[Tensor, "cols rows"], first: int = 0, together: int = 1
     ) -> Bool[Tensor, "cols rows"]:
-        """What stays of columns that follow ``first`` others: the most salient of each row.
+        """What stays of columns that follow ``first`` others: the most salient.
 
-        Shares are exact in a row as a whole: blocks that have no whole number of them take turns.
+        Of a share, so many rows ``together`` compete with each other (the last may be fewer), and
+        blocks that have no whole number of it take turns.
         """
         if self.of:
-            parts = saliency.unflatten(0, (-1, self.of))
-            order = parts.argsort(dim=1, stable=True)
-            keep = torch.ones_like(parts, dtype=torch.bool)
-            return keep.scatter_(1, order[:, : self.of - self.kept], False).flatten(0, 1)
-        removed = int(self.share * (first + len(saliency)) + 1e-9) - int(self.share * first + 1e-9)
-        order = saliency.argsort(dim=0, stable=True)
-        keep = torch.ones_like(saliency, dtype=torch.bool)
-        return keep.scatter_(0, order[:removed], False)
+            return self._of_each(saliency)
+        columns, rows = saliency.shape
+        whole = rows - rows % together
+        if 0 < whole < rows:
+            parts = saliency[:, :whole], saliency[:, whole:]
+            sizes = together, rows - whole
+            found = [self.keep(x, first, n) for x, n in zip(parts, sizes, strict=True)]
+            return torch.cat(found, dim=1)
+        together = min(together, rows)
+
+        def removed_of(columns: int) -> int:
+            return int(self.share * columns * together + 1e-9)
+
+        flat = saliency.unflatten(1, (-1, together)).transpose(0, 1).flatten(1)
+        keep = _all_but(flat, removed_of(first + columns) - removed_of(first))
+        return keep.unflatten(1, (columns, together)).transpose(0, 1).flatten(1).contiguous()
+
+    def _of_each(self, saliency: Float[Tensor, "cols rows"]) -> Bool[Tensor, "cols rows"]:
+        parts = saliency.unflatten(0, (-1, self.of))
+        one, other = parts[:, :, None], parts[:, None]
+        earlier = torch.ones(self.of, self.of, dtype=torch.bool, device=parts.device).tril(-1)
+        rank = ((other < one) | ((other == one) & earlier[..., None])).sum(2)
+        return (rank >= self.of - self.kept).flatten(0, 1)
+
+
+def _all_but(saliency: Float[Tensor, "some count"], removed: int) -> Bool[Tensor, "some count"]:
+    """What stays without so many of the least in each line; of equal ones the first go."""
+    if removed == 0:
+        return torch.ones_like(saliency, dtype=torch.bool)
+    keep = saliency > saliency.kthvalue(removed, dim=1, keepdim=True).values
+    if int(keep.sum()) == keep.numel() - removed * len(keep):  # no two equal ones at the border
+        return keep
+    order = saliency.argsort(dim=1, stable=True)
+    return keep.fill_(True).scatter_(1, order[:, :removed], False)
 
 
 @dataclass(frozen=True)
@@ -171,10 +200,20 @@ class Pruner(Solver):
             )
 
     def magnitude(
-        self, W: Float[Tensor, "cols rows"], problem: Problem, storage: Storage
+        self,
+        W: Float[Tensor, "cols rows"],
+        problem: Problem,
+        storage: Storage,
+        like: Bool[Tensor, "cols rows"] | None = None,
     ) -> Baseline:
-        """What is to beat."""
-        keep = self.pattern.keep(W.abs())
+        """What is to beat; with as many weights in each row as ``like`` keeps."""
+        if like is None or self.pattern.of:
+            keep = self.pattern.keep(W.abs())
+        else:
+            order = W.abs().T.argsort(dim=1, stable=True)
+            place = torch.arange(len(W), device=W.device)
+            stays = place >= (len(W) - like.sum(0))[:, None]
+            keep = torch.empty_like(stays).scatter_(1, order, stays).T.contiguous()
         rounded = self.rounded(W * keep, problem, storage)
         miss = torch.where(keep, rounded.miss, W)
         return Baseline(keep, rounded, undamped_error(miss, problem.H))
@@ -239,4 +278,3 @@ class Pruner(Solver):
     def _solve(
         self, problem: Problem, weight: Tensor, aim: Tensor | None, storage: Storage
     ) -> Solution: ...
-

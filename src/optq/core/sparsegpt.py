@@ -9,41 +9,48 @@ it misses goes on to the columns behind it. With ``wbits`` what stays is rounded
 1. Which weights stay is chosen for a block of columns at a time, when the sweep reaches its first,
    on the weights as updated so far. Those are not what the form without the inverse holds there
    (departure 2 of :mod:`optq.core.gptq`): they are solved for, as where a grid is fitted.
-2. Of each row by itself the same share of each block is removed, where the authors' code compares
-   the weights of all rows of a layer: rows can then be solved apart, and it does no worse here.
+2. Of a share, 64 rows compete with each other for what stays of a block, where the authors' code
+   compares all rows of a layer: rows are solved in parts, here and by several processes, and parts
+   of 64 gain most of what all of them gain over each row by itself (docs/log.md).
 3. A pattern n:m is chosen for ``m`` columns at a time. Where weights are rounded as well and the
    group is wider, its grid is fitted to what the pattern would keep as the group is reached.
 4. After the sweep, ``refit`` steps move what stays towards the least squares that the choice
-   allows (:mod:`optq.core.refit`): the sweep never looks back.
-5. No row ends worse than by magnitude.
+   allows (:mod:`optq.core.refit`): the sweep never looks back. Weights are then rounded in a
+   second sweep, which aims at that, and where the choice is made. ``refit=0`` is the paper's: one
+   sweep, that removes and rounds.
+5. No row ends worse than by magnitude with as many zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optq.core.compiled import MAGIC, by_rows, numbers, pruning_loops, serves
 from optq.core.grid import Grid, Storage, is_int
 from optq.core.problem import Problem
-from optq.core.pruning import Baseline, Pattern, Pruner
+from optq.core.pruning import Pattern, Pruner, Uncoded
 from optq.core.refit import refit
-from optq.core.rounding import Rounded, working_copy
+from optq.core.rounding import Rounded, round_groups, working_copy
 from optq.core.solution import Solution
 from optq.core.sweep import Start, Sweep
 from optq.core.weight import dequantize, group_index
 from optq.errors import SettingError
+
+UNIT = 64  # rows that compete: optq.ranks has as many stay together
 
 
 @dataclass(frozen=True)
 class SparseGPT(Pruner):
     """Options as in :class:`optq.core.pruning.Pruner`.
 
-    ``refit``: steps of least squares on what is left; of weights that are not quantized.
+    ``refit``: steps of least squares on what is left. ``mse`` is on where weights are quantized,
+    unless it is given. ``blocksize``: as of :class:`optq.core.gptq.GPTQ`; speed only.
     """
 
     sparsity: float | str = 0.5
@@ -51,11 +58,20 @@ class SparseGPT(Pruner):
     groupsize: int = -1
     sym: bool = True
     percdamp: float = 0.01
-    mse: bool = False
-    refit: int = 0
+    mse: bool = None  # type: ignore[assignment]
+    refit: int = 8
     blocksize: int = 64
 
+    @classmethod
+    def plain(
+        cls, sparsity: float | str = 0.5, wbits: int | None = None, **options: Any
+    ) -> SparseGPT:
+        """The paper's algorithm, and nothing but what is added to it here."""
+        return cls(sparsity, wbits, **({"mse": False, "refit": 0} | options))
+
     def __post_init__(self) -> None:
+        if self.mse is None:
+            object.__setattr__(self, "mse", self.wbits is not None)
         super().__post_init__()
         for name, least in (("refit", 0), ("blocksize", 1)):
             value = getattr(self, name)
@@ -74,54 +90,78 @@ class SparseGPT(Pruner):
         aims: Sequence[Tensor | None],
         storage: Storage,
     ) -> list[Solution]:
-        columns = weights[0].shape[1]
-        width = self.grid.width(columns)
-        dynamic, group = width < columns, group_index(columns, width, weights[0].device)
-        each = list(zip(problems, weights, aims, strict=True))
-        known = [self.magnitude(working_copy(weight), p, storage) for p, weight, _ in each]
-        starts = [
-            Start(
-                working_copy(weight if aim is None else aim),
-                problem.factor,
-                problem.importance,
-                (baseline.rounded.scale, baseline.rounded.zero),
-            )
-            for baseline, (problem, weight, aim) in zip(known, each, strict=True)
+        targets = [
+            working_copy(weight if aim is None else aim)
+            for weight, aim in zip(weights, aims, strict=True)
         ]
-        how = self.grid, storage, self.blocksize, dynamic
-        sweep = PruningSweep(starts, group, *how, self.pattern)
-        return [
-            self._finish(sweep, index, baseline, *each[index], storage)
-            for index, baseline in enumerate(known)
-        ]
+        originals = [working_copy(weight) for weight in weights]
+        each = list(zip(problems, originals, strict=True))
+        if self.wbits is None or self.refit:
+            start = [target.clone() for target in targets]
+            sweep = self._sweep(Uncoded(), problems, start, self.pattern, storage)
+            keeps = [sweep.keep[:, own] for own in sweep.own]
+            targets = [
+                self._refitted(target, (target - sweep.W[:, own]).mul_(keep), keep, problem)
+                for target, own, keep, problem in zip(
+                    targets, sweep.own, keeps, problems, strict=True
+                )
+            ]
+            if self.wbits is None:
+                baselines = [
+                    self.magnitude(W, problem, storage, keep)
+                    for (problem, W), keep in zip(each, keeps, strict=True)
+                ]
+                return [
+                    self.pruned(W, values, problem, baseline, storage)
+                    for (problem, W), values, baseline in zip(each, targets, baselines, strict=True)
+                ]
+            sweep = self._sweep(self.grid, problems, targets, keeps, storage)
+        else:
+            sweep = self._sweep(self.grid, problems, targets, self.pattern, storage)
+        return [self._coded(sweep, i, *pair, storage) for i, pair in enumerate(each)]
 
-    def _finish(
+    def _refitted(self, target: Tensor, values: Tensor, keep: Tensor, problem: Problem) -> Tensor:
+        return refit(target, values, keep, problem, self.refit) if self.refit else values
+
+    def _sweep(
         self,
-        sweep: PruningSweep,
-        index: int,
-        baseline: Baseline,
-        problem: Problem,
-        weight: Tensor,
-        aim: Tensor | None,
+        grid: Grid,
+        problems: Sequence[Problem],
+        targets: Sequence[Float[Tensor, "cols rows"]],
+        kept: Pattern | Sequence[Bool[Tensor, "cols rows"]],
         storage: Storage,
+    ) -> PruningSweep:
+        """Over ``targets``, which are used up; ``kept``: what stays, or how it is chosen.
+
+        Grids that are not fitted in mid-sweep are those of what stays by magnitude.
+        """
+        starts, columns = [], len(targets[0])
+        group = group_index(columns, grid.width(columns), targets[0].device)
+        for index, (problem, target) in enumerate(zip(problems, targets, strict=True)):
+            keep = kept.keep(target.abs()) if isinstance(kept, Pattern) else kept[index]
+            importance = problem.importance
+            fitted = round_groups(target * keep, group, grid, storage, importance)
+            near = fitted.scale, fitted.zero
+            starts.append(Start(target, problem.factor, importance, near))
+        dynamic = grid.width(columns) < columns
+        return PruningSweep(starts, group, grid, storage, self.blocksize, dynamic, kept)
+
+    def _coded(
+        self, sweep: PruningSweep, index: int, problem: Problem, W: Tensor, storage: Storage
     ) -> Solution:
-        W, own = working_copy(weight), sweep.own[index]
-        if self.wbits is None:
-            target = W if aim is None else working_copy(aim)
-            keep = sweep.keep[:, own]
-            values = (target - sweep.W[:, own]).mul_(keep)
-            if self.refit:
-                values = refit(target, values, keep, problem, self.refit)
-            return self.pruned(W, values, problem, baseline, storage)
+        own, group = sweep.own[index], sweep.group_of
         codes, scale, zero = (x[:, own] for x in (sweep.codes, sweep.scale, sweep.zero))
-        group = sweep.group_of
         values = dequantize(codes.T, scale.T, zero.T, group, self.grid.decode).T
+        baseline = self.magnitude(W, problem, storage, sweep.keep[:, own])
         found = Rounded(codes, scale, zero, W - values)
         return self.coded(W, found, group, problem, baseline)
 
 
 class PruningSweep(Sweep):
-    """The sweep over some ``W``, which ``keep`` a part of their weights, by ``pattern``."""
+    """The sweep over some ``W`` which ``keep`` a part of their weights.
+
+    ``kept``: what that is, where it is known; or the pattern by which it is chosen on the way.
+    """
 
     keep: Tensor
 
@@ -133,29 +173,31 @@ class PruningSweep(Sweep):
         storage: Storage,
         blocksize: int,
         dynamic: bool,
-        pattern: Pattern,
+        kept: Pattern | Sequence[Bool[Tensor, "cols rows"]],
     ) -> None:
-        self.pattern = pattern
-        columns, rows = starts[0].W.shape
-        self.keep = torch.empty(
-            columns, len(starts) * rows, dtype=torch.bool, device=starts[0].W.device
-        )
+        self.pattern = kept if isinstance(kept, Pattern) else None
+        if isinstance(kept, Pattern):
+            columns, rows = starts[0].W.shape
+            self.keep = starts[0].W.new_empty(columns, len(starts) * rows, dtype=torch.bool)
+        else:
+            self.keep = torch.cat([*kept], dim=1)
         super().__init__(starts, group, grid, storage, blocksize, dynamic)
 
     def _prepare(self) -> None:
         """Blocks of a share are groups where there are some: boundaries of both would not nest."""
-        self.block = self.width if self.dynamic and not self.pattern.of else self.pattern.block
-        self.units = sorted({*self.units, self.block}, reverse=True)
         self.on_gpu = False  # whose kernel knows no mask
+        if self.pattern is not None:
+            self.block = self.width if self.dynamic and not self.pattern.of else self.pattern.block
+            self.units = sorted({*self.units, self.block}, reverse=True)
 
     def _begin(self, unit: int, start: int, stop: int) -> None:
         columns, kept = slice(start, stop), []
         for index, (each, own) in enumerate(zip(self.starts, self.own, strict=True)):
-            updated, factored = self._updated(columns, index), each.factored
-            worth = factored.squares[columns, None] * updated.square()
-            keep = self.pattern.keep(worth, start)
-            if unit == self.block:
-                self.keep[columns, own] = keep
+            updated, keep = self._updated(columns, index), self.keep[columns, own]
+            if self.pattern is not None:
+                worth = each.factored.squares[columns, None] * updated.square()
+                chosen = self.pattern.keep(worth, start, UNIT)
+                keep = keep.copy_(chosen) if unit == self.block else chosen
             kept.append(updated.mul_(keep))
         if self.dynamic and unit == self.width:
             self._fit_group(columns, kept)

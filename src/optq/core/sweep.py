@@ -96,7 +96,7 @@ class Sweep:
         for unit in self.units:
             if start % unit == 0 and stop == min(start + unit, len(self.group)):
                 self._begin(unit, start, stop)
-        if count <= min(self.blocksize, *self.units[-1:]):
+        if count <= min([self.blocksize, *self.units[-1:]]):
             self._one_by_one(start, stop)
             return
         unit = next((unit for unit in self.units if count > unit), self.blocksize)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-
 UNCODED = 16  # the ``wbits`` of a weight that is pruned, and has no codes
 
 

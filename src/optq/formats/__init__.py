@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.errors import ModelError, OtherMethodError
+from optq.core.weight import UNCODED, LayerScheme
+from optq.errors import ModelError, OtherMethodError, SettingError
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS
+from optq.formats.dense import DENSE
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.formats.scheme import Detected, Format
 from optq.model.checkpoint import Checkpoint, read_settings
@@ -22,6 +24,21 @@ PLAIN = (
 )
 # Where other programs keep what they did, if not in config.json.
 OF_THEIR_OWN = {"quant_config.json": "AutoAWQ", "hf_quant_config.json": "ModelOpt"}
+
+
+def form_of(name: str | None, scheme: LayerScheme) -> Format:
+    """The format of that name, or where none is given. Raises ``SettingError`` for an unknown one,
+    and for any where there are no codes.
+    """
+    if scheme.wbits == UNCODED:
+        if name is None:
+            return DENSE
+        cause = f"a model that is pruned only has no codes for the format {name}"
+        raise SettingError(cause, "leave out --format, or quantize it as well with --wbits")
+    form = FORMATS.get("gptq" if name is None else name)
+    if form is None:
+        raise SettingError(f"the format {name} is unknown", f"choose {' or '.join(FORMATS)}")
+    return form
 
 
 def detect(checkpoint: Checkpoint) -> Detected | None:
