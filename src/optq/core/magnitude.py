@@ -24,7 +24,7 @@ class Magnitude(Pruner):
     """Remove the smallest weights; options as in :class:`optq.core.pruning.Pruner`."""
 
     sparsity: float | str = 0.5
-    wbits: int | None = None  # type: ignore[assignment]
+    wbits: int | None = None
     groupsize: int = -1
     sym: bool = True
     mse: bool = False

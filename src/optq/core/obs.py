@@ -33,7 +33,7 @@ class OBS(Pruner):
     """Options as in :class:`optq.core.pruning.Pruner`; it removes weights, and rounds none."""
 
     sparsity: float | str = 0.5
-    wbits: int | None = None  # type: ignore[assignment]
+    wbits: int | None = None
     percdamp: float = 0.01
     groupsize = -1
     sym = True

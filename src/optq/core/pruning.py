@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,7 +44,7 @@ class Pattern:
     of: int = 0
 
     @classmethod
-    def of_text(cls, sparsity: float | str) -> Pattern:
+    def of_text(cls, sparsity: Any) -> Pattern:
         """From ``0.5`` or ``2:4``. Raises ``SettingError`` for what is neither."""
         remedy = "choose a share between 0 and 1, such as 0.5, or a pattern such as 2:4"
         found = (
@@ -245,7 +245,7 @@ class Pruner(Solver):
         worse = ~(error <= baseline.error)  # also where a dtype could not hold a value
         other = storage.round_weight(W * baseline.keep)
         differs = (values != other).any(0)
-        values = torch.where(worse, other, values).T.contiguous()
+        values = torch.where(worse, other, values).T.contiguous() + 0.0  # no negative zeros
         rows, columns = values.shape
         return Pruned(
             wbits=UNCODED,

@@ -54,7 +54,7 @@ class SparseGPT(Pruner):
     """
 
     sparsity: float | str = 0.5
-    wbits: int | None = None  # type: ignore[assignment]
+    wbits: int | None = None
     groupsize: int = -1
     sym: bool = True
     percdamp: float = 0.01
@@ -70,7 +70,7 @@ class SparseGPT(Pruner):
         return cls(sparsity, wbits, **({"mse": False, "refit": 0} | options))
 
     def __post_init__(self) -> None:
-        if self.mse is None:
+        if vars(self)["mse"] is None:
             object.__setattr__(self, "mse", self.wbits is not None)
         super().__post_init__()
         for name, least in (("refit", 0), ("blocksize", 1)):

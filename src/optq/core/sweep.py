@@ -130,7 +130,7 @@ class Sweep:
 
     def _one_by_one(self, start: int, stop: int) -> None:
         columns, count = slice(start, stop), len(self.starts)
-        if self.levels is not None and serves(self.W):
+        if self.levels is not None and self.keep is None and serves(self.W):
             self._compiled(start, stop, self.levels)
             return
         if self.levels is not None and self.on_gpu:
