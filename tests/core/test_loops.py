@@ -130,3 +130,16 @@ def test_without_a_folder_to_keep_them_in_loops_are_compiled_anew(monkeypatch):
     monkeypatch.setattr("numba.njit", njit)
     assert compiled.compiling(len) is len
     assert kept == [True, False]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
+)
+@pytest.mark.parametrize("shape", [(130, 67), (1, 5), (64, 1), (0, 3)])
+def test_transposed(shape, dtype, monkeypatch):
+    wide = (100 * torch.randn(shape[0], 2 * shape[1])).abs().to(dtype)
+    for matrix in (wide[:, : shape[1]], wide[:, ::2], wide.T[: shape[1]].T):
+        made = compiled.transposed(matrix)
+        assert torch.equal(made, matrix.T) and made.is_contiguous()
+        made.zero_()
+        assert shape[0] == 0 or matrix.any()

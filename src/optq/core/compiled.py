@@ -5,7 +5,9 @@ few thousand weights, waits for that most of the time; compiled, it waits for no
 is not installed, or tensors are on another device, the same is done by torch's operations: results
 differ by the last bits of sums.
 
-Rows are independent: threads take ranges of them, and any number of threads gives the same bits.
+Rows are independent: threads take tiles of them, and any number of threads gives the same bits. The
+threads are Numba's where those are OpenMP's, as torch's are, so that one pool serves both: Python's
+would compete with torch's, which wait for the next operation without sleep.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FEW = 256  # rows that one thread does before another could start
+TILE = 64  # rows that stay in a core's fastest cache
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MAGIC = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}  # x + M - M rounds half to even
 
 
@@ -60,16 +63,70 @@ def serves(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in MAGIC and loops() is not None
 
 
-def by_rows(loop: Callable[..., None], first: int, last: int, *arguments: Any) -> None:
-    """``loop(*arguments, first, last)`` in as many threads as torch has, a range of rows each."""
+def by_rows(loop: str, first: int, last: int, *arguments: Any) -> None:
+    """One of the loops on the rows ``first .. last``, in as many threads as torch has.
+
+    Its last arguments are a range of rows.
+    """
     given = [each.numpy() if isinstance(each, Tensor) else each for each in arguments]
-    parts = min(torch.get_num_threads(), -(-(last - first) // FEW))
-    if parts <= 1:
-        loop(*given, first, last)
+    threads = min(torch.get_num_threads(), -(-(last - first) // TILE))
+    if threads > 1 and shares_threads():
+        use_threads()
+        getattr(loops(), f"{loop}_in_threads")(first, last, *given)
         return
-    ends = [first + (last - first) * part // parts for part in range(parts + 1)]
+    ends = [first + (last - first) * part // threads for part in range(threads + 1)]
+    run = getattr(loops(), loop)
+    if threads <= 1:
+        run(*given, first, last)
+        return
     pool = _pool(os.getpid(), torch.get_num_threads())
-    list(pool.map(lambda ends: loop(*given, *ends), pairwise(ends)))  # or what one of them raised
+    list(pool.map(lambda ends: run(*given, *ends), pairwise(ends)))  # or what one of them raised
+
+
+def use_threads() -> None:
+    """As many of Numba's threads as torch has, from here on."""
+    import numba
+
+    most: int = vars(numba.config)["NUMBA_NUM_THREADS"]
+    numba.set_num_threads(min(torch.get_num_threads(), most))
+
+
+def shares_threads() -> bool:
+    """Whether Numba's threads are OpenMP's: others abort where two callers meet. Not in a fork of
+    a process that had them: OpenMP would end it.
+    """
+    process, shared = _started()
+    return shared and process == os.getpid()
+
+
+@cache
+def _started() -> tuple[int, bool]:
+    """The process that started Numba's threads, and whether they are OpenMP's."""
+    threads = torch.get_num_threads()
+    try:
+        import numba
+
+        numba.get_num_threads()
+        shared = numba.threading_layer() == "omp"
+    except (ImportError, ValueError):  # no Numba; a layer was asked for that is not there
+        shared = False
+    if torch.get_num_threads() != threads:  # the start sets it for OpenMP as a whole
+        torch.set_num_threads(threads)
+    return os.getpid(), shared
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """``[rows, cols]`` as ``[cols, rows]``, each column contiguous: a copy.
+
+    torch does it in one thread.
+    """
+    kind = INTEGERS.get(matrix.element_size())  # of bfloat16 Numba knows nothing
+    if matrix.device.type != "cpu" or kind is None or loops() is None or not shares_threads():
+        return matrix.T.clone(memory_format=torch.contiguous_format)
+    made = matrix.new_empty(*reversed(matrix.shape))
+    use_threads()
+    loops().transpose(matrix.contiguous().view(kind).numpy(), made.view(kind).numpy())
+    return made
 
 
 def numbers(like: Tensor, *values: int | float) -> Iterator[Any]:

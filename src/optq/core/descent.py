@@ -36,7 +36,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
-from optq.core.compiled import MAGIC, by_rows, loops, numbers, serves
+from optq.core.compiled import MAGIC, by_rows, numbers, serves, transposed
 from optq.core.error import undamped_error
 from optq.core.grid import Grid, Storage
 from optq.core.precision import exact_products, quick_dtype
@@ -136,10 +136,8 @@ class _Descent:
         self.scale = scales.T.clone(memory_format=torch.contiguous_format)
         self.zero = zeros.T.to(scales.dtype)
         self.snaps = [self.grid.snapping(zero) for zero in self.zero]
-        # Transposed first, then converted: torch is slow at both in one.
-        for (part, zero), code in zip(
-            self._parts(), codes.T.contiguous().split(self.width), strict=True
-        ):
+        parts = zip(self._parts(), transposed(codes).split(self.width), strict=True)
+        for (part, zero), code in parts:
             self.steps[part] = self.grid.units(code, zero)
 
         self.changes.copy_(self._miss(target))
@@ -154,13 +152,13 @@ class _Descent:
 
         better = after < before
         found = [self.grid.code(self.steps[part], zero) for part, zero in self._parts()]
-        codes.copy_(torch.where(better[:, None], torch.cat(found).T.contiguous(), codes))
+        codes.copy_(torch.where(better[:, None], transposed(torch.cat(found)), codes))
         scales.copy_(torch.where(better[:, None], self.scale.T, scales))
         return torch.where(better, after, before)
 
     def _miss(self, target: Tensor) -> Tensor:
         """``w - q``, in the memory of the gradient."""
-        self.gradient.copy_(target.T.contiguous())
+        self.gradient.copy_(transposed(target))
         for (part, _), scale in zip(self._parts(), self.scale, strict=True):
             self.gradient[part].addcmul_(self.steps[part], scale, value=-1)
         return self.gradient
@@ -212,7 +210,7 @@ class _Descent:
             if self.grid.levels is not None and serves(gradient):
                 levels, magic = numbers(gradient, self.grid.levels, MAGIC[gradient.dtype])
                 by_rows(
-                    *(loops().descend, 0, len(scale), gradient, self.steps[block], delta, scale),
+                    *("descend", 0, len(scale), gradient, self.steps[block], delta, scale),
                     *(self.zero[group], self.twice_inverse[block, 0], self.worth[block, 0], inside),
                     *(STEP_COLUMNS, levels, magic),
                 )

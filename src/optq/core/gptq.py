@@ -35,6 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from optq.core.compiled import transposed
 from optq.core.descent import polish
 from optq.core.error import compare_with_rounding, damped_error, factored_error, undamped_error
 from optq.core.grid import Storage, is_int
@@ -208,7 +209,7 @@ class GPTQ(Solver):
 
         error = solution.error
         if aim is not None:
-            error = undamped_error((weight - solution.weight).T.to(H.dtype).contiguous(), H)
+            error = undamped_error(transposed(weight - solution.weight).to(H.dtype), H)
         better, rtn_error = compare_with_rounding(error, ready.damped, rounded.miss, factored)
         unsure = (~better).nonzero().flatten()
         codes, scale, zero = (

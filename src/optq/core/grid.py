@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from optq.core.compiled import MAGIC, by_rows, loops, numbers, serves
+from optq.core.compiled import MAGIC, by_rows, numbers, serves
 from optq.errors import SettingError
 
 BITS = (2, 3, 4, 8)
@@ -275,7 +275,7 @@ class IntegerGrid(Grid):
         )
         moves = (group.new_tensor(each) for each in (COARSE, FINE))
         given = (group, importance[:, 0].contiguous(), low, high, factors, self.sym, *limits)
-        by_rows(loops().search, 0, group.shape[1], *given, *moves, ends)
+        by_rows("search", 0, group.shape[1], *given, *moves, ends)
         return self._grid(low, high, ends[0], ends[1], storage)
 
     def _grid(

@@ -8,14 +8,17 @@ same bits.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import no_type_check
 
 import numpy as np
+from numba import prange
 
-from optq.core.compiled import compiling
+from optq.core.compiled import TILE, compiling
 
-TILE = 64  # rows
 CHECKED = 8  # columns, after which a loss may be too large already
+
+in_threads = partial(compiling, parallel=True)
 
 
 @compiling
@@ -289,3 +292,44 @@ def descend(
             source, target = own[k], gradient[k, top:end]
             for r in range(rows):
                 target[r] = source[r]
+
+
+@in_threads
+@no_type_check
+def transpose(source, target):
+    """``source [rows, cols]`` into ``target [cols, rows]``, of one dtype."""
+    rows, cols = source.shape
+    for tile in prange((rows + TILE - 1) // TILE):
+        top, end = tile * TILE, min((tile + 1) * TILE, rows)
+        for left in range(0, cols, TILE):
+            for c in range(left, min(left + TILE, cols)):
+                for r in range(top, end):
+                    target[c, r] = source[r, c]
+
+
+# The loops above, each tile of rows in one of Numba's threads. One function that takes the loop
+# would be shorter, and Numba would not find what it kept of it.
+
+
+@in_threads
+@no_type_check
+def sweep_in_threads(first, last, *given):
+    for tile in prange((last - first + TILE - 1) // TILE):
+        top = first + tile * TILE
+        sweep(*given, top, min(top + TILE, last))
+
+
+@in_threads
+@no_type_check
+def search_in_threads(first, last, *given):
+    for tile in prange((last - first + TILE - 1) // TILE):
+        top = first + tile * TILE
+        search(*given, top, min(top + TILE, last))
+
+
+@in_threads
+@no_type_check
+def descend_in_threads(first, last, *given):
+    for tile in prange((last - first + TILE - 1) // TILE):
+        top = first + tile * TILE
+        descend(*given, top, min(top + TILE, last))

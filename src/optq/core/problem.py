@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optq.core.clock import elapsed
+from optq.core.compiled import transposed
 from optq.core.order import ActOrder, sweep_order
 from optq.core.precision import exact_products
 from optq.errors import NumericsError, SettingError
@@ -66,7 +67,7 @@ class Problem:
     def factor(self) -> Factor:
         """Of ``H``, damped, its columns in :attr:`order`. Raises as :func:`factor` does."""
         start, order = time.perf_counter(), self.order
-        H = self.H if order is None else self.H[order][:, order]
+        H = self.H if order is None else self.H[order].index_select(1, order)
         factored = factor(H, self.percdamp)
         self.seconds["factor"] += elapsed(start, H)
         return factored
@@ -119,7 +120,7 @@ class Factor:
         """``right (H + damp I)^-1``; the factor's columns stand in ``order``."""
         # From the right, and in LAPACK's order of a matrix, which is the transpose of torch's: else
         # torch copies it there and back.
-        N, columns = self.N, right.T.contiguous()
+        N, columns = self.N, transposed(right)
         columns = columns if order is None else columns[order]
         how = {"unitriangular": True, "left": False}
         solved = torch.linalg.solve_triangular(N.T, columns.T, upper=False, **how)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from optq.core.compiled import transposed
 from optq.core.grid import Grid, Storage
 from optq.core.solution import Solution
 
@@ -29,8 +30,7 @@ def working_copy(
     weight: Float[Tensor, "rows cols"], order: Int[Tensor, " cols"] | None = None
 ) -> Float[Tensor, "cols rows"]:
     """The transposed weights, at least float32, the columns in ``order``."""
-    # One thing at a time: torch transposes fast only what it does not convert as well.
-    W = weight.T.clone(memory_format=torch.contiguous_format)
+    W = transposed(weight)
     W = W if order is None else W[order]
     return W.to(torch.promote_types(weight.dtype, torch.float32))
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from optq.core.clock import elapsed
+from optq.core.compiled import transposed
 from optq.core.grid import Grid, IntegerGrid, Storage
 from optq.core.precision import exact_products
 from optq.core.problem import Problem, check_percdamp
@@ -115,7 +116,7 @@ class Solver(ABC):
         """From tensors that are held transposed."""
         return Solution(
             wbits=self.wbits,
-            codes=codes.T.contiguous(),
+            codes=transposed(codes),
             scales=scale.T.contiguous(),
             zeros=zero.to(torch.uint8).T.contiguous(),
             g_idx=g_idx,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from optq.core.compiled import MAGIC, by_rows, loops, numbers, serves
+from optq.core.compiled import MAGIC, by_rows, numbers, serves
 from optq.core.error import weighted_squares
 from optq.core.gpu import triton_serves
 from optq.core.grid import Grid, Storage
@@ -167,7 +167,7 @@ class Sweep:
         for each, own in zip(self.starts, self.own, strict=True):
             inside, squares = each.factored.N[columns, columns], each.factored.squares[columns]
             by_rows(
-                *(loops().sweep, own.start, own.stop, self.W_hat, self.W, self.codes),
+                *("sweep", own.start, own.stop, self.W_hat, self.W, self.codes),
                 *(self.residual, inside, squares, *grids, start, stop, levels, magic),
             )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any, no_type_check
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -22,11 +21,11 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+from optq.core.compiled import use_threads
 from optq.kernels.unpack import (
     HALF,
     LIFT,
     SHORT,
-    THREADS,
     WORD,
     compiled,
     every,
@@ -44,7 +43,7 @@ STEP = 32  # columns in a tile
 STEPS = 16  # tiles in a row that are unpacked at a time: twice 32 KB
 BYTE, SHORTER, PLACE = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 # Numba keeps what it compiled until this file changes; what is from the other one is in there, too.
-UNPACK = "686145d1ef4c6601"
+UNPACK = "10c6b96160b7f2ef"
 CONFIG = np.zeros(64, np.uint8)  # eight tiles of 16 rows of 64 bytes
 CONFIG[0], CONFIG[48:56] = 1, 16
 CONFIG[16:32].view(np.uint16)[:] = 64
@@ -243,9 +242,8 @@ def multiply(arrays: tuple[Any, ...], lift: int, x: Tensor) -> Tensor:
     """
     tokens, tiles = len(x), len(arrays[0])
     y = x.new_empty(tokens + -tokens % PAIR, tiles * TILE)
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, THREADS))
-    beside = min(tokens // 64 + 1, BESIDE, -(-tiles // (2 * threads)))
+    use_threads()
+    beside = min(tokens // 64 + 1, BESIDE, -(-tiles // (2 * torch.get_num_threads())))
     _multiply(*arrays, lift, _bits(x), beside, CONFIG, _bits(y))
     return y[:tokens]
 

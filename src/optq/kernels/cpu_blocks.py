@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from optq.core.compiled import shares_threads
 
 TILE = 64  # rows of a tile of packed codes, and of no less a part
 # Of a part, for each thread: with fewer rows oneDNN leaves threads idle, and every part costs a
@@ -79,33 +80,33 @@ def loops() -> Any:
     """The compiled loop, or None where it cannot be had: also in a fork of a process that had it,
     where OpenMP would end the process.
     """
-    process, (unpack, _) = _compiled()
-    return unpack if process == os.getpid() else None
+    unpack, _ = _compiled()
+    return unpack if shares_threads() else None
 
 
 def tiles() -> Any:
     """The compiled product of processors with AMX, or None where it cannot be had."""
-    process, (_, amx) = _compiled()
-    return amx if process == os.getpid() else None
+    _, amx = _compiled()
+    return amx if shares_threads() else None
 
 
-def _compiled() -> tuple[int, tuple[Any, Any]]:
+def _compiled() -> tuple[Any, Any]:
     with _ONE_THREAD:  # compiles
         return _tried()
 
 
 @cache
-def _tried() -> tuple[int, tuple[Any, Any]]:
-    """The process, and the two modules or None; each has done nothing once, which compiles it."""
+def _tried() -> tuple[Any, Any]:
+    """The two modules or None; each has done nothing once, which compiles it."""
     try:
         from numba.core.errors import NumbaError
     except ImportError:
-        return os.getpid(), (None, None)
+        return None, None
     found: list[Any] = []
     try:
         from optq.kernels import unpack
 
-        if unpack.shares_threads():
+        if shares_threads():
             codes, units = np.empty((0, 32, 32), np.uint8), np.empty((1, 0, 2), np.uint16)
             zeros, nothing = np.empty((1, 0), np.uint8), np.empty((0, 32, 32), np.uint32)
             unpack.unpack(codes, None, units, zeros, 0, 0, True, nothing)
@@ -119,7 +120,7 @@ def _tried() -> tuple[int, tuple[Any, Any]]:
         # Another version of it: slower, and no result is another. Who wonders why can look.
         logging.getLogger(__name__).info("prompts are not compiled", exc_info=True)
     unpack, amx = [*found, None, None][:2]
-    return os.getpid(), (unpack, amx)
+    return unpack, amx
 
 
 def _scratch(rows: int, cols: int) -> Scratch | None:

@@ -12,23 +12,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, no_type_check
 
-import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 from numba import prange
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from optq.core.compiled import compiling
+from optq.core.compiled import compiling, use_threads
 
 HALF = 32  # rows whose codes lie in the low bits of a tile's bytes; as many lie in the high bits
 LIFT = np.float32(2**23)  # whose last bits as a float32 are an integer's
 LIFTED = 0x4B000000  # the same, its bits
 SHORT = np.uint32(16)
 AHEAD = 2**11  # bytes of codes that are asked for before their turn
-THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]  # at most
 BYTE, WORD, REAL = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
 
@@ -176,18 +173,5 @@ def _unpack(codes, more, units, zeros, lift, first, halves, weight):
 
 def unpack(*arguments: Any) -> None:
     """:func:`_unpack` in as many threads as torch has."""
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, THREADS))
+    use_threads()
     _unpack(*arguments)
-
-
-def shares_threads() -> bool:
-    """Whether Numba's threads are OpenMP's; its own abort where two callers meet.
-
-    Starts them. Raises ``ValueError`` where a layer was asked for that is not there.
-    """
-    threads = torch.get_num_threads()
-    numba.get_num_threads()
-    if torch.get_num_threads() != threads:  # the start sets it for OpenMP as a whole
-        torch.set_num_threads(threads)
-    return numba.threading_layer() == "omp"
