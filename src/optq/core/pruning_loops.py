@@ -6,8 +6,10 @@ from typing import no_type_check
 
 import numpy as np
 
-from optq.core.compiled import compiling
-from optq.core.loops import TILE
+from numba import prange
+
+from optq.core.compiled import TILE, compiling
+from optq.core.loops import in_threads
 
 
 @compiling
@@ -96,3 +98,19 @@ def round_kept(
                 spread, later = N[j, k], ahead[k]
                 for r in range(rows):
                     later[r] += spread * error[r]
+
+
+@in_threads
+@no_type_check
+def prune_in_threads(first, last, *given):
+    for tile in prange((last - first + TILE - 1) // TILE):
+        top = first + tile * TILE
+        prune(*given, top, min(top + TILE, last))
+
+
+@in_threads
+@no_type_check
+def round_kept_in_threads(first, last, *given):
+    for tile in prange((last - first + TILE - 1) // TILE):
+        top = first + tile * TILE
+        round_kept(*given, top, min(top + TILE, last))

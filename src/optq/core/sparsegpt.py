@@ -203,8 +203,7 @@ class PruningSweep(Sweep):
             self._fit_group(columns, kept)
 
     def _one_by_one(self, start: int, stop: int) -> None:
-        loops = pruning_loops() if serves(self.W) else None
-        if loops is None:
+        if not serves(self.W) or pruning_loops() is None:
             super()._one_by_one(start, stop)
             return
         columns, grids = slice(start, stop), (self.scale, self.zero, self.group_of)
@@ -212,7 +211,9 @@ class PruningSweep(Sweep):
             inside, squares = each.factored.N[columns, columns], each.factored.squares[columns]
             given = self.W_hat, self.W, self.codes, self.residual, self.keep, inside, squares
             if self.levels is None:
-                by_rows(loops.prune, own.start, own.stop, *given, start, stop)
+                rows = own.start, own.stop
+                by_rows("prune", *rows, *given, start, stop, of=pruning_loops)
                 continue
             limits = numbers(self.W, self.levels, MAGIC[self.W.dtype])
-            by_rows(loops.round_kept, own.start, own.stop, *given, *grids, start, stop, *limits)
+            given = *given, *grids, start, stop, *limits
+            by_rows("round_kept", own.start, own.stop, *given, of=pruning_loops)
