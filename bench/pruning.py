@@ -1,10 +1,10 @@
 """Held-out perplexity of pruned models: ``python bench/pruning.py MODEL...``.
 
-Models, tokens, windows and ``--choosing`` are those of ``bench/quality.py``. At 50% and at 2:4 every
-method prunes the same model on the same tokens; what counts is the rise over full precision, beside
-magnitude's and Wanda's. Then the same with what stays in 4 bits, groups of 128: ``joint`` in one
-run; ``then`` prunes the model, and quantizes the pruned one in a second run that leaves its zeros
-where they are. ``plain`` is the paper's SparseGPT, ``no-qep`` ours without error propagation.
+Models, tokens, windows and ``--choosing`` are those of ``bench/quality.py``. At 50% and at 2:4
+every method prunes the same model on the same tokens; what counts is the rise over full precision,
+beside magnitude's and Wanda's. Then the same with what stays in 4 bits, groups of 128: ``joint`` in
+one run; ``then`` prunes the model, and quantizes the pruned one in a second run that leaves its
+zeros where they are. ``plain`` is the paper's SparseGPT, ``no-qep`` ours without error propagation.
 
 Appends one record a run to bench/results/pruning.jsonl, skips what is there already, and prints
 the table.

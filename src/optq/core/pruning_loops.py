@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import no_type_check
 
 import numpy as np
-
 from numba import prange
 
 from optq.core.compiled import TILE, compiling
