@@ -23,6 +23,7 @@ from optq.data.evaluation import evaluation_tokens
 from optq.errors import DataError, ModelError, NumericsError, OptqError, OutputError, SettingError
 from optq.evaluate.perplexity import perplexity
 from optq.formats import detect, reader, writer
+from optq.model import memory as memory_module
 from optq.model.blocks import find_blocks
 from optq.model.checkpoint import Checkpoint
 from optq.model.linear import QuantizedLinear, make_dense
@@ -729,6 +730,7 @@ def test_a_finished_block_leaves_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SHARD_BYTES", 2**20)
     memory = []
     model = ModelConfig(str(tmp_path / "model"), "cpu")
+    monkeypatch.setattr(memory_module, "SHORT", 2**60)  # as where memory is short
     Runner(
         model,
         RTN(4, 128),

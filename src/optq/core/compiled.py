@@ -38,6 +38,11 @@ def compiling(loop: Callable[..., Any], **options: Any) -> Any:
         return njit(nogil=True, error_model="numpy", **options)(loop)
 
 
+def in_threads(loop: Callable[..., Any]) -> Any:
+    """The same of a loop whose range is Numba's ``prange``."""
+    return compiling(loop, parallel=True)
+
+
 @cache
 def loops() -> Any:
     """The compiled loops, or None where there are none."""

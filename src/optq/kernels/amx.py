@@ -21,13 +21,12 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optq.core.compiled import use_threads
+from optq.core.compiled import in_threads, use_threads
 from optq.kernels.unpack import (
     HALF,
     LIFT,
     SHORT,
     WORD,
-    compiled,
     every,
     fetch,
     rounded,
@@ -43,7 +42,7 @@ STEP = 32  # columns in a tile
 STEPS = 16  # tiles in a row that are unpacked at a time: twice 32 KB
 BYTE, SHORTER, PLACE = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 # Numba keeps what it compiled until this file changes; what is from the other one is in there, too.
-UNPACK = "10c6b96160b7f2ef"
+UNPACK = "071dbb63375f9fec"
 CONFIG = np.zeros(64, np.uint8)  # eight tiles of 16 rows of 64 bytes
 CONFIG[0], CONFIG[48:56] = 1, 16
 CONFIG[16:32].view(np.uint16)[:] = 64
@@ -169,7 +168,7 @@ def _round(_, sums, y):
     return types.void(sums, y), step
 
 
-@compiled
+@in_threads
 @no_type_check
 def _multiply(codes, more, units, zeros, lift, given, beside, config, y):
     """``given [tokens, cols]`` times the weight into ``y [tokens and what fills two tiles, rows]``,

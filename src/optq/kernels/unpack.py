@@ -9,7 +9,6 @@ those of torch, which wait for the next operation without sleep.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, no_type_check
 
 import numpy as np
@@ -19,7 +18,7 @@ from numba import prange
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from optq.core.compiled import compiling, use_threads
+from optq.core.compiled import in_threads, use_threads
 
 HALF = 32  # rows whose codes lie in the low bits of a tile's bytes; as many lie in the high bits
 LIFT = np.float32(2**23)  # whose last bits as a float32 are an integer's
@@ -27,9 +26,6 @@ LIFTED = 0x4B000000  # the same, its bits
 SHORT = np.uint32(16)
 AHEAD = 2**11  # bytes of codes that are asked for before their turn
 BYTE, WORD, REAL = ir.IntType(8), ir.IntType(32), ir.FloatType()
-
-
-compiled = partial(compiling, parallel=True)
 
 
 class _Bfloat(ir.Type):
@@ -139,7 +135,7 @@ def weave(_, one, two, more, most, zero, unit, low, high):
     return types.void(*given), step
 
 
-@compiled
+@in_threads
 @no_type_check
 def _unpack(codes, more, units, zeros, lift, first, halves, weight):
     """Tiles from ``first`` into ``weight``, as many as that holds.

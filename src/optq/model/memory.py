@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+SHORT = 2**32  # bytes
+
 
 def free(device: torch.device) -> int:
     """Bytes that a process may still take on ``device``; a limit set for it counts.
@@ -21,12 +23,13 @@ def free(device: torch.device) -> int:
 
 
 def trim() -> None:
-    """Give freed memory back: what a run keeps lies between what it has let go.
+    """Give freed memory back where it runs short: what a run keeps lies between what it let go.
 
-    Only glibc has such a call, and needs it: it returns none but the top of its heap by itself.
+    Elsewhere it is soon used again, and to get it anew costs a tenth of a run. Only glibc has such
+    a call, and needs it: it returns none but the top of its heap by itself.
     """
     own = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if own is not None:
+    if own is not None and free(torch.device("cpu")) < SHORT:
         own(0)
 
 
