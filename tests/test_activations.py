@@ -229,7 +229,7 @@ def test_planted_outliers(planted):
 def test_a_comparison(source, text, tmp_path, capsys):
     comparison = compare.Comparison(
         ModelConfig(str(source), "cpu"),
-        methods=("rtn", "w8a8", "smoothquant", "llm-int8"),
+        methods=("rtn", "w8a8", "smoothquant", "llm-int8", "prune-2:4"),
         wbits=(8, 4),
         groupsizes=(32,),
         calib=str(text),
@@ -241,18 +241,18 @@ def test_a_comparison(source, text, tmp_path, capsys):
     rows = comparison.run(tmp_path / "rows.jsonl")
     assert [(row.method, row.wbits, row.abits) for row in rows] == [
         ("none", 32, None), ("rtn", 8, None), ("rtn", 4, None),
-        ("w8a8", 8, 8), ("smoothquant", 8, 8), ("llm-int8", 8, 8),
+        ("w8a8", 8, 8), ("smoothquant", 8, 8), ("llm-int8", 8, 8), ("prune-2:4", 16, None),
     ]  # fmt: skip
-    assert [row.tokens_per_second is None for row in rows] == [False] * 5 + [True]
-    assert all(row.tokens_per_second > 0 for row in rows[:-1])
-    assert all(8 < row.bits_per_weight < 9 for row in rows[3:])
+    assert [row.method for row in rows if not row.tokens_per_second] == ["llm-int8"]
+    assert all(8 < row.bits_per_weight < 9 for row in rows[3:-1])
+    assert [row.sparsity for row in rows if row.sparsity is not None] == [0.5]
     assert all(row.divergence > 0 for row in rows[1:])
     assert comparison.run(tmp_path / "rows.jsonl") == rows
     from dataclasses import asdict
 
     compared.show([asdict(row) for row in rows])
     shown = capsys.readouterr().out
-    assert "tokens/s" in shown and "LLM.int8()" in shown and "8/8" in shown
+    assert all(each in shown for each in ("tokens/s", "LLM.int8()", "8/8", "SparseGPT, 2:4", "50%"))
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")

@@ -39,8 +39,9 @@ print(json.dumps({
 
 
 def test_the_names_are_these():
-    names = ["GPTQ", "OBQ", "QEP", "RTN", "Mixed", "ModelConfig", "OptqError"]
-    assert optq.__all__ == [*names, "Runner", "SmoothQuant", "Tune", "load"]
+    names = ["GPTQ", "OBQ", "OBS", "QEP", "RTN", "Magnitude", "Mixed", "ModelConfig", "OptqError"]
+    names += ["Runner", "SmoothQuant", "SparseGPT", "Tune", "Wanda", "load"]
+    assert optq.__all__ == names
     assert set(optq.__all__) <= set(dir(optq))
     assert optq.__version__.count(".") == 2
 

@@ -11,9 +11,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "GPTQ": "optq.core.gptq",
+    "Magnitude": "optq.core.magnitude",
     "OBQ": "optq.core.obq",
+    "OBS": "optq.core.obs",
     "QEP": "optq.core.qep",
     "RTN": "optq.core.rtn",
+    "SparseGPT": "optq.core.sparsegpt",
+    "Wanda": "optq.core.magnitude",
     "Mixed": "optq.budget",
     "ModelConfig": "optq.config",
     "Runner": "optq.runner",
@@ -25,14 +29,18 @@ _HOME = {
 __all__ = [
     "GPTQ",
     "OBQ",
+    "OBS",
     "QEP",
     "RTN",
+    "Magnitude",
     "Mixed",
     "ModelConfig",
     "OptqError",
     "Runner",
     "SmoothQuant",
+    "SparseGPT",
     "Tune",
+    "Wanda",
     "load",
 ]
 

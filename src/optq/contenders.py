@@ -11,8 +11,10 @@ from torch import Tensor
 from optq.budget import Mixed
 from optq.config import ModelConfig
 from optq.core.gptq import BEST, GPTQ
+from optq.core.pruning import Pattern, Pruner
 from optq.core.rtn import RTN
 from optq.core.smoothquant import SmoothQuant
+from optq.core.sparsegpt import SparseGPT
 from optq.core.tokens import ABITS
 from optq.errors import SettingError
 from optq.evaluate.llm_int8 import LLMInt8
@@ -65,7 +67,7 @@ class Contender:
 
     def check(self, built: Any, blocks: Sequence[Block]) -> None:
         """Refuse, before any work, layers that would be refused after it."""
-        if isinstance(built, RTN | GPTQ | Mixed | SmoothQuant):
+        if isinstance(built, RTN | GPTQ | Mixed | SmoothQuant | Pruner):
             scheme = built.scheme()
             check_layers(form_of(None, scheme), blocks, scheme, ())
 
@@ -109,10 +111,27 @@ BUDGET = Contender(
 )
 
 
+PRUNED = "prune-"  # and a sparsity
+
+
+def _pruned(sparsity: str) -> Contender:
+    """Weights removed, the others in 16 bits, as ``optq prune`` does it."""
+    return Contender(
+        lambda *_: SparseGPT(sparsity),
+        _quantized,
+        16,
+        propagates=lambda bits: True,
+        sparsity=Pattern.of_text(sparsity).share,
+    )
+
+
 def contender(method: str) -> Contender:
     """The row of a name. Raises ``SettingError`` for one that is none."""
     if method == "budget":
         return BUDGET
+    if method.startswith(PRUNED):
+        return _pruned(method.removeprefix(PRUNED))
     if method not in CONTENDERS:
-        raise SettingError(f"the method {method} is unknown", f"choose {', '.join(CONTENDERS)}")
+        known = f"{', '.join(CONTENDERS)}, {PRUNED}0.5 or {PRUNED}2:4"
+        raise SettingError(f"the method {method} is unknown", f"choose {known}")
     return CONTENDERS[method]

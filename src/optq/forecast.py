@@ -39,8 +39,10 @@ from optq.core.descent import ROWS_AT_ONCE
 from optq.core.gptq import GPTQ
 from optq.core.grid import BITS
 from optq.core.hessian import TOKENS
+from optq.core.pruning import Pruner
 from optq.core.rtn import RTN
 from optq.core.solver import Solver
+from optq.core.sparsegpt import SparseGPT
 from optq.distill import Distill
 from optq.machine import Speed
 from optq.model.scout import Held
@@ -67,7 +69,7 @@ MOVING = 24  # bytes to a scale that is tuned: its start, factor, gradient, best
 # one: 2.1 to 4.2 in ``bench/plan.py``.
 SLOWER = 2.6
 # Passes over a weight's float32 copies, by what makes them.
-PASSES = {"rtn": 30, "sweep": 40, "polish": 25, "search": 30}
+PASSES = {"rtn": 30, "sweep": 40, "polish": 25, "search": 30, "refit": 12}
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,8 @@ class Run:
             if isinstance(self.quantizer, GPTQ) and self.quantizer.polish:
                 rows = site.rows if self.device.type == "cuda" else ROWS_AT_ONCE
                 once = max(once, 22 * min(1, rows / site.rows))  # type: ignore[assignment]
+            elif isinstance(self.quantizer, Pruner):
+                once += 28  # two copies more, and what least squares take
         tokens = min(TOKENS, self.samples * self.seqlen)
         gather = 4 * tokens * site.columns + 4 * square
         solve = int(weights * once) + 2 * square
@@ -205,6 +209,7 @@ class Run:
         exact = quick = weights = 0.0
         rounds = self.quantizer.polish if isinstance(self.quantizer, GPTQ) else 0
         solved = not isinstance(self.quantizer, RTN)
+        steps = self.quantizer.refit if isinstance(self.quantizer, SparseGPT) else 0
         for block in self.blocks:
             for site in block.sites:
                 share = min(1, self.held.experts / site.count) if site.count > 1 else 1
@@ -220,10 +225,10 @@ class Run:
                 )
                 product = site.weights * site.columns
                 exact += product * (1 if solved else 0.5)
-                quick += product * (1 + (rounds + 1) * (rounds > 0))
+                quick += product * (1 + (rounds + 1) * (rounds > 0) + steps)
                 weights += site.weights
         passes = PASSES["rtn"] if not solved else PASSES["sweep"] + PASSES["polish"] * rounds
-        passes += PASSES["search"] * self.quantizer.mse
+        passes += PASSES["search"] * self.quantizer.mse + PASSES["refit"] * steps
         quick += 0 if self.tune.model is None else self._products(self.tune.model, weights)
         if self.tune.blocks is not None:
             quick += self._once() * self._seen(self.tune.blocks)

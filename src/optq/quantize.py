@@ -13,11 +13,13 @@ from torch import Tensor
 from optq import __version__
 from optq.budget import Mixed
 from optq.core.grid import Storage
+from optq.core.pruning import Pruner
 from optq.core.qep import QEP
 from optq.core.smoothquant import SmoothQuant
 from optq.core.solver import Solver
 from optq.core.weight import LayerScheme, QuantizedWeight
 from optq.errors import ModelError, SettingError
+from optq.formats.dense import DENSE
 from optq.formats.fit import check_layers, of_layer
 from optq.formats.scheme import Format
 from optq.formats.writer import Kept
@@ -138,7 +140,8 @@ class Quantization:
             layer.put(part.weight)
             name = self.names[f"{layer.name}.weight"].removesuffix(".weight")
             self.solved[name] = part, of_layer(self.scheme, layer)
-            records.append(layer_record(site, layer, part, energy, outcome, sum(rows)))
+            told = site, layer, part, energy, outcome, sum(rows)
+            records.append(layer_record(*told, isinstance(self.solving.quantizer, Pruner)))
         self.records += records
         first = site.layers[0].name
         self.sites.append(
@@ -245,6 +248,13 @@ def names_on_disk(
         if f"{layer.name}.weight" not in names:
             raise ModelError(
                 f"{layer.name} is not on disk as one tensor", "leave it dense with --skip"
+            )
+        if isinstance(quantizer, Pruner):
+            quantizer.check_layer(layer.name, *layer.shape)
+        if form is DENSE and names[f"{layer.name}.weight"] not in checkpoint.files:
+            raise ModelError(
+                f"{layer.name} is not on disk as one tensor, and no reader knows one of its own",
+                "quantize it as well with --wbits, or leave it dense with --skip",
             )
     return names
 

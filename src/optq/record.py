@@ -30,7 +30,8 @@ class LayerRecord(Recorded):
     ``error`` is ``tr((W - Q) H (W - Q)^T)``: the mean squared output error per token, summed over
     rows; ``relative_error`` divides it by ``tr(W H W^T)``, ``rtn_error`` is round-to-nearest's.
     These are the solver's; the codes and scales are those of the block when it was done, before
-    the scales of the whole model were tuned. What is None was not recorded (version 1).
+    the scales of the whole model were tuned. Of pruning, ``rtn_error`` is that of removing the
+    smallest weights (and rounding the others, if there are codes). What is None was not recorded.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LayerRecord(Recorded):
     at_ends: float | None = None  # share of the codes at either end of the grid
     scale_min: float | None = None
     scale_max: float | None = None
+    sparsity: float | None = None  # the share of its weights that are 0, where it was pruned
 
 
 class SmoothingRecord(Recorded):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optq.core.error import total
 from optq.core.solution import Solution
-from optq.core.weight import QuantizedWeight
+from optq.core.weight import UNCODED, QuantizedWeight
 from optq.model.blocks import Site
 from optq.model.layer import Layer
 from optq.record import LayerRecord, SmoothingRecord
@@ -20,6 +20,8 @@ BINS = 16  # of a histogram of codes, at most
 
 def grids(weight: QuantizedWeight) -> dict[str, Any]:
     """What a layer's record says of its codes and scales."""
+    if weight.wbits == UNCODED:
+        return {}
     counts = torch.bincount(weight.codes.flatten(), minlength=2**weight.wbits)
     ends = (counts[0] + counts[-1]).item() / weight.codes.numel()
     bins = min(len(counts), BINS)
@@ -43,7 +45,13 @@ def smoothing_of(site: Site) -> SmoothingRecord | None:
 
 
 def layer_record(
-    site: Site, layer: Layer, part: Solution, energies: Tensor, outcome: Outcome, site_rows: int
+    site: Site,
+    layer: Layer,
+    part: Solution,
+    energies: Tensor,
+    outcome: Outcome,
+    site_rows: int,
+    pruned: bool,
 ) -> LayerRecord:
     rows, cols = layer.shape
     error, energy = total(part.error), total(energies)
@@ -65,5 +73,6 @@ def layer_record(
         tokens=outcome.tokens,
         borrowed=outcome.borrowed,
         calls=layer.calls,
+        sparsity=(part.weight == 0).float().mean().item() if pruned else None,
         **grids(part),
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 from optq import __version__
 from optq.budget import Mixed, told
 from optq.config import ModelConfig, check_types
+from optq.core.pruning import Pruner
 from optq.core.qep import QEP
 from optq.core.solver import Solver
 from optq.data.calibration import tokens_for
@@ -138,6 +139,8 @@ class Runner:
     def _form(self) -> Format:
         """The format, with all settings checked."""
         check_types(self, get_type_hints(type(self)))
+        if self.head is not None and isinstance(self.quantizer, Pruner):
+            raise SettingError("the head is not pruned", "leave out --head")
         if self.head is not None and isinstance(self.quantizer, Mixed):
             cause = f"the widths within {self.quantizer.flag} are those of the blocks' layers"
             raise SettingError(cause, "leave out --head")

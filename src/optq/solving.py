@@ -57,9 +57,7 @@ class Outcome:
 
     def cpu(self) -> Outcome:
         """With its tensors there, to be sent."""
-        names = ("codes", "scales", "zeros", "g_idx", "error", "rtn_error", "fell_back")
-        moved = {name: getattr(self.solution, name).cpu() for name in names}
-        return replace(self, solution=replace(self.solution, **moved), energy=self.energy.cpu())
+        return replace(self, solution=self.solution.cpu(), energy=self.energy.cpu())
 
 
 @dataclass(frozen=True)

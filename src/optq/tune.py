@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from optq.core.pruning import Pruner
 from optq.core.rtn import RTN
 from optq.distill import Distill
 from optq.errors import DataError, SettingError
@@ -29,6 +30,8 @@ class Tune:
             )
         if what is None:
             return cls(None, None)
+        if isinstance(quantizer, Pruner):
+            raise SettingError("tuning would move the zeros of a pruned model", "leave out --tune")
         if isinstance(what, Tune):
             return what
         if what not in LEVELS:

@@ -204,7 +204,7 @@ def small(words: list[str]) -> list[str]:
         if option not in rest:
             rest.extend([option, *value])
 
-    if name in ("quantize", "compare"):
+    if name in ("quantize", "prune", "compare"):
         default("--nsamples", "2")
         default("--seqlen", "64")
         default("--calib", "notes.txt")
@@ -228,10 +228,10 @@ def make_room(words: list[str], page: Path, given: set[str]) -> None:
     ``given``: the places that no command of the page has written yet. After that a page has to say
     ``--force`` itself.
     """
-    if words[0] == "quantize" and (page.name in ALTERNATIVES or words[2] in given):
+    if words[0] in ("quantize", "prune") and (page.name in ALTERNATIVES or words[2] in given):
         shutil.rmtree(words[2], ignore_errors=True)
         Path(words[2]).unlink(missing_ok=True)
-    if words[0] in ("quantize", "export") and "--dry-run" not in words:
+    if words[0] in ("quantize", "prune", "export") and "--dry-run" not in words:
         given.discard(words[2])
 
 

@@ -13,7 +13,7 @@ import typer
 from optq import __version__
 
 # Their commands register themselves.
-from optq.cli import compare, evaluate, quantize, report, use  # noqa: F401
+from optq.cli import compare, evaluate, prune, quantize, report, use  # noqa: F401
 from optq.cli.app import app
 from optq.errors import OptqError, PeerError
 

@@ -45,7 +45,7 @@ def compare(
         str,
         typer.Option(
             help="Of rtn, plain (the paper's), no-qep, gptq, best (tuned); of 8-bit activations"
-            " w8a8, smoothquant, llm-int8."
+            " w8a8, smoothquant, llm-int8; of fewer weights prune-0.5, prune-2:4."
         ),
     ] = "rtn,plain,no-qep,gptq",
     wbits: Annotated[str, typer.Option(help="Of 2, 3, 4, 8.")] = "4,3,2",

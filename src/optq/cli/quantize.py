@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from optq.cli import imports, llm_int8
-from optq.cli.app import app, print_json, refuse_given, reports, say, size
+from optq.cli import imports, llm_int8, outcome
+from optq.cli.app import app, refuse_given, reports, say, size
 from optq.cli.options import FORMATS_HELP, NSAMPLES, Device, Dtype, Json, Model, Seqlen, Skip
 from optq.cli.solver import (
     DEFAULT_WBITS,
@@ -126,7 +126,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write the checkpoint OUT."""
-    from optq.report import live, said, steps, tables
+    from optq.report import live, tables
 
     if method == "llm-int8":
         unused = {
@@ -216,18 +216,13 @@ def quantize(
         facts["tune"] = tune
         facts |= {"groupsize": quantizer.groupsize, "sym": quantizer.sym}
         settings = {"format": file_format} | facts | asdict(quantizer)
-        print_json(settings | plan.told()) if as_json else tables.planned(plan)
-        plan.check(out)
-        if not as_json:
-            steps.show("the same command without --dry-run")
+        outcome.of_plan(plan, settings, out, as_json)
         return
     if not reports():
         return
     if groupsize is None and weights_only:
         tell_groupsize(quantizer.groupsize)
-    made, tuned, distilled = result.record.calibration, result.record.tuned, result.record.distilled
     if as_json:
-        timed = [layer.model_dump() | {"seconds": layer.seconds} for layer in result.layers]
         settings = {"model": model, "out": str(out), "method": method, "qep": bool(qep)}
         settings |= {
             "head": head,
@@ -238,35 +233,9 @@ def quantize(
             "groupsize": quantizer.groupsize,
             "sym": quantizer.sym,
         }
-        settings |= asdict(quantizer)
-        sizes = {"bits_per_weight": result.bits_per_weight, "bytes": result.bytes}
-        chosen = {} if result.choices is None else {"choices": tables.chosen(result.choices)}
-        ran: dict[str, Any] = {"tuned": [each.model_dump() for each in tuned]}
-        ran |= {"distilled": distilled and distilled.model_dump()}
-        rest = ran | {"seconds": result.seconds, "layers": timed}
-        print_json(settings | sizes | chosen | rest)
+        outcome.as_object(result, settings | asdict(quantizer))
         return
-    weights = sum(layer.rows * layer.cols for layer in result.layers)
-    total, rounding = (
-        sum(getattr(layer, name) for layer in result.layers) for name in ("error", "rtn_error")
-    )
     if result.choices is not None:
         tables.widths(tables.chosen(result.choices))
-    tables.stages(result.seconds)
-    tables.facts(
-        {
-            "wrote": f"{out}  ({file_format}, {result.bits_per_weight:.2f} bits per weight)",
-            "layers": f"{len(result.layers)} quantized, {tables.size(result.bytes)} for"
-            f" {weights / 1e6:.1f} million weights; {len(result.dense)} linear layers left dense",
-            "error": (f"{total / rounding:.0%} of round-to-nearest's" if rounding else "0")
-            + (", before it was tuned" if tune else ""),
-            **said.short_of_tokens([layer.model_dump() for layer in result.layers]),
-            **said.smoothed(result.record.sites),
-            **said.held(result.activations),
-            **said.tuned(tuned, distilled),
-            "calibrated": f"on {calib}, {made['samples']} x {made['seqlen']} tokens, seed {seed}",
-        }
-    )
-    text = ("--text", "demo") if calib == "demo" else ()
-    after = ("eval", out, "--against", model, *text), ("inspect", out), ("generate", out, "PROMPT")
-    steps.show(", or ".join(steps.command(*words) for words in after))
+    outcome.as_tables(result, out, file_format, "quantized", "round-to-nearest", calib)
+    outcome.next_steps(out, model, calib)

@@ -50,11 +50,19 @@ class Storage:
     """What a file keeps of a grid.
 
     ``scale_dtypes``: a stored scale is exact in every one of them (``()``: any value at all).
-    ``min_zero``: the smallest zero point the file can hold.
+    ``min_zero``: the smallest zero point the file can hold. ``weight_dtype``: that of a weight
+    that has no grid, because it is pruned and no more; None: any value at all.
     """
 
     scale_dtypes: tuple[torch.dtype, ...] = (torch.float16,)
     min_zero: int = 0
+    weight_dtype: torch.dtype | None = None
+
+    def round_weight(self, values: Tensor) -> Tensor:
+        """The values that a file keeps of a weight without a grid."""
+        return (
+            values if self.weight_dtype is None else values.to(self.weight_dtype).to(values.dtype)
+        )
 
     def round(self, scale: Tensor) -> Tensor:
         """The stored value nearest to each scale, of the same sign; never 0 and never infinite."""

@@ -36,16 +36,45 @@ class Solution(QuantizedWeight):
         """The values of the codes, in the dtype of the scales."""
         return dequantize(self.codes, self.scales, self.zeros, self.g_idx, self.grid.decode)
 
+    @property
+    def by_row(self) -> tuple[str, ...]:
+        """The tensors that have a row for each of the weight's."""
+        return BY_ROW
+
+    def cpu(self) -> Solution:
+        """The same, there."""
+        names = (*self.by_row, "g_idx")
+        return replace(self, **{name: getattr(self, name).cpu() for name in names})
+
     def split(self, rows: Sequence[int]) -> list[Solution]:
         """The solutions of the stacked layers, which have so many rows each."""
-        parts = zip(*(getattr(self, name).split(rows) for name in BY_ROW), strict=True)
+        parts = zip(*(getattr(self, name).split(rows) for name in self.by_row), strict=True)
         return [self._with(part) for part in parts]
 
     @classmethod
     def cat(cls, parts: Sequence[Solution]) -> Solution:
         """The inverse of :meth:`split`: layers of one site, solved one by one, stacked."""
-        return parts[0]._with([torch.cat([getattr(p, name) for p in parts]) for name in BY_ROW])
+        names = parts[0].by_row
+        return parts[0]._with([torch.cat([getattr(p, name) for p in parts]) for name in names])
 
     def _with(self, tensors: Sequence[Tensor]) -> Solution:
-        changes: dict[str, Any] = dict(zip(BY_ROW, tensors, strict=True))
+        changes: dict[str, Any] = dict(zip(self.by_row, tensors, strict=True))
         return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Pruned(Solution):
+    """A pruned weight without codes: see :class:`optq.core.weight.SparseWeight`.
+
+    ``rtn_error`` is that of pruning by magnitude, which ``fell_back`` rows have taken.
+    """
+
+    values: Float[Tensor, "rows cols"]
+
+    @property
+    def weight(self) -> Float[Tensor, "rows cols"]:
+        return self.values
+
+    @property
+    def by_row(self) -> tuple[str, ...]:
+        return (*BY_ROW, "values")

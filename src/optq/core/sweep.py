@@ -43,6 +43,8 @@ class Sweep:
     groups are consecutive columns, and each is fitted a grid when the sweep reaches it.
     """
 
+    keep: Tensor | None = None  # where a weight may be other than 0; None: everywhere
+
     def __init__(
         self,
         starts: Sequence[Start],
@@ -53,7 +55,10 @@ class Sweep:
         dynamic: bool,
     ) -> None:
         self.starts, self.grid, self.storage, self.blocksize = starts, grid, storage, blocksize
-        rows, self.dynamic = starts[0].W.shape[1], dynamic
+        (columns, rows), self.dynamic = starts[0].W.shape, dynamic
+        self.width = grid.width(columns)
+        # Columns where something is chosen when the sweep reaches the first of them, widest first.
+        self.units = [self.width] if dynamic else []
         self.own = [slice(i * rows, (i + 1) * rows) for i in range(len(starts))]
         self.W = _beside([start.W for start in starts])
         self.W_hat = self.W.clone()
@@ -73,7 +78,11 @@ class Sweep:
         self.group_of, self.group = group, group.tolist()
         self.steps = self.W.new_empty(blocksize, self.W.shape[1])
         self.residual = self.W.new_zeros(self.W.shape[1])  # sum_j U_jj^2 (w^_j - q_j)^2
+        self._prepare()
         self._run(0, len(self.W))
+
+    def _prepare(self) -> None:
+        """What a sweep of another kind needs before it begins."""
 
     def error(self, index: int) -> Float[Tensor, " rows"]:
         """The error of each row of one weight, ``H`` not damped."""
@@ -83,35 +92,45 @@ class Sweep:
 
     def _run(self, start: int, stop: int) -> None:
         """Quantize the columns ``start .. stop``; ``W^`` holds all errors before ``start``."""
-        count, width = stop - start, self.grid.width(len(self.group))
-        if self.dynamic and start % width == 0 and stop == min(start + width, len(self.group)):
-            self._fit_group(start, stop)
-        if count <= (min(self.blocksize, width) if self.dynamic else self.blocksize):
+        count = stop - start
+        for unit in self.units:
+            if start % unit == 0 and stop == min(start + unit, len(self.group)):
+                self._begin(unit, start, stop)
+        if count <= min([self.blocksize, *self.units[-1:]]):
             self._one_by_one(start, stop)
             return
-        half = middle(start, stop, width if self.dynamic and count > width else self.blocksize)
+        unit = next((unit for unit in self.units if count > unit), self.blocksize)
+        half = middle(start, stop, unit)
         self._run(start, half)
         left, right = slice(start, half), slice(half, stop)
         for each, own in zip(self.starts, self.own, strict=True):
             self.W_hat[right, own].addmm_(each.factored.N[left, right].T, self.W[left, own])
         self._run(half, stop)
 
-    def _fit_group(self, start: int, stop: int) -> None:
-        columns, group = slice(start, stop), self.group[start]
-        for each, own in zip(self.starts, self.own, strict=True):
-            N = each.factored.N[columns, columns]
-            one = torch.eye(stop - start, dtype=N.dtype, device=N.device)
-            inverse = torch.linalg.solve_triangular(N, one, upper=True, unitriangular=True)
-            sums = self.W_hat[columns, own] - self.W[columns, own]
-            updated = torch.addmm(self.W[columns, own], inverse.T, sums)
+    def _begin(self, unit: int, start: int, stop: int) -> None:
+        """The sweep reaches the first of these columns: of a group, whose grid is fitted."""
+        columns = slice(start, stop)
+        self._fit_group(columns, [self._updated(columns, i) for i in range(len(self.starts))])
+
+    def _updated(self, columns: slice, index: int) -> Float[Tensor, "width rows"]:
+        """These columns of one weight as the paper's form holds them when it reaches the first."""
+        N, own = self.starts[index].factored.N[columns, columns], self.own[index]
+        one = torch.eye(len(N), dtype=N.dtype, device=N.device)
+        inverse = torch.linalg.solve_triangular(N, one, upper=True, unitriangular=True)
+        sums = self.W_hat[columns, own] - self.W[columns, own]
+        return torch.addmm(self.W[columns, own], inverse.T, sums)
+
+    def _fit_group(self, columns: slice, updated: Sequence[Float[Tensor, "width rows"]]) -> None:
+        group = self.group[columns.start]
+        for each, own, weights in zip(self.starts, self.own, updated, strict=True):
             near = (each.near[0][group], each.near[1][group])
-            scale, zero = self.grid.fit(updated, self.storage, each.importance[columns], near)
+            scale, zero = self.grid.fit(weights, self.storage, each.importance[columns], near)
             self.scale[group, own], self.zero[group, own] = scale, zero
         self.snaps[group] = self.grid.snapping(self.zero[group])
 
     def _one_by_one(self, start: int, stop: int) -> None:
         columns, count = slice(start, stop), len(self.starts)
-        if self.levels is not None and serves(self.W):
+        if self.levels is not None and self.keep is None and serves(self.W):
             self._compiled(start, stop, self.levels)
             return
         if self.levels is not None and self.on_gpu:
@@ -129,6 +148,8 @@ class Sweep:
         for j, (group, w_hat, w, step, spread) in enumerate(rows, start=1):
             scale = self.scales[group]
             self.snaps[group](torch.div(w_hat, scale, out=step))
+            if self.keep is not None:
+                step.mul_(self.keep[start + j - 1])  # 0 is a value of every grid
             w_hat.addcmul_(step, scale, value=-1)  # w^ - q
             w.addcmul_(step, scale, value=-1)  # e
             if count == 1:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+UNCODED = 16  # the ``wbits`` of a weight that is pruned, and has no codes
+
 
 @dataclass(frozen=True)
 class LayerScheme:
@@ -19,6 +21,7 @@ class LayerScheme:
     sym: bool
     actorder: bool = False  # groups follow the order of quantization, not of the columns
     abits: int | None = None  # of the activations it reads, each token with a scale of its own
+    conv1d: bool = False  # of a layer without codes: the file has it as [columns, rows]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,27 @@ class QuantizedWeight:
             return self, None
         order = torch.argsort(self.g_idx, stable=True)
         return replace(self, codes=self.codes[:, order], g_idx=self.g_idx[order]), order
+
+
+@dataclass(frozen=True)
+class SparseWeight(QuantizedWeight):
+    """A weight that is pruned, and not quantized, as it is handed on beside the others.
+
+    Its ``codes`` are 1 where something is left, and 0 elsewhere; ``values`` are what is left.
+    """
+
+    values: Float[Tensor, "rows cols"]
+
+    @property
+    def weight(self) -> Float[Tensor, "rows cols"]:
+        return self.values
+
+    @classmethod
+    def of(cls, values: Float[Tensor, "rows cols"]) -> SparseWeight:
+        rows, columns = values.shape
+        grids = values.new_ones(rows, 1), values.new_zeros(rows, 1, dtype=torch.uint8)
+        group = group_index(columns, columns, values.device)
+        return cls(UNCODED, (values != 0).to(torch.uint8), *grids, group, values)
 
 
 def affine(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optq.core.weight import LayerScheme
+from optq.core.weight import UNCODED, LayerScheme
 from optq.errors import ModelError, OtherMethodError, SettingError
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS
+from optq.formats.dense import DENSE
 from optq.formats.gptq import GPTQ_V1, GPTQ_V2
 from optq.formats.int_quantized import INT_QUANTIZED
 from optq.formats.scheme import Detected, Format
@@ -60,8 +61,13 @@ def detect(checkpoint: Checkpoint) -> Detected | None:
 def form_of(name: str | None, layer: LayerScheme) -> Format:
     """The format that users call ``name``, for layers of this scheme; None: the usual one.
 
-    Raises ``SettingError`` for a name that none has.
+    Raises ``SettingError`` for a name that none has, and for any where there are no codes.
     """
+    if layer.wbits == UNCODED:
+        if name is None:
+            return DENSE
+        cause = f"a model that is pruned only has no codes for the format {name}"
+        raise SettingError(cause, "leave out --format, or quantize it as well with --wbits")
     usual = GPTQ_V1 if layer.abits is None else COMPRESSED_TENSORS
     name = usual.name if name is None else name
     if name not in FORMATS:

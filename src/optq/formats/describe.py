@@ -38,7 +38,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "layers": [],
     }
     if found is None:
-        return what
+        return what | _recorded(checkpoint)  # of one that was pruned
     packed = quantized_layers(checkpoint)
     schemes = Counter(found.layer(name) for name in packed)
     common = schemes.most_common(1)[0][0] if packed else None
@@ -56,11 +56,20 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "quantized_layers": len(packed),
         "quantized_bytes": sum(sizes[name] for name in packed_tensors(checkpoint)),
     }
+    return what | _recorded(checkpoint)
+
+
+def _recorded(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the run that wrote it, and later evaluations, have left beside it."""
+    what: dict[str, Any] = {}
     record = checkpoint.folder / FILE
     if record.is_file():
         made = RunRecord.read(record)
-        what |= made.model_dump(include={"method", "quantizer", "qep", "calibration", "layers"})
+        what = made.model_dump(include={"method", "quantizer", "qep", "calibration", "layers"})
         what["bits_per_weight"] = round(made.bits_per_weight, 3)
+        if pruned := [layer for layer in made.layers if layer.sparsity is not None]:
+            zeros = sum((x.sparsity or 0.0) * x.rows * x.cols for x in pruned)
+            what["zeros"] = f"{zeros / sum(x.rows * x.cols for x in pruned):.2%} of the layers"
     findings = checkpoint.folder / FINDINGS
     if findings.is_file():
         known = Findings.read(findings)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from optq.core.grid import BITS
-from optq.core.weight import LayerScheme
+from optq.core.weight import UNCODED, LayerScheme
 from optq.errors import SettingError
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS
 from optq.formats.gptq import GPTQ_V1
@@ -63,6 +63,8 @@ def check_layers(
 
 def of_layer(scheme: LayerScheme, layer: Layer) -> LayerScheme:
     """The run's scheme, with the bits that the layer has of its own."""
+    if scheme.wbits == UNCODED:
+        return replace(scheme, conv1d=layer.conv1d)
     return scheme if layer.wbits is None else replace(scheme, wbits=layer.wbits)
 
 

@@ -94,7 +94,8 @@ class Kept:
         tensors: dict[str, Tensor] = {}
         for name, (weight, scheme) in layers.items():
             encoded = self.form.encode(weight, self.dtype, scheme.sym)
-            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
+            for suffix, tensor in encoded.items():
+                tensors[f"{name}.{suffix}"] = tensor.T.contiguous() if scheme.conv1d else tensor
         return tensors
 
     def _decode(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -103,7 +104,7 @@ class Kept:
                 continue
             parts = [suffix for suffix in self.form.parts if f"{name}.{suffix}" in tensors]
             own = {suffix: tensors[f"{name}.{suffix}"] for suffix in parts}
-            yield name, self.form.decode(name, own, self.layers[name])
+            yield name, _decoded(self.form, name, own, self.layers[name])
 
     def _encoded(self) -> Iterator[dict[str, Tensor]]:
         """The tensors of each block."""
@@ -186,7 +187,7 @@ class Writer(Kept):
             for name, scheme in done.layers.items():
                 parts = [s for s in self.form.parts if f"{name}.{s}" in done.tensors]
                 tensors = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in parts}
-                yield name, self.form.decode(name, tensors, scheme)
+                yield name, _decoded(self.form, name, tensors, scheme)
 
     def take(self, kept: Kept) -> None:
         """Take all that a run has kept, in the place of commits."""
@@ -218,7 +219,9 @@ class Writer(Kept):
         self._flush()
         with writing(self.target):
             settings = self.form.config(self.layers, rest.inside, percdamp, rest.outside)
-            config = self.source.config() | {"quantization_config": settings}
+            config = self.source.config()
+            if settings:  # what is pruned only is a plain model
+                config |= {"quantization_config": settings}
             for file, content in {"config.json": config, self.form.settings_file: settings}.items():
                 if file is not None:
                     self._write_json(file, content)
@@ -303,3 +306,11 @@ class Writer(Kept):
     def _write_json(self, file: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2) + "\n"
         (self.folder / file).write_text(text, encoding="utf-8")
+
+
+def _decoded(
+    form: Format, name: str, tensors: dict[str, Tensor], scheme: LayerScheme
+) -> QuantizedWeight:
+    """A layer of the file; of a ``Conv1D`` that has no codes, the other way round."""
+    turned = {s: tensor.T.contiguous() for s, tensor in tensors.items()} if scheme.conv1d else {}
+    return form.decode(name, tensors | turned, scheme)

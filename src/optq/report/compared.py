@@ -21,6 +21,11 @@ TITLES = {
 }
 
 
+def _title(method: str) -> str:
+    pruned = method.removeprefix("prune-")
+    return TITLES[method] if pruned == method else f"SparseGPT, {pruned}"
+
+
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Methods side by side; bars compare the rises at the same bits and groups.
 
@@ -42,7 +47,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             str(row["wbits"]) + (f"/{row['abits']}" if row.get("abits") else ""),
             *((("" if plain else groupsize),) if groups else ()),
-            TITLES[row["method"]],
+            _title(row["method"]),
             f"{row['bits_per_weight']:.2f}",
             size(row["bytes"]),
             *((_share(row.get("sparsity")),) if sparse else ()),

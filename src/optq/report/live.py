@@ -25,13 +25,17 @@ class Live:
     """
 
     def __init__(
-        self, bar: progress.Update, say: Say, clock: Callable[[], float] = time.monotonic
+        self,
+        bar: progress.Update,
+        say: Say,
+        clock: Callable[[], float] = time.monotonic,
+        baseline: str = "rounding",
     ) -> None:
-        self.bar, self.say, self.clock = bar, say, clock
+        self.bar, self.say, self.clock, self.baseline = bar, say, clock, baseline
         self.last = self.begun = clock()  # the last step, and the current block
         self.took: list[float] = []  # seconds, of each block that is done
         self.step: Any = None  # the last one of the current block
-        self.block, self.every = _Errors(), _Errors()
+        self.block, self.every = _Errors(baseline), _Errors(baseline)
         bar(0, 1, "starting")
 
     def begin(self) -> None:
@@ -80,7 +84,7 @@ class Live:
         told += [said.gained(step.tuned)] if step.tuned else []
         told += [duration(self.took[-1]), *self._left(step.blocks - step.block - 1)]
         self.say(", ".join(told))
-        self.begun, self.block = self.last, _Errors()
+        self.begun, self.block = self.last, _Errors(self.baseline)
 
     def _left(self, blocks: int) -> list[str]:
         took = self.took[1:] or self.took
@@ -88,8 +92,11 @@ class Live:
 
 
 @contextmanager
-def quantizing(shown: bool = True) -> Iterator[Live]:
-    """What is told of a run on stderr, as long as it lasts; nothing if it is not ``shown``."""
+def quantizing(shown: bool = True, baseline: str = "rounding") -> Iterator[Live]:
+    """What is told of a run on stderr, as long as it lasts; nothing if it is not ``shown``.
+
+    Its errors stand beside those of the ``baseline``.
+    """
     told = shown and not progress.is_watched()
 
     def say(line: str) -> None:
@@ -97,15 +104,16 @@ def quantizing(shown: bool = True) -> Iterator[Live]:
             print(line, file=sys.stderr, flush=True)
 
     with progress.bar("quantizing", shown, timed=False) as bar:
-        live = Live(bar, say)
+        live = Live(bar, say, baseline=baseline)
         yield live
         live.end()
 
 
 class _Errors:
-    """The relative error of some layers together, and rounding's if it is another."""
+    """The relative error of some layers together, and the baseline's if it is another."""
 
-    def __init__(self) -> None:
+    def __init__(self, baseline: str) -> None:
+        self.baseline = baseline
         self.error = self.rounding = self.energy = 0.0
 
     def add(self, layers: Sequence[LayerRecord]) -> None:
@@ -118,7 +126,7 @@ class _Errors:
         own, other = (
             f"{100 * each / (self.energy or 1):.2g}%" for each in (self.error, self.rounding)
         )
-        return own if own == other else f"{own} (rounding {other})"
+        return own if own == other else f"{own} ({self.baseline} {other})"
 
 
 def _inside(site: str) -> str:
