@@ -5,6 +5,8 @@ every method prunes the same model on the same tokens; what counts is the rise o
 beside magnitude's and Wanda's. Then the same with what stays in 4 bits, groups of 128: ``joint`` in
 one run; ``then`` prunes the model, and quantizes the pruned one in a second run that leaves its
 zeros where they are. ``plain`` is the paper's SparseGPT, ``no-qep`` ours without error propagation.
+``--llmcompressor PYTHON``, of an environment that has it, adds its SparseGPT on the same tokens;
+its ``seconds`` are without loading and saving, ours with.
 
 Appends one record a run to bench/results/pruning.jsonl, skips what is there already, and prints
 the table.
@@ -17,6 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import quality_peers
 from machine import append, machine
 from quality import (
     CHOOSING,
@@ -31,10 +34,13 @@ from quality import (
     texts,
 )
 
+import optq
 from optq import Magnitude, ModelConfig, Runner, SparseGPT, Wanda
 from optq.core.rounding import working_copy
+from optq.data.calibration import calibration_tokens
 from optq.data.evaluation import evaluation_tokens
 from optq.evaluate.perplexity import perplexity
+from optq.model.blocks import find_blocks
 
 RESULTS = Path(__file__).parent / "results" / "pruning.jsonl"
 SPARSITIES = (0.5, "2:4")
@@ -85,10 +91,27 @@ def pruned(model: str, variant: str, sparsity, group: int, seed: int):
     return result.model, zeros / sum(layer.rows * layer.cols for layer in result.layers)
 
 
+def of_llmcompressor(python: str, model: str, tokenizer, sparsity, seed: int):
+    """The model as llm-compressor's SparseGPT leaves it, its layers' sparsity, and its seconds."""
+    tokens = calibration_tokens(texts(model)[0], tokenizer, SAMPLES, SEQLEN, seed)
+    folder = ModelConfig(model, "cpu").checkpoint().folder
+    with tempfile.TemporaryDirectory() as scratch:
+        how = folder, tokens, WBITS, Path(scratch)
+        ran = quality_peers.run(python, "llmcompressor", f"sparsegpt-{sparsity}", *how)
+        if ran.returncode:
+            raise SystemExit(ran.stderr[-2000:])
+        made = optq.load(Path(scratch) / "out", "cpu")
+    weights = [layer.weight for block in find_blocks(made) for layer in block.layers]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    seconds = json.loads(ran.stdout.splitlines()[-1])["quantize_seconds"]
+    return made, zeros / sum(weight.numel() for weight in weights), seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--llmcompressor", metavar="PYTHON", help="Python that has llm-compressor")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--choosing", action="store_true", help="on other windows than the final")
     parser.add_argument("--windows", type=int, default=FINAL, help="of the final ones")
@@ -97,7 +120,7 @@ def main() -> None:
     part = choosing if arguments.choosing else partial(final, count=arguments.windows)
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
     done = {key_of(row): row for row in map(json.loads, lines)}
-    names = arguments.variants.split(",")
+    names = arguments.variants.split(",") + ["llm-compressor"] * bool(arguments.llmcompressor)
     for model in arguments.models:
         loaded, tokenizer = ModelConfig(model, "cpu").load()
         windows = part(evaluation_tokens(texts(model)[1], tokenizer, SEQLEN))
@@ -111,9 +134,13 @@ def main() -> None:
             row = dict(zip(("model", "variant", "sparsity", "seed"), key, strict=True))
             start, quantized = time.perf_counter(), loaded
             if variant != "none":
-                how = sparsity, groupsize(loaded), seed
-                quantized, zeros = pruned(model, variant, *how)
-                row |= {"zeros": round(zeros, 5), "seconds": round(time.perf_counter() - start, 1)}
+                if variant == "llm-compressor":
+                    how = arguments.llmcompressor, model, tokenizer, sparsity, seed
+                    quantized, zeros, seconds = of_llmcompressor(*how)
+                else:
+                    quantized, zeros = pruned(model, variant, sparsity, groupsize(loaded), seed)
+                    seconds = time.perf_counter() - start
+                row |= {"zeros": round(zeros, 5), "seconds": round(seconds, 1)}
                 row["divergence"] = round(divergence(loaded, quantized, windows[:CHOOSING]), 4)
             row["perplexity"] = round(perplexity(quantized, windows).perplexity, 5)
             done[key] = row

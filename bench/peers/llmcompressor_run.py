@@ -4,6 +4,7 @@ Settings are those of its GPTQ example. Act-order is off, as for every tool. Its
 batch of one sequence stays: of 1, 2 and 8 it took the least processor time and memory. ``--best
 mse`` turns on what it has for quality: its range search and act-order. By default it shows every
 expert all tokens; ``--best mse-routed`` is the same with the tokens that are routed to each.
+``--best sparsegpt-0.5`` or ``sparsegpt-2:4`` prunes instead, with its SparseGPT.
 """
 
 import torch
@@ -11,6 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import __version__, oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from measure import Measurement, arguments
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +32,15 @@ groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
 recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"])
 if not args.best:
     recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"], actorder=None)
+if args.best and args.best.startswith("sparsegpt-"):
+    sparsity = args.best.removeprefix("sparsegpt-")
+    kept, colon, of = sparsity.partition(":")
+    recipe = SparseGPTModifier(
+        sparsity=1 - int(kept) / int(of) if colon else float(sparsity),
+        mask_structure=sparsity if colon else "0:0",
+        targets=["Linear"],
+        ignore=["re:.*lm_head"],
+    )
 
 measurement = Measurement(args.model)
 with measurement.seconds("load"):
