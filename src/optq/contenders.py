@@ -70,6 +70,9 @@ class Contender:
         if isinstance(built, RTN | GPTQ | Mixed | SmoothQuant | Pruner):
             scheme = built.scheme()
             check_layers(form_of(None, scheme), blocks, scheme, ())
+        if isinstance(built, Pruner):
+            for layer in (layer for block in blocks for layer in block.layers):
+                built.check_layer(layer.name, *layer.shape)
 
 
 def _quantized(contender: Contender, built: Any, job: Job) -> Made:

@@ -39,6 +39,7 @@ from optq.core.descent import ROWS_AT_ONCE
 from optq.core.gptq import GPTQ
 from optq.core.grid import BITS
 from optq.core.hessian import TOKENS
+from optq.core.obs import OBS
 from optq.core.pruning import Pruner
 from optq.core.rtn import RTN
 from optq.core.solver import Solver
@@ -227,6 +228,8 @@ class Run:
                 exact += product * (1 if solved else 0.5)
                 quick += product * (1 + (rounds + 1) * (rounds > 0) + steps)
                 weights += site.weights
+                if isinstance(self.quantizer, OBS):  # an inverse to a row, and a step to a weight
+                    exact += self.quantizer.pattern.share * product * site.columns
         passes = PASSES["rtn"] if not solved else PASSES["sweep"] + PASSES["polish"] * rounds
         passes += PASSES["search"] * self.quantizer.mse + PASSES["refit"] * steps
         quick += 0 if self.tune.model is None else self._products(self.tune.model, weights)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optq.core import compiled
+from optq.core.error import damped_error
 from optq.core.grid import Storage
 from optq.core.magnitude import Magnitude, Wanda
 from optq.core.methods import PRUNERS
@@ -145,7 +146,7 @@ def test_every_step_of_obs_is_the_cheapest_and_costs_what_it_says(sparsity, kind
     solver = OBS(sparsity)
     D = p.H + solver.problem(torch.tensor(p.H)).factor.damp * np.eye(12)
     pattern = solver.pattern
-    left, order, costs = remove(inverse_of(D), torch.tensor(p.W), pattern)
+    left, order, costs = remove(inverse_of(D), torch.tensor(p.W), pattern, torch.ones(len(D)))
     kept, of = (pattern.kept, pattern.of) if pattern.of else (6, 12)
     for n, w in enumerate(p.W):
         values, gone, rise = obs_row(w, D, kept, of, order[n].tolist())
@@ -159,7 +160,7 @@ def test_every_step_of_obs_is_the_cheapest_and_costs_what_it_says(sparsity, kind
 def test_what_obs_leaves_is_the_least_squares_of_what_it_keeps():
     p = problem(4, 16, seed=5)
     D = damped(p.H)
-    left, _, _ = remove(inverse_of(D), torch.tensor(p.W), Pattern.of_text(0.5))
+    left, _, _ = remove(inverse_of(D), torch.tensor(p.W), Pattern.of_text(0.5), torch.ones(len(D)))
     for w, v in zip(p.W, array(left), strict=True):
         kept = v != 0
         best = np.linalg.solve(D[np.ix_(kept, kept)], D[kept] @ w)
@@ -263,6 +264,71 @@ def test_refit_ends_at_the_least_squares():
         own = keep[:, n].numpy()
         best = np.linalg.solve(D[np.ix_(own, own)], D[own] @ w)
         np.testing.assert_allclose(v[own, n], best, rtol=1e-6)
+
+
+def strong(columns, rows, kind, seed=0):
+    """Float32 weights, and the Hessian of inputs that have a mean or a few tokens of great size."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * columns, columns, generator=generator)
+    if kind == "mean":
+        x += 10 * torch.randn(columns, generator=generator)
+    else:
+        x[:3] *= 300
+    return x.T @ x / len(x), torch.randn(rows, columns, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["mean", "tokens"])
+def test_refit_in_bfloat16_where_inputs_have_a_strong_direction(kind, monkeypatch):
+    """No row loses, and nearly all is gained that float32 gains."""
+    H, weight = strong(256, 64, kind)
+    solver, errors = SparseGPT(0.5), []
+    made, W = solver.problem(H), working_copy(weight)
+    for quick in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("optq.core.refit.quick_dtype", lambda like, quick=quick: quick)
+        swept, solved = (replace(solver, refit=steps).solve(made, weight).error for steps in (0, 8))
+        keep = Pattern.of_text(0.5).keep(W.abs())
+        start = W * keep
+        moved = refit(W, start, keep, made, 8)
+        before, after = (damped_error(W - v, made.factor) for v in (start, moved))
+        assert (after <= before).all()
+        errors.append((solved.sum() / swept.sum(), after.sum() / before.sum()))
+    (plain, alone), (quick, quickly) = errors
+    assert plain < 0.9 and quick < 1.05 * plain and quickly < 1.05 * alone
+
+
+def test_rows_are_refitted_as_among_others(monkeypatch):
+    """To the bit, also of many columns: ranks share rows."""
+    monkeypatch.setattr("optq.core.refit.quick_dtype", lambda like: torch.bfloat16)
+    H, weight = strong(2048, 192, "mean")
+    solver = SparseGPT(0.5, refit=2)
+    made = solver.problem(H)
+    whole = solver.solve(made, weight).weight
+    for part in (slice(0, 64), slice(64, 192)):
+        assert torch.equal(solver.solve(made, weight[part]).weight, whole[part])
+
+
+@pytest.mark.parametrize("solver", [SparseGPT.plain(0.25), Wanda(0.25), OBS(0.25)], ids=repr)
+def test_dead_columns_go_first_the_smallest_before_the_others(solver):
+    """They cost nothing; those that stay are the larger ones."""
+    p = problem(6, 16, seed=4)
+    W, H = p.tensors()
+    dead = torch.arange(16) < 8
+    H[dead], H[:, dead] = 0, 0
+    left = solver.solve(solver.problem(H), W).weight != 0
+    assert left[:, ~dead].all()
+    own = W[:, dead].abs()
+    per_row = [] if isinstance(solver, SparseGPT) else zip(own, left[:, dead], strict=True)
+    assert all(row[~kept].max() < row[kept].min() for row, kept in per_row)
+    assert own[~left[:, dead]].sum() < 0.6 * own[left[:, dead]].sum()
+
+
+@pytest.mark.parametrize("kept", [3, 12])
+def test_patterns_of_many_columns_keep_the_most_salient(kept):
+    saliency = torch.rand(48, 5)
+    keep = Pattern.of_text(f"{kept}:16").keep(saliency)
+    for part, own in zip(saliency.split(16), keep.split(16), strict=True):
+        assert (own.sum(0) == kept).all()
+        assert torch.equal(own, part >= part.topk(kept, 0).values[-1])
 
 
 # ------------------------------------------------------------------------------------- promises

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optq.core.grid import Storage
 from optq.core.problem import Problem
-from optq.core.pruning import Pruner
+from optq.core.pruning import UNSEEN, Pruner
 from optq.core.rounding import working_copy
 from optq.core.solution import Solution
 from optq.core.weight import group_index
@@ -57,4 +57,6 @@ class Wanda(Magnitude):
     def _saliency(
         self, W: Float[Tensor, "cols rows"], problem: Problem
     ) -> Float[Tensor, "cols rows"]:
-        return W.abs() * problem.H.diagonal().sqrt()[:, None]
+        diagonal = problem.H.diagonal()
+        seen = diagonal.where(~problem.dead, UNSEEN * diagonal.mean())
+        return W.abs() * seen.sqrt()[:, None]

@@ -22,7 +22,7 @@ from torch import Tensor
 from optq.core.grid import Storage
 from optq.core.obq import ENTRIES_AT_ONCE, eliminate
 from optq.core.problem import Problem
-from optq.core.pruning import Pattern, Pruner
+from optq.core.pruning import UNSEEN, Pattern, Pruner
 from optq.core.rounding import working_copy
 from optq.core.solution import Solution
 from optq.errors import SettingError
@@ -49,22 +49,29 @@ class OBS(Pruner):
     def _solve(
         self, problem: Problem, weight: Tensor, aim: Tensor | None, storage: Storage
     ) -> Solution:
-        U = problem.factor.U
+        factored = problem.factor
+        U = factored.U
         inverse = torch.cholesky_inverse(U.flip(0, 1)).flip(0, 1)
         W = working_copy(weight)
         target = W if aim is None else working_copy(aim)
         at_once = max(1, ENTRIES_AT_ONCE // len(W) ** 2)
         parts = target.T.split(at_once)
-        values = torch.cat([remove(inverse, part, self.pattern)[0] for part in parts])
+        values = torch.cat(
+            [remove(inverse, part, self.pattern, factored.live)[0] for part in parts]
+        )
         baseline = self.magnitude(W, problem, storage)
         return self.pruned(W, values.T.contiguous(), problem, baseline, storage)
 
 
 def remove(
-    inverse: Float[Tensor, "cols cols"], W: Float[Tensor, "rows cols"], pattern: Pattern
+    inverse: Float[Tensor, "cols cols"],
+    W: Float[Tensor, "rows cols"],
+    pattern: Pattern,
+    live: Float[Tensor, " cols"],
 ) -> tuple[Float[Tensor, "rows cols"], Int[Tensor, "rows removed"], Float[Tensor, "rows removed"]]:
     """Each row without as many weights as the pattern says: what is left; which were removed, in
-    turn; and half of what each cost.
+    turn; and half of what each cost. Weights of columns that are not ``live`` cost nothing, and go
+    first, the smallest before the others.
     """
     W = W.clone(memory_format=torch.contiguous_format)
     rows, columns = W.shape
@@ -76,7 +83,7 @@ def remove(
     order, costs = [], []
     for _ in range(most * (columns // width)):
         full = (removed >= most).repeat_interleave(width, 1)
-        cost = W.square() / (2 * inverses.diagonal(dim1=1, dim2=2))
+        cost = live.clamp(min=UNSEEN) * W.square() / (2 * inverses.diagonal(dim1=1, dim2=2))
         p = cost.masked_fill_(gone | full, torch.inf).argmin(1)
         order.append(p)
         costs.append(cost[each, p])

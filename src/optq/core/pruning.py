@@ -33,6 +33,8 @@ from optq.core.weight import UNCODED, LayerScheme, group_index
 from optq.errors import SettingError
 
 BLOCK = 128  # columns of which a share is kept, each time: SparseGPT's
+UNSEEN = 1e-12  # what a column without evidence counts, of the mean: they go first, by their size
+FEW = 8  # columns of a pattern that are compared each with each
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,10 @@ class Pattern:
 
     def _of_each(self, saliency: Float[Tensor, "cols rows"]) -> Bool[Tensor, "cols rows"]:
         parts = saliency.unflatten(0, (-1, self.of))
+        if self.of > FEW:
+            gone = parts.argsort(dim=1, stable=True)[:, : self.of - self.kept]
+            keep = torch.ones_like(parts, dtype=torch.bool)
+            return keep.scatter_(1, gone, False).flatten(0, 1)
         one, other = parts[:, :, None], parts[:, None]
         earlier = torch.ones(self.of, self.of, dtype=torch.bool, device=parts.device).tril(-1)
         rank = ((other < one) | ((other == one) & earlier[..., None])).sum(2)
@@ -154,9 +160,10 @@ class Baseline(NamedTuple):
 class Pruner(Solver):
     """A method of pruning: a frozen dataclass with these options among its own.
 
-    ``sparsity``: the share of weights that is removed, of each row; or a pattern, ``"2:4"``: so
-    many of each so many neighbouring columns stay. ``wbits``: what stays is quantized as well; None
-    for not. The other options mean what they mean for :class:`optq.core.gptq.GPTQ`.
+    ``sparsity``: the share of weights that is removed, of each row (:class:`SparseGPT`: of each 64
+    rows); or a pattern, ``"2:4"``: so many of each so many neighbouring columns stay. ``wbits``:
+    what stays is quantized as well; None for not. The other options mean what they mean for
+    :class:`optq.core.gptq.GPTQ`.
     """
 
     sparsity: float | str

@@ -34,7 +34,7 @@ from torch import Tensor
 from optq.core.compiled import MAGIC, by_rows, numbers, pruning_loops, serves
 from optq.core.grid import Grid, Storage, is_int
 from optq.core.problem import Problem
-from optq.core.pruning import Pattern, Pruner, Uncoded
+from optq.core.pruning import UNSEEN, Pattern, Pruner, Uncoded
 from optq.core.refit import refit
 from optq.core.rounding import Rounded, round_groups, working_copy
 from optq.core.solution import Solution
@@ -99,13 +99,14 @@ class SparseGPT(Pruner):
         if self.wbits is None or self.refit:
             start = [target.clone() for target in targets]
             sweep = self._sweep(Uncoded(), problems, start, self.pattern, storage)
-            keeps = [sweep.keep[:, own] for own in sweep.own]
+            keeps = [sweep.keep[:, own].clone() for own in sweep.own]
             targets = [
                 self._refitted(target, (target - sweep.W[:, own]).mul_(keep), keep, problem)
                 for target, own, keep, problem in zip(
                     targets, sweep.own, keeps, problems, strict=True
                 )
             ]
+            del sweep
             if self.wbits is None:
                 baselines = [
                     self.magnitude(W, problem, storage, keep)
@@ -195,7 +196,9 @@ class PruningSweep(Sweep):
         for index, (each, own) in enumerate(zip(self.starts, self.own, strict=True)):
             updated, keep = self._updated(columns, index), self.keep[columns, own]
             if self.pattern is not None:
-                worth = each.factored.squares[columns, None] * updated.square()
+                squares = each.factored.squares
+                seen = squares.where(squares > 0, UNSEEN * squares.mean())
+                worth = seen[columns, None] * updated.square()
                 chosen = self.pattern.keep(worth, start, UNIT)
                 keep = keep.copy_(chosen) if unit == self.block else chosen
             kept.append(updated.mul_(keep))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from optq.core.weight import LayerScheme
+from optq.core.weight import UNCODED, LayerScheme
 from optq.formats.compressed_tensors import COMPRESSED_TENSORS
 from optq.formats.scheme import Format
 from optq.model.experts import Bank, Copies
@@ -36,6 +36,8 @@ def notices(
     ``banks`` are packed, ``dense`` are not; ``names`` are those on disk of the tensors of
     ``model``; ``head``: it is packed.
     """
+    if scheme.wbits == UNCODED:  # nothing is packed
+        return []
     refused = experts_in_transformers(form, scheme.sym, model, banks, dense, names)
     lines = [f"transformers {refused}"] if refused else []
     if banks and not for_optq_alone(model, banks, names):
