@@ -14,7 +14,7 @@ from optq.model import smoothing
 from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
 from optq.model.layer import Layer
-from optq.model.smoothing import MANY, NO_NORM, SHARED, Norm, Smoother
+from optq.model.smoothing import MANY, NO_NORM, SHARED, TIED, Norm, Smoother
 from optq.solving import stacked
 
 ROWS = {row.name: row for row in zoo.ROWS}
@@ -115,19 +115,19 @@ class OneNorm(torch.nn.Module):
         return x + (self.norm(out) if self.twice else out)
 
 
-@pytest.mark.parametrize(
-    ("twice", "gated", "why"), [(False, False, None), (True, False, MANY), (False, True, SHARED)]
-)
-def test_reasons(twice, gated, why):
-    module = OneNorm(twice, gated)
+def block_of(module, index=0, name="b"):
     with torch.no_grad():
         module.norm.weight.add_(torch.randn(16) / 4)
     layers = [Layer(n, module.get_submodule(n), False) for n in ("up", "down")]
-    block = Block(0, "b", module, layers)
-    site = Site(block, [layers[0]])
+    return Block(index, name, module, layers)
+
+
+def looked(block, *others, model=None):
+    """The site of ``up``, after a scout went through the block."""
+    module, site = block.module, Site(block, block.layers[:1])
     smoother = Smoother(SmoothQuant(), {"b.norm.weight": "", "b.norm.bias": ""})
     x = torch.randn(1, 5, 16)
-    with torch.no_grad(), smoother.hooks([block]):
+    with torch.no_grad(), smoother.hooks([block, *others], model):
 
         def read(module, args):
             if isinstance(getcurrent(), Batch):
@@ -138,8 +138,34 @@ def test_reasons(twice, gated, why):
         batch.switch()
         before = {name: each.clone() for name, each in module.named_parameters()}
         smoother.look(block, [site])
-        assert site.unsmoothed == why
         assert all(torch.equal(each, before[n]) for n, each in module.named_parameters())
+    return site
+
+
+@pytest.mark.parametrize(
+    ("twice", "gated", "why"), [(False, False, None), (True, False, MANY), (False, True, SHARED)]
+)
+def test_reasons(twice, gated, why):
+    assert looked(block_of(OneNorm(twice, gated))).unsmoothed == why
+
+
+@pytest.mark.parametrize("what", ["layer", "weight of a layer", "norm", "weight of a norm", None])
+@pytest.mark.parametrize("outside", [False, True])
+def test_what_others_have_too_is_left_alone(what, outside):
+    """Scales that are folded into one block's norm must not reach others by a shared weight."""
+    one, other = OneNorm(False, False), OneNorm(False, False)
+    if what == "layer":
+        other.up = one.up
+    elif what == "weight of a layer":
+        other.up.weight = one.up.weight
+    elif what == "norm":
+        other.norm = one.norm
+    elif what == "weight of a norm":
+        other.norm.weight = one.norm.weight
+    blocks = [block_of(one), block_of(other, 1, "c")]
+    model = torch.nn.Sequential(one, other)
+    site = looked(*blocks[: 1 if outside else 2], model=model)
+    assert site.unsmoothed == (None if what is None else TIED)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -15,6 +15,7 @@ and a run that goes on from its journal gives the same bytes.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ FORMS: dict[str, float] = {"weight": 0.0, "1 + weight": 1.0}  # what norms multi
 NO_NORM = "no norm makes its input"
 SHARED = "others read its input too, or its norm has other work"
 LOST = "its norm's input is gone when the layers run"
-MANY = "its norm runs more than once, or belongs to several blocks"
+MANY = "its norm runs more than once"
+TIED = "others have the weights of its norm, or of its layers"
 ON_DISK = "its norm's weight is not one tensor on disk"
 
 
@@ -76,7 +78,7 @@ class Smoother:
         self._calls: dict[nn.Module, int] = {}
         self._norms: dict[Site, Norm] = {}
         self._entry: tuple[tuple, dict] | None = None
-        self._blocks: dict[nn.Module, int] = {}
+        self._tied: set[nn.Module] = set()
 
     def begin(self) -> None:
         """Another block is under way."""
@@ -86,15 +88,20 @@ class Smoother:
         self._entry = None
 
     @contextmanager
-    def hooks(self, blocks: Sequence[Block]) -> Iterator[None]:
-        """What norms make of what is noted, and what the scout enters a block with is kept."""
+    def hooks(self, blocks: Sequence[Block], model: nn.Module | None = None) -> Iterator[None]:
+        """What norms make of what is noted, and what the scout enters a block with is kept.
+
+        ``model``: what the blocks are part of.
+        """
         handles: list[Any] = []
+        noting: set[nn.Module] = set()
+        self._tied = _tied(blocks, model)  # now: later, blocks' parameters come and go
         for block in blocks:
             for name, module in block.module.named_modules(prefix=block.name):
-                self._blocks[module] = self._blocks.get(module, 0) + 1
                 weight = module._parameters.get("weight")
-                if weight is None or weight.ndim != 1 or self._blocks[module] > 1:
+                if weight is None or weight.ndim != 1 or module in noting:
                     continue
+                noting.add(module)
                 noted = self._note(Norm(name, module))
                 handles.append(module.register_forward_hook(noted, with_kwargs=True))
             handles.append(block.module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -150,10 +157,11 @@ class Smoother:
         uses = [norm.module for norm in self._norms.values()]
         for site, norm in list(self._norms.items()):
             names = [f"{norm.name}.{name}" for name in norm.parameters]
-            once = self._calls[norm.module] == 1 and self._blocks[norm.module] == 1
             why = None
-            if not once or uses.count(norm.module) > 1:
+            if self._calls[norm.module] > 1 or uses.count(norm.module) > 1:
                 why = MANY
+            elif not self._tied.isdisjoint([norm.module, *(x.module for x in site.layers)]):
+                why = TIED
             elif not {*norm.parameters} <= {"weight", "bias"} or not all(
                 name in self.on_disk for name in names
             ):
@@ -224,6 +232,22 @@ class Smoother:
         sample = torch.cat([row for _, own in told for row in own]).to(device)
         sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
         return torch.stack(tops).amax(0).to(device, sample.dtype), sample
+
+
+def _tied(blocks: Sequence[Block], model: nn.Module | None) -> set[nn.Module]:
+    """The modules with a parameter that another block has too, or the model outside of blocks.
+
+    A block's trial says nothing of what such a parameter does there.
+    """
+    places = [list(block.module.modules()) for block in blocks]
+    if model is not None:
+        inside = {block.module for block in blocks}
+        places.append([module for _, module in model.named_modules(memo=inside)])
+    held: Counter[nn.Parameter] = Counter()
+    for modules in places:
+        held.update({x for m in modules for x in m._parameters.values() if x is not None})
+    every = (module for modules in places for module in modules)
+    return {m for m in every if any(held[x] > 1 for x in m.parameters(recurse=False))}
 
 
 def _rounding(layer: Layer) -> Callable[..., Any]:
