@@ -274,8 +274,8 @@ def bad_settings(state, config):
     ("damage", "said"),
     [
         (lose_a_scale, "up_proj.weight (float8_e4m3fn) is of a quantized model"),
-        (of_integers, "int-quantized"),
-        (some_integers, "int-quantized"),
+        (of_integers, "input activations in another way than by token in 8 bits"),
+        (some_integers, "input activations in another way than by token in 8 bits"),
         (of_nothing, "kept as float-quantized"),
         (a_scale_of_another_size, "model.layers.1.mlp.up_proj.weight cannot be dequantized"),
         (bad_settings, "the settings of fp8 cannot be read"),

@@ -195,6 +195,10 @@ def test_the_command(command, tmp_path):
     made = json.loads(out)
     assert code == 0 and made["method"] == "sparsegpt" and made["qep"] and made["format"] == "dense"
     assert all(abs(layer["sparsity"] - 0.5) < 0.01 for layer in made["layers"])
+    code, out, _ = command("inspect", "out")
+    assert code == 0 and "of magnitude's" in out
+    code, out, err = command("report", "out")
+    assert code == 2 and "optq inspect out" in err
     code, _, err = command("prune", "--sparsity", "0.5")
     assert code == 2 and "out exists" in err
     code, out, err = command("prune", "--sparsity", "0.5", "--wbits", "4", "--force")

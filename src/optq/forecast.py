@@ -225,8 +225,8 @@ class Run:
                     * (min(site.rows, site.columns) + site.rows * (site.rows > site.columns))
                 )
                 product = site.weights * site.columns
-                exact += product * (1 if solved else 0.5)
-                quick += product * (1 + (rounds + 1) * (rounds > 0) + steps)
+                exact += product * ((1 if solved else 0.5) + steps)
+                quick += product * (1 + (rounds + 1) * (rounds > 0))
                 weights += site.weights
                 if isinstance(self.quantizer, OBS):  # an inverse to a row, and a step to a weight
                     exact += self.quantizer.pattern.share * product * site.columns

@@ -278,33 +278,30 @@ def strong(columns, rows, kind, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["mean", "tokens"])
-def test_refit_in_bfloat16_where_inputs_have_a_strong_direction(kind, monkeypatch):
-    """No row loses, and nearly all is gained that float32 gains."""
+def test_refit_in_float32_where_inputs_have_strong_directions(kind):
+    """No row loses, and as much is gained as in float64."""
     H, weight = strong(256, 64, kind)
-    solver, errors = SparseGPT(0.5), []
-    made, W = solver.problem(H), working_copy(weight)
-    for quick in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr("optq.core.refit.quick_dtype", lambda like, quick=quick: quick)
-        swept, solved = (replace(solver, refit=steps).solve(made, weight).error for steps in (0, 8))
-        keep = Pattern.of_text(0.5).keep(W.abs())
+    keep, gains = Pattern.of_text(0.5).keep(working_copy(weight).abs()), []
+    for dtype in (torch.float64, torch.float32):
+        made, W = SparseGPT(0.5).problem(H.to(dtype)), working_copy(weight).to(dtype)
         start = W * keep
         moved = refit(W, start, keep, made, 8)
         before, after = (damped_error(W - v, made.factor) for v in (start, moved))
         assert (after <= before).all()
-        errors.append((solved.sum() / swept.sum(), after.sum() / before.sum()))
-    (plain, alone), (quick, quickly) = errors
-    assert plain < 0.9 and quick < 1.05 * plain and quickly < 1.05 * alone
+        gains.append((after.sum() / before.sum()).item())
+    assert gains[0] < 0.5 and gains[1] < 1.02 * gains[0]
 
 
-def test_rows_are_refitted_as_among_others(monkeypatch):
+def test_rows_are_refitted_as_among_others():
     """To the bit, also of many columns: ranks share rows."""
-    monkeypatch.setattr("optq.core.refit.quick_dtype", lambda like: torch.bfloat16)
-    H, weight = strong(2048, 192, "mean")
-    solver = SparseGPT(0.5, refit=2)
-    made = solver.problem(H)
-    whole = solver.solve(made, weight).weight
-    for part in (slice(0, 64), slice(64, 192)):
-        assert torch.equal(solver.solve(made, weight[part]).weight, whole[part])
+    H, weight = strong(2048, 448, "mean")
+    made, W = SparseGPT(0.5).problem(H), working_copy(weight)
+    keep = Pattern.of_text(0.5).keep(W.abs())
+    whole = refit(W, W * keep, keep, made, 3)
+    for part in (slice(0, 192), slice(192, 448)):
+        own = W[:, part].contiguous()
+        kept = keep[:, part].contiguous()
+        assert torch.equal(refit(own, own * kept, kept, made, 3), whole[:, part])
 
 
 @pytest.mark.parametrize("solver", [SparseGPT.plain(0.25), Wanda(0.25), OBS(0.25)], ids=repr)

@@ -110,9 +110,10 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
             "bytes": sum(tensor.nbytes for tensor in checkpoint.layout.values()),
         }
     if "quantized_layers" not in what:
-        raise ModelError(
-            f"{checkpoint.folder} is not quantized", "give a folder that optq quantize wrote"
-        )
+        remedy = "give a folder that optq quantize wrote"
+        if what.get("layers"):
+            remedy = f"`optq inspect {checkpoint.folder}` shows what was lost where it was pruned"
+        raise ModelError(f"{checkpoint.folder} is not quantized", remedy)
     return what
 
 

@@ -203,7 +203,9 @@ def layers(records: Sequence[Mapping[str, Any]]) -> None:
     ]
     most = max((record["relative_error"] for record in records), default=1.0) or 1.0
     prefix = shared(record["name"] for record in records)
-    names = (f"layer ({prefix}..)", "rows x cols", "error", "relative", "of rounding's", BARS)
+    pruned = any(record.get("sparsity") is not None for record in records)
+    beside = "of magnitude's" if pruned else "of rounding's"
+    names = (f"layer ({prefix}..)", "rows x cols", "error", "relative", beside, BARS)
     table = columns(*names, left=(0, 5))
     for record in records:
         rounding = record["rtn_error"]
