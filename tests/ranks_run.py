@@ -8,7 +8,7 @@ import torch
 
 import optq.quantize
 import optq.solving
-from optq import GPTQ, RTN, Mixed, ModelConfig, Runner
+from optq import GPTQ, RTN, Mixed, ModelConfig, Runner, SmoothQuant
 
 
 def main():
@@ -16,9 +16,8 @@ def main():
     asked = json.loads(Path(sys.argv[1]).read_text())
     optq.quantize.BATCH_TOKENS, optq.solving.MEMORY = asked["batch"], asked["memory"]
     for name, run in asked["runs"].items():
-        quantizer = {"gptq": GPTQ, "rtn": RTN, "mixed": Mixed}[run.pop("method")](
-            *run.pop("quantizer")
-        )
+        methods = {"gptq": GPTQ, "rtn": RTN, "mixed": Mixed, "smoothquant": SmoothQuant}
+        quantizer = methods[run.pop("method")](*run.pop("quantizer"))
         model, calib = run.pop("model"), torch.tensor(run.pop("calib"))
         out = Path(asked["out"]) / name
         if out.exists():  # torchrun has started this again

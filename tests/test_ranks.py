@@ -75,6 +75,8 @@ def settings(models, path, out):
         | {"model": models["llama_bfloat16"], "quantizer": [3, 32], "head": 8, "qep": True},
         "budget": gptq
         | {"model": models["mixtral"], "quantizer": [3.9, None, 32], "method": "mixed"},
+        "activations": gptq
+        | {"model": models["llama_bfloat16"], "quantizer": [], "method": "smoothquant"},
         "few batches": gptq | {"model": models["mixtral"], "quantizer": [4, 32], "calib": two},
     }
     Path(path).write_text(json.dumps({"batch": 48, "memory": 2**19, "out": str(out), "runs": runs}))

@@ -21,6 +21,7 @@ from optq.evaluate.llm_int8 import LLMInt8
 from optq.formats import form_of
 from optq.formats.fit import check_layers
 from optq.model.blocks import Block, find_blocks
+from optq.quantize import check_experts
 from optq.result import Result
 from optq.runner import Runner
 
@@ -69,7 +70,10 @@ class Contender:
         """Refuse, before any work, layers that would be refused after it."""
         if isinstance(built, RTN | GPTQ | Mixed | SmoothQuant | Pruner):
             scheme = built.scheme()
+            check_experts(scheme, blocks)
             check_layers(form_of(None, scheme), blocks, scheme, ())
+        if isinstance(built, LLMInt8):
+            built.check(blocks)
         if isinstance(built, Pruner):
             for layer in (layer for block in blocks for layer in block.layers):
                 built.check_layer(layer.name, *layer.shape)

@@ -27,7 +27,6 @@ from optq.model.activations import Activations
 from optq.model.batch import Passed
 from optq.model.blocks import Block, Site
 from optq.model.checkpoint import Checkpoint
-from optq.model.experts import Bank
 from optq.model.flow import Flow
 from optq.model.inputs import SiteSums
 from optq.model.layer import Layer
@@ -238,11 +237,7 @@ def names_on_disk(
 ) -> dict[str, str]:
     """The names on disk of the model's tensors. Refuses a layer that cannot be written."""
     names = disk_names(model, checkpoint.files)
-    if quantizer.scheme().abits is not None and (bank := next(_banks(blocks), None)):
-        raise SettingError(
-            f"{bank.name} are experts, whose activations cannot be quantized yet",
-            f"leave them dense: --skip '{bank.name.rpartition('.')[2]}'",
-        )
+    check_experts(quantizer.scheme(), blocks)
     check_layers(form, blocks, quantizer.scheme())
     for layer in (layer for block in blocks for layer in block.layers):
         if f"{layer.name}.weight" not in names:
@@ -259,8 +254,14 @@ def names_on_disk(
     return names
 
 
-def _banks(blocks: list[Block]) -> Iterator[Bank]:
-    return (bank for block in blocks for bank in block.banks)
+def check_experts(scheme: LayerScheme, blocks: Sequence[Block]) -> None:
+    """Refuse experts where activations are quantized. Errors: ``SettingError``."""
+    bank = next((bank for block in blocks for bank in block.banks), None)
+    if scheme.abits is not None and bank is not None:
+        raise SettingError(
+            f"{bank.name} are experts, whose activations cannot be quantized yet",
+            f"leave them dense: --skip '{bank.name.rpartition('.')[2]}'",
+        )
 
 
 def record_of(work: Quantization, sink: Kept, **told: Any) -> RunRecord:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,16 @@ def test_any_number_of_threads_gives_the_same_bits():
     for other in made[1:]:
         assert torch.equal(made[0].codes, other.codes)
         assert torch.equal(made[0].scales, other.scales)
+
+
+def test_no_rows():
+    """What a rank may have of a small weight."""
+    called = []
+    loop = SimpleNamespace(loop=lambda *given: called.append(given))
+    compiled.by_rows("loop", 3, 3, 7, of=lambda: loop)
+    assert called == [(7, 3, 3)]
+    H, _ = problem()
+    assert solve(GPTQ.plain(4, 64), H, torch.empty(0, COLUMNS))[0].codes.shape == (0, COLUMNS)
 
 
 @pytest.mark.parametrize("near", [False, True])

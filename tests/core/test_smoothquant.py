@@ -57,11 +57,12 @@ def test_the_search_takes_the_least_error_of_the_quantized_product():
         errors[alpha] = product_error(weight, x, scales)
     best = min(errors, key=errors.get)
     assert found.alpha == best is not None
-    assert found.error == pytest.approx(errors[best]) and found.plain == pytest.approx(errors[None])
+    assert found.error == float(f"{errors[best]:.4g}")
+    assert found.plain == float(f"{errors[None]:.4g}")
     assert found.error < 0.02 * found.plain  # which is what smoothing is for
     torch.testing.assert_close(found.scales, smoothing_scales(largest, strongest, best))
     fixed = SmoothQuant(alpha=0.3).smoothing(weight, largest, x)
-    assert fixed.alpha == 0.3 and fixed.error == pytest.approx(errors[0.3])
+    assert fixed.alpha == 0.3 and fixed.error == float(f"{errors[0.3]:.4g}")
 
 
 def test_no_smoothing_is_a_candidate():

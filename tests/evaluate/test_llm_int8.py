@@ -78,3 +78,14 @@ def test_experts_are_refused():
     model = zoo.Row("mixtral", zoo_configs.mixtral, "model.layers", ()).build()
     with pytest.raises(SettingError, match="are experts, which LLM"):
         LLMInt8().apply(model, find_blocks(model))
+
+
+def test_a_layer_in_two_places():
+    """What is shared stays shared: no place keeps the dense layer."""
+    model = ROWS["llama"].build()
+    first, second = model.model.layers[:2]
+    second.mlp.up_proj = first.mlp.up_proj
+    LLMInt8().apply(model, find_blocks(model))
+    assert isinstance(first.mlp.up_proj, Int8Linear) and second.mlp.up_proj is first.mlp.up_proj
+    kept = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert kept == ["lm_head"]

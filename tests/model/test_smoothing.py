@@ -10,11 +10,12 @@ import zoo_configs
 from greenlet import getcurrent
 
 from optq import ModelConfig, Runner, SmoothQuant, quantize
+from optq.errors import ModelError
 from optq.model import smoothing
 from optq.model.batch import Batch
 from optq.model.blocks import Block, Site
 from optq.model.layer import Layer
-from optq.model.smoothing import MANY, NO_NORM, SHARED, Norm, Smoother
+from optq.model.smoothing import MANY, NO_NORM, SHARED, TIED, Norm, Smoother
 from optq.solving import stacked
 
 ROWS = {row.name: row for row in zoo.ROWS}
@@ -89,13 +90,12 @@ def test_the_function_stays(tmp_path, unrounded, name, expected):
 
 
 def test_what_a_router_reads_too_is_left_alone(tmp_path, unrounded):
-    """The shared expert of each block reads what the router reads: experts are dense here."""
-    row = zoo.Row("moe", zoo_configs.qwen2_moe, "model.layers", ())
+    """The shared experts read the norm's own tensor, as the router does: the rest is dense here."""
+    row = zoo.Row("moe", zoo_configs.deepseek_v3, "model.layers", ())
     result = smoothed(zoo.save(row, tmp_path / "model"), skip=r"\.experts\b")
     why = {site.site: site.smoothing.unsmoothed for site in result.record.sites}
-    shared = {w for n, w in why.items() if "shared_expert." in n}
-    assert shared and None not in shared
-    assert {w for n, w in why.items() if "q_proj" in n} == {None}
+    assert {w for n, w in why.items() if n.endswith("shared_experts.gate_proj")} == {SHARED}
+    assert {w for n, w in why.items() if "q_a_proj" in n} == {None}
 
 
 class OneNorm(torch.nn.Module):
@@ -115,19 +115,19 @@ class OneNorm(torch.nn.Module):
         return x + (self.norm(out) if self.twice else out)
 
 
-@pytest.mark.parametrize(
-    ("twice", "gated", "why"), [(False, False, None), (True, False, MANY), (False, True, SHARED)]
-)
-def test_reasons(twice, gated, why):
-    module = OneNorm(twice, gated)
+def block_of(module, index=0, name="b"):
     with torch.no_grad():
         module.norm.weight.add_(torch.randn(16) / 4)
     layers = [Layer(n, module.get_submodule(n), False) for n in ("up", "down")]
-    block = Block(0, "b", module, layers)
-    site = Site(block, [layers[0]])
+    return Block(index, name, module, layers)
+
+
+def looked(block, *others, model=None, dtype=torch.float32):
+    """The site of ``up``, after a scout went through the block."""
+    module, site = block.module, Site(block, block.layers[:1])
     smoother = Smoother(SmoothQuant(), {"b.norm.weight": "", "b.norm.bias": ""})
-    x = torch.randn(1, 5, 16)
-    with torch.no_grad(), smoother.hooks([block]):
+    x = torch.randn(1, 5, 16, dtype=dtype)
+    with torch.no_grad(), smoother.hooks([block, *others], model):
 
         def read(module, args):
             if isinstance(getcurrent(), Batch):
@@ -138,8 +138,65 @@ def test_reasons(twice, gated, why):
         batch.switch()
         before = {name: each.clone() for name, each in module.named_parameters()}
         smoother.look(block, [site])
-        assert site.unsmoothed == why
         assert all(torch.equal(each, before[n]) for n, each in module.named_parameters())
+    return site
+
+
+@pytest.mark.parametrize(
+    ("twice", "gated", "why"), [(False, False, None), (True, False, MANY), (False, True, SHARED)]
+)
+def test_reasons(twice, gated, why):
+    assert looked(block_of(OneNorm(twice, gated))).unsmoothed == why
+
+
+def test_what_the_scout_missed_has_a_reason():
+    block = block_of(OneNorm(False, False))
+    site = Site(block, block.layers[1:])
+    smoother = Smoother(SmoothQuant(), {"b.norm.weight": "", "b.norm.bias": ""})
+    smoother.look(block, [site])
+    assert site.unsmoothed == NO_NORM
+
+
+class Halves(OneNorm):
+    """A block that knows one dtype only, and one that hands on what its norm made."""
+
+    def forward(self, x):
+        if self.twice and x.dtype != torch.bfloat16:
+            raise RuntimeError("expected bfloat16, and got another")
+        y = self.norm(x)
+        return x + self.down(self.up(y).relu()), {"normed": y}
+
+
+def test_all_that_a_block_returns_is_compared():
+    assert looked(block_of(Halves(False, False))).unsmoothed == SHARED
+
+
+def test_a_block_that_cannot_run_in_float32():
+    block = block_of(Halves(True, False).bfloat16())
+    with pytest.raises(
+        ModelError, match=r"b cannot be tried in float32: expected.*\n.*--alpha off"
+    ):
+        looked(block, dtype=torch.bfloat16)
+    assert {each.dtype for each in block.module.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("what", ["layer", "weight of a layer", "norm", "weight of a norm", None])
+@pytest.mark.parametrize("outside", [False, True])
+def test_what_others_have_too_is_left_alone(what, outside):
+    """Scales that are folded into one block's norm must not reach others by a shared weight."""
+    one, other = OneNorm(False, False), OneNorm(False, False)
+    if what == "layer":
+        other.up = one.up
+    elif what == "weight of a layer":
+        other.up.weight = one.up.weight
+    elif what == "norm":
+        other.norm = one.norm
+    elif what == "weight of a norm":
+        other.norm.weight = one.norm.weight
+    blocks = [block_of(one), block_of(other, 1, "c")]
+    model = torch.nn.Sequential(one, other)
+    site = looked(*blocks[: 1 if outside else 2], model=model)
+    assert site.unsmoothed == (None if what is None else TIED)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -76,14 +76,14 @@ def by_rows(
     Its last arguments are a range of rows.
     """
     given = [each.numpy() if isinstance(each, Tensor) else each for each in arguments]
-    threads = min(torch.get_num_threads(), -(-(last - first) // TILE))
+    threads = max(1, min(torch.get_num_threads(), -(-(last - first) // TILE)))
     if threads > 1 and shares_threads():
         use_threads()
         getattr(of(), f"{loop}_in_threads")(first, last, *given)
         return
     ends = [first + (last - first) * part // threads for part in range(threads + 1)]
     run = getattr(of(), loop)
-    if threads <= 1:
+    if threads == 1:
         run(*given, first, last)
         return
     pool = _pool(os.getpid(), torch.get_num_threads())

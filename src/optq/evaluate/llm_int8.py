@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,19 +37,31 @@ class LLMInt8:
     def __post_init__(self) -> None:
         require_positive({"threshold": self.threshold})
 
-    def apply(self, model: Any, blocks: Sequence[Block]) -> int:
-        """Put a :class:`Int8Linear` in the place of each layer; the bytes that they would take."""
+    def check(self, blocks: Sequence[Block]) -> None:
+        """Refuse experts. Errors: ``SettingError``."""
         for block in blocks:
             if block.banks:
                 raise SettingError(
                     f"{block.banks[0].name} are experts, which LLM.int8() is not written for here",
                     "leave llm-int8 out of --methods",
                 )
+
+    def apply(self, model: nn.Module, blocks: Sequence[Block]) -> int:
+        """Put an :class:`Int8Linear` in the place of each layer; the bytes that they would take.
+
+        A module that has several places is in all of them, as before. Errors: as :meth:`check`.
+        """
+        self.check(blocks)
+        places: dict[nn.Module | None, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                places.setdefault(child, []).append((parent, name))
         size = 0
         for layer in (layer for block in blocks for layer in block.layers):
-            parent, _, name = layer.name.rpartition(".")
             bias = getattr(layer.module, "bias", None)
-            setattr(model.get_submodule(parent), name, Int8Linear(layer.weight, bias, self))
+            made = Int8Linear(layer.weight, bias, self)
+            for parent, name in places[layer.module]:
+                setattr(parent, name, made)
             rows, columns = layer.shape
             size += rows * columns + 2 * rows
         return size

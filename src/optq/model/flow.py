@@ -84,7 +84,7 @@ class Flow:
         smoother = self.smoother
         source = () if smoother is None else (smoother.source,)
         self._sites = Sites(self.model, self.blocks, *source)
-        watched = nullcontext() if smoother is None else smoother.hooks(self.blocks)
+        watched = nullcontext() if smoother is None else smoother.hooks(self.blocks, self.model)
         self._held = self.activations or Activations(self.weights.device)
         self._held.shared = {id(buffer) for buffer in self.model.buffers()}
         self._finished: set[Block] = set()

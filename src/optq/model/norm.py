@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optq.model.batch import handed_on
+from optq.boundary import library
+from optq.errors import ModelError
 from optq.model.blocks import Block, Site
 
 TRIAL = 4.0  # scales that are tried: this or one over it
@@ -52,7 +54,10 @@ class Norm:
 
 
 class Trial:
-    """A block in float32, as a context, run with and without trial scales."""
+    """A block in float32, as a context, run with and without trial scales.
+
+    Errors: ``ModelError`` where it cannot be run so.
+    """
 
     def __init__(self, block: Block, args: tuple, kwargs: dict) -> None:
         self.block, self.args, self.kwargs = block, args, kwargs
@@ -65,7 +70,11 @@ class Trial:
             self._kept[each] = each.data
             each.data = copied(each.data, wide=True)
         self.args, self.kwargs = copied(self.args, wide=True), copied(self.kwargs, wide=True)
-        self.plain = self._run()
+        try:
+            self.plain = self._run()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -91,17 +100,30 @@ class Trial:
         finally:
             for each, data in before.items():
                 each.data = data
-        first = next((x for x in (*self.args, *self.kwargs.values()) if _fits(x, made)), None)
-        base = self.plain if first is None else self.plain - first
-        return bool((made - self.plain).norm() <= SAME * base.norm())
+        given = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        return len(made) == len(self.plain) and all(map(partial(_alike, given), made, self.plain))
 
-    def _run(self) -> Tensor:
+    def _run(self) -> list[Tensor]:
         args, kwargs = copied(self.args), copied(self.kwargs)
-        return handed_on(self.block.module(*args, **kwargs)).double()
+        name = self.block.name
+        with library(ModelError, f"{name} cannot be tried in float32", "add --alpha off"):
+            return [*_tensors(self.block.module(*args, **kwargs))]
 
 
-def _fits(value: Any, made: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == made.shape
+def _tensors(made: Any) -> Iterator[Tensor]:
+    """All that a block returns, in float64."""
+    if isinstance(made, Tensor):
+        yield made.double()
+    elif isinstance(made, list | tuple | dict):
+        for each in made.values() if isinstance(made, dict) else made:
+            yield from _tensors(each)
+
+
+def _alike(given: Sequence[Tensor], made: Tensor, plain: Tensor) -> bool:
+    """By what was added to a tensor of that shape among those given: hidden states."""
+    first = next((x for x in given if x.shape == plain.shape), 0.0)
+    apart = (made - plain).masked_fill(made == plain, 0)  # both may be infinite
+    return bool(apart.norm() <= SAME * (plain - first).norm())
 
 
 def copied(value: Any, wide: bool = False) -> Any:

@@ -15,16 +15,17 @@ and a run that goes on from its journal gives the same bytes.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
 
-from optq.core.smoothquant import SmoothQuant
+from optq.core.smoothquant import Smoothing, SmoothQuant
 from optq.core.tokens import rounded
 from optq.errors import ModelError
 from optq.model.batch import Batch
@@ -40,7 +41,8 @@ FORMS: dict[str, float] = {"weight": 0.0, "1 + weight": 1.0}  # what norms multi
 NO_NORM = "no norm makes its input"
 SHARED = "others read its input too, or its norm has other work"
 LOST = "its norm's input is gone when the layers run"
-MANY = "its norm runs more than once, or belongs to several blocks"
+MANY = "its norm runs more than once"
+TIED = "others have the weights of its norm, or of its layers"
 ON_DISK = "its norm's weight is not one tensor on disk"
 
 
@@ -76,7 +78,7 @@ class Smoother:
         self._calls: dict[nn.Module, int] = {}
         self._norms: dict[Site, Norm] = {}
         self._entry: tuple[tuple, dict] | None = None
-        self._blocks: dict[nn.Module, int] = {}
+        self._tied: set[nn.Module] = set()
 
     def begin(self) -> None:
         """Another block is under way."""
@@ -86,15 +88,20 @@ class Smoother:
         self._entry = None
 
     @contextmanager
-    def hooks(self, blocks: Sequence[Block]) -> Iterator[None]:
-        """What norms make of what is noted, and what the scout enters a block with is kept."""
+    def hooks(self, blocks: Sequence[Block], model: nn.Module | None = None) -> Iterator[None]:
+        """What norms make of what is noted, and what the scout enters a block with is kept.
+
+        ``model``: what the blocks are part of.
+        """
         handles: list[Any] = []
+        noting: set[nn.Module] = set()
+        self._tied = _tied(blocks, model)  # now: later, blocks' parameters come and go
         for block in blocks:
             for name, module in block.module.named_modules(prefix=block.name):
-                self._blocks[module] = self._blocks.get(module, 0) + 1
                 weight = module._parameters.get("weight")
-                if weight is None or weight.ndim != 1 or self._blocks[module] > 1:
+                if weight is None or weight.ndim != 1 or module in noting:
                     continue
+                noting.add(module)
                 noted = self._note(Norm(name, module))
                 handles.append(module.register_forward_hook(noted, with_kwargs=True))
             handles.append(block.module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -144,36 +151,51 @@ class Smoother:
                 self._norms[site] = made.norm
 
     def look(self, block: Block, sites: Sequence[Site]) -> None:
-        """The scout is through with ``block``: find out which of its sites can be smoothed."""
-        if self._entry is None:
+        """The scout is through with ``block``: find out which of its sites can be smoothed.
+
+        All ranks do what the first one finds. Errors: ``ModelError``.
+        """
+        if not self.quantizer.smooths:
             return
+        found = self.ranks.share(lambda: self._verdicts(block, sites))
+        self._entry = None
+        for site, (why, offset) in zip(sites, found, strict=True):
+            site.unsmoothed = why
+            norm = self._norms.pop(site, None)
+            if why is None and norm is not None:
+                self._norms[site] = Norm(norm.name, norm.module, offset)
+
+    def _verdicts(self, block: Block, sites: Sequence[Site]) -> list[tuple[str | None, float]]:
+        """Of each site: why it cannot be smoothed, or None and its norm's ``offset``."""
+        entry = self._entry
         uses = [norm.module for norm in self._norms.values()]
-        for site, norm in list(self._norms.items()):
-            names = [f"{norm.name}.{name}" for name in norm.parameters]
-            once = self._calls[norm.module] == 1 and self._blocks[norm.module] == 1
-            why = None
-            if not once or uses.count(norm.module) > 1:
-                why = MANY
+        why: dict[Site, str] = {}
+        norms: dict[Site, Norm] = {}
+        for site in sites:
+            norm = self._norms.get(site)
+            if norm is None or entry is None:
+                why[site] = site.unsmoothed or NO_NORM  # the scout may have missed it
+            elif self._calls[norm.module] > 1 or uses.count(norm.module) > 1:
+                why[site] = MANY
+            elif not self._tied.isdisjoint([norm.module, *(x.module for x in site.layers)]):
+                why[site] = TIED
             elif not {*norm.parameters} <= {"weight", "bias"} or not all(
-                name in self.on_disk for name in names
+                f"{norm.name}.{name}" in self.on_disk for name in norm.parameters
             ):
-                why = ON_DISK
-            if why is not None:
-                site.unsmoothed = why
-                del self._norms[site]
-        entry, self._entry = self._entry, None
-        if not self._norms:
-            return
-        with Trial(block, *entry) as trial:
-            if not trial.same(self._norms):  # in the common case all are of the first form
-                for site, norm in list(self._norms.items()):
-                    forms = [Norm(norm.name, norm.module, each) for each in FORMS.values()]
-                    fit = [form for form in forms if trial.same({site: form})]
-                    if fit:
-                        self._norms[site] = fit[0]
-                    else:
-                        site.unsmoothed = SHARED
-                        del self._norms[site]
+                why[site] = ON_DISK
+            else:
+                norms[site] = norm
+        if norms and entry is not None:
+            with Trial(block, *entry) as trial:
+                if not trial.same(norms):  # in the common case all are of the first form
+                    for site, norm in list(norms.items()):
+                        forms = [Norm(norm.name, norm.module, each) for each in FORMS.values()]
+                        fit = [form for form in forms if trial.same({site: form})]
+                        if fit:
+                            norms[site] = fit[0]
+                        else:
+                            why[site] = SHARED
+        return [(why.get(x), norms[x].offset if x in norms else 0.0) for x in sites]
 
     def smooth(self, site: Site, here: Sequence[Batch], device: torch.device) -> None:
         """Before ``site`` is solved: choose its scales, and have the batches read what the norm
@@ -186,11 +208,16 @@ class Smoother:
         if not largest.isfinite().all():
             return  # which the sums of the site will say of what sample it is
         weight = torch.cat([layer.weight.to(sample.dtype) for layer in site.layers])
-        found = self.quantizer.smoothing(weight, largest, sample)
+
+        def choose() -> Smoothing:
+            found = self.quantizer.smoothing(weight, largest, sample)
+            return found if found.scales is None else replace(found, scales=found.scales.cpu())
+
+        found = self.ranks.share(choose)  # sums end in other bits where threads are others
         site.smoothing = found
         if found.scales is None:
             return
-        values, exact = norm.folded(found.scales)
+        values, exact = norm.folded(found.scales.to(device))
         site.scales = exact
         for name, value in values.items():
             norm.parameters[name].data = value
@@ -218,12 +245,31 @@ class Smoother:
         for handed in inputs:
             x = handed.inputs
             tops.append(x.abs().amax(0).float().cpu())
-            rows.append(x[:: max(1, len(x) // each)][:each].cpu())
+            # Any token as likely as another: at even steps they all stood at the same few places.
+            chance = torch.Generator().manual_seed(handed.first_sample)
+            some = torch.randperm(len(x), generator=chance)[:each]
+            rows.append(x[some.to(x.device)].cpu())
         told = self.ranks.gather((tops, rows), "smoothing")
         tops = [top for own, _ in told for top in own]
         sample = torch.cat([row for _, own in told for row in own]).to(device)
         sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
         return torch.stack(tops).amax(0).to(device, sample.dtype), sample
+
+
+def _tied(blocks: Sequence[Block], model: nn.Module | None) -> set[nn.Module]:
+    """The modules with a parameter that another block has too, or the model outside of blocks.
+
+    A block's trial says nothing of what such a parameter does there.
+    """
+    places = [list(block.module.modules()) for block in blocks]
+    if model is not None:
+        inside = {block.module for block in blocks}
+        places.append([module for _, module in model.named_modules(memo=inside)])
+    held: Counter[nn.Parameter] = Counter()
+    for modules in places:
+        held.update({x for m in modules for x in m._parameters.values() if x is not None})
+    every = (module for modules in places for module in modules)
+    return {m for m in every if any(held[x] > 1 for x in m.parameters(recurse=False))}
 
 
 def _rounding(layer: Layer) -> Callable[..., Any]:
