@@ -1,8 +1,8 @@
 """The compiled loops give what torch's operations give, on any number of threads."""
 
+import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,10 +76,6 @@ def test_any_number_of_threads_gives_the_same_bits():
 
 def test_no_rows():
     """What a rank may have of a small weight."""
-    called = []
-    loop = SimpleNamespace(loop=lambda *given: called.append(given))
-    compiled.by_rows("loop", 3, 3, 7, of=lambda: loop)
-    assert called == [(7, 3, 3)]
     H, _ = problem()
     assert solve(GPTQ.plain(4, 64), H, torch.empty(0, COLUMNS))[0].codes.shape == (0, COLUMNS)
 
@@ -154,3 +150,22 @@ def test_transposed(shape, dtype, monkeypatch):
         assert torch.equal(made, matrix.T) and made.is_contiguous()
         made.zero_()
         assert shape[0] == 0 or matrix.any()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_gives_the_same_bits():
+    """OpenMP's threads are its parent's, and would end it."""
+    code = (
+        "import os, torch; from optq import GPTQ\n"
+        "torch.set_num_threads(2)\n"
+        "torch.manual_seed(0); H, W = torch.eye(64) + 0.1, torch.randn(200, 64)\n"
+        "def solve(): return GPTQ(4, 32).solve(GPTQ(4, 32).problem(H), W).codes\n"
+        "made, child = solve(), os.fork()\n"
+        "if child == 0:\n"
+        "    torch.set_num_threads(1)\n"
+        "    os._exit(not torch.equal(solve(), made))\n"
+        "print(os.waitpid(child, 0)[1])"
+    )
+    run = [sys.executable, "-c", code]
+    made = subprocess.run(run, capture_output=True, text=True, check=True, timeout=300)
+    assert made.stdout.strip() == "0"

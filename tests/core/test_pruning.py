@@ -205,7 +205,7 @@ def sparsegpt(W, H, d, of, kept=None, share=0.5, together=1):
 def test_the_sweep_is_the_paper_s_form(sparsity, loops, monkeypatch):
     """Masks equal, weights equal; and the predicted costs add up to the measured damped error."""
     if not loops:
-        monkeypatch.setattr("optq.core.sparsegpt.pruning_loops", lambda: None)
+        monkeypatch.setattr("optq.core.sparsegpt.serves", lambda _: False)
     p = problem(9, 320, seed=6)
     solver = SparseGPT.plain(sparsity, blocksize=48)
     made = solver.problem(torch.tensor(p.H))
@@ -232,7 +232,7 @@ def test_joint_compiled_and_plain_loops_agree(sparsity, options, monkeypatch):
         solver = SparseGPT(sparsity, 3, refit=refit_steps, **options)
         one = solved(solver, W, H, EXACT)
         with monkeypatch.context() as patch:
-            patch.setattr("optq.core.sparsegpt.pruning_loops", lambda: None)
+            patch.setattr("optq.core.sparsegpt.serves", lambda _: False)
             other = solved(solver, W, H, EXACT)
         assert torch.equal(one.codes, other.codes)
         torch.testing.assert_close(one.error, other.error)

@@ -10,7 +10,24 @@ import typer
 
 from optq.cli import imports, llm_int8, outcome
 from optq.cli.app import app, refuse_given, reports, say, size
-from optq.cli.options import FORMATS_HELP, NSAMPLES, Device, Dtype, Json, Model, Seqlen, Skip
+from optq.cli.options import (
+    FORMATS_HELP,
+    NSAMPLES,
+    ActivationMemory,
+    Calib,
+    Chat,
+    Device,
+    DryRun,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    NSamples,
+    Restart,
+    Seed,
+    Seqlen,
+    Skip,
+)
 from optq.cli.solver import (
     DEFAULT_WBITS,
     fitting_groupsize,
@@ -83,17 +100,11 @@ def quantize(
             " all scales at once."
         ),
     ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help="demo, a .txt, .jsonl or .json file, wikitext2, ptb, c4, NAME:SPLIT:COLUMN."
-            " Default: c4; demo for the bundled model."
-        ),
-    ] = None,
-    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = NSAMPLES,
+    calib: Calib = None,
+    nsamples: NSamples = NSAMPLES,
     seqlen: Seqlen = None,
-    seed: Annotated[int, typer.Option(help="Of the calibration sequences.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    seed: Seed = 0,
+    chat: Chat = False,
     skip: Skip = None,
     head: Annotated[
         int | None, typer.Option(help="Quantize the output head too, to 8 or 4 bits.")
@@ -109,20 +120,10 @@ def quantize(
             "--format", help=f"{FORMATS_HELP}. Default: gptq; with --abits compressed-tensors."
         ),
     ] = None,
-    activation_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="What batches may hold on the device, 8GB say; the rest goes to host memory, then"
-            " to files. Default: half of what is free."
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Do not go on from a run that was cut off.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what a run would do and need, and do nothing.")
-    ] = False,
+    activation_memory: ActivationMemory = None,
+    force: Force = False,
+    restart: Restart = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write the checkpoint OUT."""

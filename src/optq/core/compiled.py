@@ -53,25 +53,13 @@ def loops() -> Any:
     return found
 
 
-@cache
-def pruning_loops() -> Any:
-    """Those of pruning, or None."""
-    try:
-        from optq.core import pruning_loops as found
-    except ImportError:
-        return None
-    return found
-
-
 def serves(tensor: Tensor) -> bool:
     """Whether the compiled loops can work on a tensor."""
     return tensor.device.type == "cpu" and tensor.dtype in MAGIC and loops() is not None
 
 
-def by_rows(
-    loop: str, first: int, last: int, *arguments: Any, of: Callable[[], Any] = loops
-) -> None:
-    """One ``of`` the loops on the rows ``first .. last``, in as many threads as torch has.
+def by_rows(loop: str, first: int, last: int, *arguments: Any) -> None:
+    """One of the loops on the rows ``first .. last``, in as many threads as torch has.
 
     Its last arguments are a range of rows.
     """
@@ -79,10 +67,10 @@ def by_rows(
     threads = max(1, min(torch.get_num_threads(), -(-(last - first) // TILE)))
     if threads > 1 and shares_threads():
         use_threads()
-        getattr(of(), f"{loop}_in_threads")(first, last, *given)
+        getattr(loops(), f"{loop}_in_threads")(first, last, *given)
         return
     ends = [first + (last - first) * part // threads for part in range(threads + 1)]
-    run = getattr(of(), loop)
+    run = getattr(loops(), loop)
     if threads == 1:
         run(*given, first, last)
         return

@@ -1,9 +1,10 @@
 """What Numba compiles: the column loop of the sweep, the steps of polish, transposed copies.
 
-The range search is in :mod:`optq.core.range_search`. Each does what the torch operations beside its
-call do, a tile of rows at a time that stays in the fastest cache. Tensors are ``[cols, rows]``: a
-vector of the processor holds weights of neighbouring rows. Multiplications and additions are not
-fused or reordered, so that every processor gives the same bits.
+Those of the range search and of pruning have files of their own, and are found here. Each does
+what the torch operations beside its call do, a tile of rows at a time that stays in the fastest
+cache. Tensors are ``[cols, rows]``: a vector of the processor holds weights of neighbouring rows.
+Multiplications and additions are not fused or reordered, so that every processor gives the same
+bits.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ import numpy as np
 from numba import prange
 
 from optq.core.compiled import TILE, compiling, in_threads
+from optq.core.pruning_loops import prune, prune_in_threads, round_kept, round_kept_in_threads
 from optq.core.range_search import search, search_in_threads
 
 __all__ = [
     "descend",
     "descend_in_threads",
+    "prune",
+    "prune_in_threads",
+    "round_kept",
+    "round_kept_in_threads",
     "search",
     "search_in_threads",
     "sweep",

@@ -7,8 +7,7 @@ from typing import no_type_check
 import numpy as np
 from numba import prange
 
-from optq.core.compiled import TILE, compiling
-from optq.core.loops import in_threads
+from optq.core.compiled import TILE, compiling, in_threads
 
 
 @compiling

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from optq.core.compiled import MAGIC, by_rows, numbers, pruning_loops, serves
+from optq.core.compiled import MAGIC, by_rows, numbers, serves
 from optq.core.grid import Grid, Storage, is_int
 from optq.core.problem import Problem
 from optq.core.pruning import UNSEEN, Pattern, Pruner, Uncoded
@@ -206,7 +206,7 @@ class PruningSweep(Sweep):
             self._fit_group(columns, kept)
 
     def _one_by_one(self, start: int, stop: int) -> None:
-        if not serves(self.W) or pruning_loops() is None:
+        if not serves(self.W):
             super()._one_by_one(start, stop)
             return
         columns, grids = slice(start, stop), (self.scale, self.zero, self.group_of)
@@ -215,8 +215,8 @@ class PruningSweep(Sweep):
             given = self.W_hat, self.W, self.codes, self.residual, self.keep, inside, squares
             if self.levels is None:
                 rows = own.start, own.stop
-                by_rows("prune", *rows, *given, start, stop, of=pruning_loops)
+                by_rows("prune", *rows, *given, start, stop)
                 continue
             limits = numbers(self.W, self.levels, MAGIC[self.W.dtype])
             given = *given, *grids, start, stop, *limits
-            by_rows("round_kept", own.start, own.stop, *given, of=pruning_loops)
+            by_rows("round_kept", own.start, own.stop, *given)
