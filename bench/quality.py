@@ -12,7 +12,8 @@ Options were chosen with ``--choosing``, on the first windows of the held-out te
 that count come from later ones. A rise of half a percent is mostly luck, good or bad (the part of
 the loss that is linear in the change of the weights), so the divergence of the predictions from
 full precision's, in which that part is not, is measured too, on the first 64 windows. ``--windows``
-measures both on fewer, of large models.
+measures both on fewer, of large models. ``--keep FOLDER`` leaves each checkpoint there, with the
+seconds that its stages took, and goes on where a run was cut off.
 
 Appends one record a run to bench/results/quality.jsonl, skips what is there already, and prints
 the table.
@@ -150,15 +151,22 @@ def label(model: str) -> str:
 
 
 def quantize(
-    model: str, variant: str, wbits: int, seed: int, groupsize: int, samples: int = SAMPLES
+    model: str,
+    variant: str,
+    wbits: int,
+    seed: int,
+    groupsize: int,
+    samples: int = SAMPLES,
+    output: Path | None = None,
 ):
-    """The model as a variant makes it."""
+    """The model as a variant makes it; ``output``: as it reads what it has written there."""
     build, qep, *tune = VARIANTS[variant]
     options = {"calib": texts(model)[0], "nsamples": samples, "seqlen": SEQLEN, "seed": seed}
     if tune:
         options["tune"] = tune[0]
     quantizer = build(wbits, groupsize, True)
-    return Runner(ModelConfig(model, "cpu"), quantizer, qep, **options).run().model
+    result = Runner(ModelConfig(model, "cpu"), quantizer, qep, output=output, **options).run()
+    return ModelConfig(str(output), "cpu").load()[0] if output else result.model
 
 
 def main() -> None:
@@ -174,6 +182,7 @@ def main() -> None:
     parser.add_argument("--split", action="store_true", help="rises into square and linear parts")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="in their own results file")
     parser.add_argument("--windows", type=int, default=FINAL, help="of the final ones")
+    parser.add_argument("--keep", type=Path, help="a folder for the checkpoints")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     names = list(dict.fromkeys([arguments.of, *arguments.variants.split(",")]))
@@ -193,7 +202,8 @@ def main() -> None:
             start = time.perf_counter()
             quantized = loaded
             if variant != "none":
-                how = groupsize(loaded), arguments.samples
+                output = arguments.keep and arguments.keep / "-".join(map(str, key))
+                how = groupsize(loaded), arguments.samples, output
                 quantized = quantize(model, variant, wbits, seed, *how)
                 quantizing = time.perf_counter() - start
             row = dict(zip(("model", "variant", "wbits", "seed"), key, strict=True))
