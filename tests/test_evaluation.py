@@ -84,7 +84,7 @@ def test_several_models_and_texts(plain, packed, texts, monkeypatch):
     )
     together = evaluate([*packed, plain], texts, plain)
     assert read == texts and loads == [0, 0, 0, 0]
-    assert [each.quantized for each in together] == [True, True, False]
+    assert [each.made for each in together] == [True, True, False]
     for model, each in zip([*packed, plain], together, strict=True):
         assert [found.text for found in each.findings.texts] == texts
         for text, found in zip(texts, each.findings.texts, strict=True):

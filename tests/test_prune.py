@@ -197,14 +197,23 @@ def test_the_command(command, tmp_path):
     assert all(abs(layer["sparsity"] - 0.5) < 0.01 for layer in made["layers"])
     code, out, _ = command("inspect", "out")
     assert code == 0 and "of magnitude's" in out
+    assert out.splitlines()[-1].startswith("next: optq eval out")
     code, out, err = command("report", "out")
-    assert code == 2 and "optq inspect out" in err
+    page = (tmp_path / "out" / "optq_report.html").read_text()
+    assert code == 0 and err == "" and "Gain over magnitude" in page
+    assert "SPARSEGPT, 2:4; calibrated" in page and "not quantized" in page
+    assert "50.0% of the weights" in page and "bits a weight" not in page
+    assert "of magnitude's error" in page and "ounding" not in page[: page.index("<script>")]
     code, _, err = command("prune", "--sparsity", "0.5")
     assert code == 2 and "out exists" in err
     code, out, err = command("prune", "--sparsity", "0.5", "--wbits", "4", "--force")
     assert code == 0 and "of magnitude's" in out and "(magnitude " in err
     code, out, _ = command("inspect", "out")
     assert code == 0 and "zeros" in out and "sparsegpt" in out
+    assert command("report", "out")[0] == 0
+    page = (tmp_path / "out" / "optq_report.html").read_text()
+    assert "SPARSEGPT, 50% removed, 4 bits, groups of 64; calibrated" in page
+    assert "of the weights" in page and "bits a weight" in page and "Gain over magnitude" in page
     code, out, _ = command("prune", "--sparsity", "2:4", "--method", "obs", "--dry-run", "--force")
     assert code == 0 and "next: the same command without --dry-run" in out
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -31,6 +31,7 @@ from optq.model.checkpoint import Checkpoint
 from optq.model.memory import free
 from optq.model.predictions import Predictions, predictions, streamed
 from optq.model.source import check_vocabulary, empty_model, load_tokenizer, sequence_length
+from optq.record import FILE as RECORD
 
 WITH_ROOM = 1.1  # of a model's bytes, for what it computes
 Update = Callable[[float, float, str], None]  # done, of how much, a note
@@ -38,10 +39,10 @@ Update = Callable[[float, float, str], None]  # done, of how much, a note
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One model: what was found now. ``quantized`` says whether its layers are packed."""
+    """One model: what was found now. ``made``: it was quantized or pruned."""
 
     model: str
-    quantized: bool
+    made: bool
     findings: Findings
 
 
@@ -69,7 +70,8 @@ class Evaluation:
                 raise SettingError(f"{name} is named twice", "name each model once")
 
     def run(self) -> list[Evaluated]:
-        """Each model's findings, in order; added to those beside a quantized one in a folder.
+        """Each model's findings, in order; added to those beside one that OPTQ or another
+        tool has made, in a folder.
 
         A folder that cannot be written to is named to ``notice``, no more. Raises
         :class:`ModelError` before any work for models that are damaged, those beside which an
@@ -144,7 +146,7 @@ class Evaluation:
             tasks = self.shots.run(model, opened.tokenizer)
             findings = findings.model_copy(update={"tasks": tasks})
             self._keep(opened, findings)
-        return Evaluated(opened.name, opened.quantized, findings)
+        return Evaluated(opened.name, opened.made, findings)
 
     def _read(self, text: str, opened: _Opened, model: Any, seqlen: int) -> Tensor:
         """The windows of a text, made once for all models of the same tokens."""
@@ -182,12 +184,13 @@ class Evaluation:
 class _Opened:
     """A model before it is loaded. ``tokens`` tells tokenizers apart.
 
-    ``keeps``: it is a checkpoint beside which findings belong.
+    ``made``: it was quantized or pruned; ``keeps``: and findings belong beside it.
     """
 
     config: ModelConfig
     checkpoint: Checkpoint
     quantized: bool
+    made: bool
     tokenizer: Any
     tokens: str
     keeps: bool
@@ -204,10 +207,11 @@ class _Opened:
         folder = checkpoint.folder.resolve()
         # A folder of the hub's own cache is somebody else's, however it was named.
         cached = any(part.startswith("models--") for part in folder.parts)
-        keeps = quantized and not (config.is_demo or checkpoint.hub or cached)
+        made = quantized or (folder / RECORD).is_file()
+        keeps = made and not (config.is_demo or checkpoint.hub or cached)
         if keeps and (folder / FILE).exists():
             Findings.read(folder / FILE)  # what is damaged is told of before the work
-        return cls(config, checkpoint, quantized, tokenizer, _tokens(tokenizer), keeps)
+        return cls(config, checkpoint, quantized, made, tokenizer, _tokens(tokenizer), keeps)
 
 
 @dataclass(frozen=True)

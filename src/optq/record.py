@@ -227,6 +227,14 @@ class RunRecord(Recorded):
     tuned: list[TunedBlock] = []
     distilled: DistillRecord | None = None
 
+    @property
+    def zeros(self) -> float | None:
+        """The share of weights that are 0 in the layers that were pruned; None: none were."""
+        pruned = [layer for layer in self.layers if layer.sparsity is not None]
+        total = sum(layer.rows * layer.cols for layer in pruned)
+        zeros = sum((layer.sparsity or 0.0) * layer.rows * layer.cols for layer in pruned)
+        return zeros / total if total else None
+
     @classmethod
     def read(cls, path: Path) -> RunRecord:
         """The record in a file. Raises :class:`ModelError` for a damaged one, or a newer version"""

@@ -152,7 +152,7 @@ def newer(folder):
         (newer, "is of version 3, newer than this OPTQ", "update OPTQ"),
         (taken, "mine.html exists and is no report", "--force"),
         (lambda folder: [folder, "--out", folder / "no" / "a.html"], "there is no folder", "make"),
-        (lambda folder: ["demo"], "is not quantized", "optq quantize wrote"),
+        (lambda folder: ["demo"], "is neither quantized nor pruned", "optq prune wrote"),
         (lambda folder: [folder, "--against", folder], "is quantized already", "plain model"),
         (lambda folder: [folder, "--against", "demo"], "demo is not the model that", "name that"),
         (lambda folder: [folder, "--with", folder], "a checkpoint is named twice", "once"),

@@ -119,7 +119,7 @@ def test_first_screen():
     worst = max(records.known().record.layers, key=lambda layer: layer.relative_error)
     assert said["worst"][0]["name"] == worst.name and len(said["worst"]) == 5
     assert said["time"] == (
-        "Factorizing the Hessians took 2.0% of the run (20 s of 17 min); the sweeps that quantize"
+        "Factorizing the Hessians took 2.0% of the run (20 s of 17 min); the sweeps over"
         " the columns took 25.0%, the forward passes 40.0%."
     )
     assert [stage["stage"] for stage in summary.stages(records.TIMES)] == [

@@ -43,7 +43,7 @@ def evaluate(
     """Perplexity of each MODEL, quantized or not, by the paper's protocol; its scores in tasks.
 
     With --against, how far its predictions are from the dense model's, too.
-    Of a quantized model in a folder, optq_eval.json keeps what was found.
+    Of a quantized or pruned model in a folder, optq_eval.json keeps what was found.
     --json: model, text, seqlen, tokens, perplexity, against, tasks, completions,
     the last three where there are any. Of several models or texts: a list,
     models, of model, texts (of text, seqlen, ..), tasks and completions.
@@ -77,8 +77,8 @@ def evaluate(
         print_json(_flat(every[0]) if len(every) == 1 and len(texts) < 2 else {"models": every})
         return
     evaluated.show([(each.model, each.findings) for each in found], against)
-    packed = [each.model for each in found if each.quantized]
-    steps.show(steps.after_evaluation([each.model for each in found], packed, against))
+    made = [each.model for each in found if each.made]
+    steps.show(steps.after_evaluation([each.model for each in found], made, against))
 
 
 def _told(model: str, findings: Findings) -> dict[str, Any]:

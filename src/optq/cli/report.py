@@ -42,7 +42,7 @@ def report(
         bool, typer.Option("--force", help="Replace a file that is no report.")
     ] = False,
 ) -> None:
-    """One HTML page about the quantized MODEL: size, loss, errors by layer, who loads it."""
+    """One HTML page about MODEL as it was made: size, loss, errors by layer, who loads it."""
     imports.load()
     from optq.report import steps, tables
     from optq.report.page import build
@@ -93,7 +93,9 @@ def known(model: str, against: str | None = None) -> Known:
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of a method that is not read: its size, and who loads it. Raises for a plain model."""
+    """Of a method that is not read: its size, and who loads it. Raises for a model that nothing
+    was done to.
+    """
     from optq.formats.describe import describe
     from optq.formats.readers import who_loads
 
@@ -109,11 +111,9 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
             "unread": error.cause,
             "bytes": sum(tensor.nbytes for tensor in checkpoint.layout.values()),
         }
-    if "quantized_layers" not in what:
-        remedy = "give a folder that optq quantize wrote"
-        if what.get("layers"):
-            remedy = f"`optq inspect {checkpoint.folder}` shows what was lost where it was pruned"
-        raise ModelError(f"{checkpoint.folder} is not quantized", remedy)
+    if "quantized_layers" not in what and not what["layers"]:
+        remedy = "give a folder that optq quantize or optq prune wrote"
+        raise ModelError(f"{checkpoint.folder} is neither quantized nor pruned", remedy)
     return what
 
 

@@ -81,7 +81,7 @@ class Int8Linear(nn.Module):
         half = weight if weight.itemsize == 2 else weight.half()
         for name, tensor in (
             ("weight", half),
-            ("codes", codes),
+            ("codes", codes.to(torch.int8)),
             ("scales", scales),
             ("bias", bias),
         ):
@@ -94,7 +94,7 @@ class Int8Linear(nn.Module):
         out = (wide.abs() > self.threshold).any(0)
         self.outliers, self.columns = self.outliers + int(out.sum()), self.columns + len(out)
         codes, scale = vector_wise(wide.masked_fill(out, 0))
-        y = (codes @ self.codes.T) * scale * self.scales.T
+        y = (codes @ self.codes.to(wide.dtype).T) * scale * self.scales.T
         # Sums of 16-bit products are kept in 32 bits, as tensor cores do.
         halves = tokens[:, out].to(self.weight.dtype).to(wide.dtype)
         y += halves @ self.weight[:, out].to(wide.dtype).T

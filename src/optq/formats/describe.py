@@ -67,9 +67,8 @@ def _recorded(checkpoint: Checkpoint) -> dict[str, Any]:
         made = RunRecord.read(record)
         what = made.model_dump(include={"method", "quantizer", "qep", "calibration", "layers"})
         what["bits_per_weight"] = round(made.bits_per_weight, 3)
-        if pruned := [layer for layer in made.layers if layer.sparsity is not None]:
-            zeros = sum((x.sparsity or 0.0) * x.rows * x.cols for x in pruned)
-            what["zeros"] = f"{zeros / sum(x.rows * x.cols for x in pruned):.2%} of the layers"
+        if made.zeros is not None:
+            what["zeros"] = f"{made.zeros:.2%} of the layers"
     findings = checkpoint.folder / FINDINGS
     if findings.is_file():
         known = Findings.read(findings)

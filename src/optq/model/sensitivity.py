@@ -79,7 +79,7 @@ def metrics(
     """
     passing = _Passing(model, blocks, shards, device)
     tokens = passing.run(batches)
-    return [passing.outer[block].cpu() / (2 * tokens) for block in blocks]
+    return [passing.outer[block].div_(2 * tokens) for block in blocks]
 
 
 class _Passing:
@@ -151,8 +151,8 @@ class _Passing:
         if not torch.isfinite(g).all():
             what = f"the gradient behind {block.name} is not finite"
             raise NumericsError(what, not_finite_remedy(self.model.dtype))
-        outer = self.outer.get(block)
-        self.outer[block] = g.T @ g if outer is None else outer.addmm_(g.T, g)
+        outer = (g.T @ g).cpu()  # where all blocks' have room
+        self.outer[block] = outer.add_(self.outer[block]) if block in self.outer else outer
 
     def _come(self, block: Block) -> None:
         if self.here is block:

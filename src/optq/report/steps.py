@@ -51,19 +51,17 @@ def after_comparison(
     return command("quantize", model, "OUT", *words)
 
 
-def after_evaluation(
-    models: Sequence[str], quantized: Sequence[str], against: str | None = None
-) -> str:
-    """See the report of what is quantized; quantize what is not."""
-    if quantized:
+def after_evaluation(models: Sequence[str], made: Sequence[str], against: str | None = None) -> str:
+    """See the report of what was quantized or pruned; quantize what was not."""
+    if made:
         dense = () if against is None else ("--against", against)
-        return command("report", quantized[0], *dense)
+        return command("report", made[0], *dense)
     return command("quantize", models[0], "OUT")
 
 
 def after_inspection(model: str, what: Mapping[str, Any]) -> str:
     """Quantize what is not, measure what is, and see the report of what is measured."""
-    if "quantized_layers" not in what:
+    if "quantized_layers" not in what and not what.get("layers"):
         return command("quantize", model, "OUT")
     if what.get("evaluated", {}).get("texts"):
         return command("report", model)

@@ -98,20 +98,21 @@ def data(several: Several) -> dict[str, Any]:
         found["charts"]["depth"] = charts.depth(several.names, drawn)
     if first.record is None or not first.record.layers:
         return found
-    record = _gaining(first.record)
+    record, over = _gaining(first.record), layers.baseline(first.record)
     places = layers.Places(record.layers)
     cells = layers.cells(record.layers, places)
     kinds, blocks = places.kind_labels(), places.block_labels()
     found |= layers.columns(record, places)
     found |= {"cells": cells, "blocks": list(places.blocks), "kinds": list(places.kinds)}
     found |= {"block_labels": blocks, "kind_labels": kinds}
+    found["over"] = over
     found["metrics"] = _metrics(several, record, cells, places)
     if any(cell["left"] is not None for cell in cells):
-        found["charts"]["gain"] = charts.gain(kinds)
+        found["charts"]["gain"] = charts.gain(kinds, over)
     if any(place.expert is not None for place in places.every):
         errors = [layer.relative_error for layer in record.layers]
         of_experts = [kinds[index] for name, index in places.kinds.items() if "*" in name]
-        found["charts"]["experts"] = charts.experts(errors, of_experts)
+        found["charts"]["experts"] = charts.experts(errors, of_experts, over)
     if found["codes"]:
         found["charts"]["codes"] = charts.codes()
     if found["levels"]:
@@ -120,8 +121,8 @@ def data(several: Several) -> dict[str, Any]:
 
 
 def _gaining(record: RunRecord) -> RunRecord:
-    """The record; of round-to-nearest without its error, over which it gains nothing."""
-    if record.method != "rtn":
+    """The record; of a baseline itself without its error, over which it gains nothing."""
+    if record.method not in ("rtn", "magnitude"):
         return record
     bare = [layer.model_copy(update={"rtn_error": 0.0}) for layer in record.layers]
     return record.model_copy(update={"layers": bare})
@@ -131,17 +132,17 @@ def _metrics(
     several: Several, record: RunRecord, cells: list[dict[str, Any]], places: layers.Places
 ) -> list[dict[str, Any]]:
     """What the heat map can show; numbers of other checkpoints are added to ``cells``."""
-    labels = places.block_labels(), places.kind_labels()
+    labels, over = (places.block_labels(), places.kind_labels()), layers.baseline(record)
     found = []
 
     def show(title: str, field: str, form: str, middle: float | None = None) -> None:
         values = [cell[field] for cell in cells if cell.get(field) is not None]
         if values:
-            spec = charts.heat(title, field, values, *labels, form, middle)
+            spec = charts.heat(title, field, values, *labels, form, over, middle)
             found.append({"title": title, "field": field, "spec": spec})
 
     show("relative error", "error", charts.PERCENT)
-    show("of round-to-nearest's error", "left", charts.PERCENT)
+    show(f"of {over}'s error", "left", charts.PERCENT)
     show("codes at the ends of the grid", "ends", charts.PERCENT)
     if len({layer.wbits for layer in record.layers}) > 1:
         show("bits", "bits", "d")

@@ -46,9 +46,12 @@ def heat(
     blocks: Sequence[str],
     kinds: Sequence[str],
     form: str,
+    over: str,
     middle: float | None = None,
 ) -> dict[str, Any]:
-    """Blocks down, kinds of layers across; ``middle``: the value where neither side is better."""
+    """Blocks down, kinds of layers across; ``over``: the baseline that errors stand beside;
+    ``middle``: the value where neither side is better.
+    """
     several = "datum.layers > 1 ? datum.name + ', worst of ' + datum.layers : datum.name"
     scale = _scale(values, middle)
     color = alt.Color(f"{field}:Q", scale=scale, title=title, legend=_legend(form, scale))
@@ -64,7 +67,7 @@ def heat(
         alt.Tooltip("label:N", title="layer"),
         alt.Tooltip("error:Q", title="relative error", format=PERCENT),
         alt.Tooltip("mean:Q", title="mean of all", format=PERCENT),
-        alt.Tooltip("left:Q", title="of rounding's error", format=PERCENT),
+        alt.Tooltip("left:Q", title=f"of {over}'s error", format=PERCENT),
         alt.Tooltip("bits:N", title="bits"),
     ]
     if field not in ("error", "left", "bits"):
@@ -80,7 +83,7 @@ def heat(
     return _spec(alt.layer(rects, ring).properties(width="container", height=alt.Step(step)))
 
 
-def experts(values: Sequence[float], kinds: Sequence[str]) -> dict[str, Any]:
+def experts(values: Sequence[float], kinds: Sequence[str], over: str) -> dict[str, Any]:
     """Those of one block: their numbers across, their projections down."""
     x = alt.X("expert:O", title="expert").axis(labelOverlap=True, labelAngle=0)
     y = alt.Y("kind_label:N", scale=alt.Scale(domain=list(kinds)), title=None).axis(labelLimit=140)
@@ -91,7 +94,7 @@ def experts(values: Sequence[float], kinds: Sequence[str]) -> dict[str, Any]:
     tooltip = [
         alt.Tooltip("name:N", title="layer"),
         alt.Tooltip("error:Q", title="relative error", format=PERCENT),
-        alt.Tooltip("left:Q", title="of rounding's error", format=PERCENT),
+        alt.Tooltip("left:Q", title=f"of {over}'s error", format=PERCENT),
         alt.Tooltip("tokens:Q", title="tokens seen", format=",.4~r"),
         alt.Tooltip("borrowed:Q", title="borrowed", format=",.4~r"),
     ]
@@ -108,9 +111,9 @@ def experts(values: Sequence[float], kinds: Sequence[str]) -> dict[str, Any]:
     return _spec(alt.layer(rects, ring).properties(width="container", height=alt.Step(26)))
 
 
-def gain(kinds: Sequence[str]) -> dict[str, Any]:
-    """What is left of round-to-nearest's error: a tick for each block, by kinds of layers."""
-    x = alt.X("left:Q", title="of round-to-nearest's error", scale=alt.Scale(zero=True)).axis(
+def gain(kinds: Sequence[str], over: str) -> dict[str, Any]:
+    """What is left of the baseline's error: a tick for each block, by kinds of layers."""
+    x = alt.X("left:Q", title=f"of {over}'s error", scale=alt.Scale(zero=True)).axis(
         format="~p", tickCount=5
     )
     y = alt.Y("kind_label:N", scale=alt.Scale(domain=list(kinds)), title=None).axis(labelLimit=140)
@@ -120,7 +123,7 @@ def gain(kinds: Sequence[str]) -> dict[str, Any]:
         y=y,
         tooltip=[
             alt.Tooltip("name:N", title="layer"),
-            alt.Tooltip("left:Q", title="of rounding's error", format=PERCENT),
+            alt.Tooltip("left:Q", title=f"of {over}'s error", format=PERCENT),
         ],
     )
     middle = base.mark_point(filled=True, size=60, color=SERIES[5], opacity=1).encode(

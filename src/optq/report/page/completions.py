@@ -21,7 +21,7 @@ def of(findings: Findings | None) -> list[dict[str, Any]]:
 
 def _one(made: Completed) -> dict[str, Any]:
     at = len(made.tokens) if made.differs is None else made.differs
-    sides = [("quantized", made.tokens)]
+    sides = [("this checkpoint", made.tokens)]
     sides += [] if made.dense is None else [("full precision", made.dense)]
     return {
         "prompt": shown(made.prompt),

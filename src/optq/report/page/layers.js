@@ -101,7 +101,7 @@ function edgesOf(index) {
 function said(index) {
   const rows = [
     ["relative error", percent(of.relative_error[index])],
-    ["of rounding's error", percent(of.left[index])],
+    [`of ${facts.over}'s error`, percent(of.left[index])],
     ["error", short(of.error[index])],
     ["rows x columns", `${of.rows[index]} x ${of.cols[index]}`],
     ["bits", of.wbits[index] === null ? "-" : String(of.wbits[index])],
@@ -215,7 +215,7 @@ function spread(kind) {
 }
 
 tables.cells = () => [
-  ["layer", "layers", "relative error", "mean", "of rounding's", "codes at the ends", "bits"],
+  ["layer", "layers", "relative error", "mean", `of ${facts.over}'s`, "codes at the ends", "bits"],
   facts.cells.map((cell) => [cell.name, cell.layers, percent(cell.error), percent(cell.mean),
     percent(cell.left), percent(cell.ends), cell.bits ?? "-"])];
 tables.codes = () => [["code", "of the weights"],

@@ -93,7 +93,7 @@ def cells(layers: Sequence[LayerRecord], places: Places) -> list[dict[str, Any]]
     """The heat map's: a layer each, or one projection of all experts of a block.
 
     ``error`` is the relative error, the worst one's; ``mean`` theirs; ``left`` the share of
-    round-to-nearest's error that is left, of all together; ``layer`` the worst one's index.
+    the baseline's error that is left, of all together; ``layer`` the worst one's index.
     """
     members: dict[tuple[int, int], list[int]] = {}
     for index, place in enumerate(places.every):
@@ -181,6 +181,11 @@ def worst(record: RunRecord, count: int) -> list[dict[str, Any]]:
 def typical(record: RunRecord) -> float | None:
     """The median of the relative errors."""
     return median(x.relative_error for x in record.layers) if record.layers else None
+
+
+def baseline(record: RunRecord) -> str:
+    """What the errors of its layers stand beside: nothing better than that was done."""
+    return "round-to-nearest" if record.zeros is None else "magnitude"
 
 
 def widths(record: RunRecord) -> str:

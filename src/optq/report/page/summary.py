@@ -49,18 +49,33 @@ def _made(known: Known) -> str:
     calib = f"calibrated on {text['text']}, {text['samples']} x {text['seqlen']} tokens"
     if not {"text", "samples", "seqlen"} <= text.keys():
         calib = "calibrated"
-    called = f"{record.method.upper()}, {layers.widths(record)}, {groups}"
+    sparsity = quantizer.get("sparsity")
+    pruned = () if sparsity is None else (removed(sparsity),)
+    coded = (layers.widths(record), groups) if is_quantized(known) else ()
+    called = ", ".join((record.method.upper(), *pruned, *coded))
     head = f", head at {record.head} bits" if record.head else ""
     abits = quantizer.get("abits")
     head += f", activations at {abits} bits" if abits else ""
     model = f"{Path(known.times.model).name}: " if known.times else ""
-    return f"{model}{called}{head}; {calib}; format {what['format']}"
+    return f"{model}{called}{head}; {calib}; " + (
+        f"format {what['format']}" if coded else "not quantized"
+    )
+
+
+def removed(sparsity: float | str) -> str:
+    """A pattern as it is written; of a share what goes."""
+    return sparsity if isinstance(sparsity, str) else f"{sparsity:.0%} removed"
+
+
+def is_quantized(known: Known) -> bool:
+    """Whether its weights are; not those that were pruned alone."""
+    return "unread" in known.what or "quantized_layers" in known.what
 
 
 def _size(known: Known) -> dict[str, Any]:
     after, before = known.what["bytes"], known.before
     packed = known.what.get("quantized_bytes")
-    bits = known.record.bits_per_weight if known.record else None
+    bits = known.record.bits_per_weight if known.record and is_quantized(known) else None
     if bits is None and known.weights and packed:
         bits = 8 * packed / known.weights
     parts = ""
@@ -72,6 +87,7 @@ def _size(known: Known) -> dict[str, Any]:
         "before": None if before is None else in_short(before),
         "share": None if not before else after / before,
         "bits": bits,
+        "zeros": known.record and known.record.zeros,
         "parts": parts,
         "how": how,
     }
@@ -141,7 +157,7 @@ def share_of_factor(times: Times) -> str:
     factor, sweep = seconds["factor"], seconds.get("solve", 0.0)
     return (
         f"Factorizing the Hessians took {factor / total:.1%} of the run"
-        f" ({_seconds(factor)} of {_seconds(total)}); the sweeps that quantize the columns took"
+        f" ({_seconds(factor)} of {_seconds(total)}); the sweeps over the columns took"
         f" {sweep / total:.1%}, the forward passes {seconds.get('forward', 0.0) / total:.1%}."
     )
 

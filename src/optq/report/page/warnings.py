@@ -52,6 +52,9 @@ def _of_findings(known: Known) -> list[str]:
 
 def _of_record(record: RunRecord) -> list[str]:
     layers, found = record.layers, []
+    pruned = record.zeros is not None
+    removed = "are removed by their size" if pruned else "are rounded"
+    baseline = "magnitude" if pruned else "rounding"
 
     def some(what: str, holds: Callable[[LayerRecord], bool], by: str) -> None:
         """``what`` of the layers for which it holds, and the one with the most."""
@@ -67,7 +70,7 @@ def _of_record(record: RunRecord) -> list[str]:
         )
     some("with a relative error above 20%", lambda x: x.relative_error > POOR, "relative_error")
     some(
-        "had inputs that no calibration token reached, and those weights are rounded",
+        f"had inputs that no calibration token reached, and those weights {removed}",
         lambda x: x.dead_columns > MANY * x.cols,
         "dead_columns",
     )
@@ -78,7 +81,7 @@ def _of_record(record: RunRecord) -> list[str]:
     )
     found += [f"experts: {said}" for said in short_of_tokens_of(layers)]
     some(
-        "with rows that fell back to rounding, which served them better",
+        f"with rows that fell back to {baseline}, which served them better",
         lambda x: x.fallback_rows > 0.01 * x.rows,
         "fallback_rows",
     )
