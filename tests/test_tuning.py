@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 import zoo_configs as configs
+from records import known
 from test_distill import ROWS, SAME, TWO_BITS, solved
 from test_resume import Cut, contents
 
@@ -18,11 +19,15 @@ from optq import GPTQ, RTN, Mixed, ModelConfig, Runner
 from optq.core.grid import Storage
 from optq.core.weight import QuantizedWeight, group_index
 from optq.errors import DataError, ModelError, SettingError
+from optq.formats.describe import describe
 from optq.model.batch import Passed
 from optq.model.blocks import Block, find_blocks
+from optq.model.checkpoint import Checkpoint
 from optq.model.flow import Flow
 from optq.model.layer import Layer
 from optq.record import RunRecord
+from optq.report.page import build
+from optq.report.page.known import Several
 from optq.tune import Tune
 from optq.tuning import Tuning, _Moving, held_back
 
@@ -153,6 +158,11 @@ def test_codes_and_scales_change_and_nothing_else(run, tmp_path, form):
     record, before = (RunRecord.read(tmp_path / at / "optq.json") for at in ("out", "before"))
     assert len(record.tuned) == 3 and all(each.kept for each in record.tuned)
     assert before.tuned == []
+    told, plain = (describe(Checkpoint.open(str(tmp_path / at))) for at in ("out", "before"))
+    assert told["tuned"] == "blocks; errors of layers are from before" and "tuned" not in plain
+    for made, is_told in ((record, True), (before, False)):
+        page = build.page(Several([known("tuned", made)]))
+        assert ("before blocks were tuned" in page) == is_told
 
 
 @pytest.mark.parametrize("name", ["llama_bfloat16", "qwen3_moe", "llama4", "gpt2", "gemma2"])

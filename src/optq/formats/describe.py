@@ -67,6 +67,9 @@ def _recorded(checkpoint: Checkpoint) -> dict[str, Any]:
         made = RunRecord.read(record)
         what = made.model_dump(include={"method", "quantizer", "qep", "calibration", "layers"})
         what["bits_per_weight"] = round(made.bits_per_weight, 3)
+        if made.tune:
+            names = ", ".join(name for name, how in made.tune.items() if how)
+            what["tuned"] = f"{names}; errors of layers are from before"
         if made.zeros is not None:
             what["zeros"] = f"{made.zeros:.2%} of the layers"
     findings = checkpoint.folder / FINDINGS

@@ -25,6 +25,7 @@ def of(known: Known, name: str) -> dict[str, Any]:
         "size": _size(known),
         "quality": _quality(known),
         "recorded": record is not None,
+        "tuned": bool(record and record.tune),
         "worst": [] if record is None else layers.worst(record, 5),
         "typical": None if record is None else layers.typical(record),
         "readers": [
