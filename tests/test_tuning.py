@@ -1,6 +1,7 @@
 """Block tuning: what it changes, what it keeps, what it refuses, and a run that is cut off."""
 
 import copy
+from dataclasses import replace
 
 import decoder
 import numpy as np
@@ -188,6 +189,13 @@ def test_the_same_seed_gives_the_same_bytes(run, tmp_path):
     run(qep=True)
     run(qep=True, at="again")
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("wbits", "steps"), [(2, 10), (3, 6), (4, 6)])
+def test_blocks_without_two_bits_take_fewer_steps(source, wbits, steps):
+    quantizer, tune = replace(TWO_BITS, wbits=wbits), Tune(Tuning(steps=10))
+    result = Runner(ModelConfig(str(source), "cpu"), quantizer, tune=tune, calib=SAME).run()
+    assert [each.steps for each in result.record.tuned] == [steps] * 3
 
 
 def test_a_block_stays_where_nothing_is_gained(run, tmp_path):

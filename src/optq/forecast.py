@@ -235,7 +235,7 @@ class Run:
         quick += 0 if self.tune.model is None else self._products(self.tune.model, weights)
         if self.tune.blocks is not None:
             quick += self._once() * self._seen(self.tune.blocks)
-            passes += TUNED_PASSES * self.tune.blocks.steps
+            passes += TUNED_PASSES * self.tune.blocks.steps_at(self.quantizer.wbits)
         moved = 4 * weights * passes + (written + sum(block.bytes for block in self.blocks)) * 4
         return SLOWER * (exact / speed.exact + quick / speed.quick + moved / speed.bytes)
 
@@ -269,7 +269,10 @@ class Run:
         """Tokens through a block to tune it, there and back; once more at the end; for the metric,
         three times.
         """
-        batch = tuning.batch(self.samples, self.seqlen)
+        batch, steps = (
+            tuning.batch(self.samples, self.seqlen),
+            tuning.steps_at(self.quantizer.wbits),
+        )
         looked = (1 + tuning.looks) * held_back(self.samples)
         metric = 3 * min(self.samples, SAMPLES) * min(self.seqlen, LENGTH)
-        return self.seqlen * (3 * tuning.steps * batch + looked + self.samples) + metric
+        return self.seqlen * (3 * steps * batch + looked + self.samples) + metric

@@ -53,6 +53,7 @@ BETAS = (0.9, 0.95)  # of Adam
 EPSILON = 1e-12  # gradients are small
 WARM = 10  # steps until the rates are whole
 APART = 8  # of so many samples one is held back
+WIDER = 0.6  # of the steps, in a block without 2 bits: its codes have half as far to go, or less
 RIDGE = 0.5  # of the mean of M's diagonal: M is known from few tokens
 
 
@@ -63,8 +64,9 @@ def held_back(samples: int) -> int:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a block is tuned: in ``steps`` of about ``tokens`` tokens, at rates that fall to 0 along
-    a line. ``reach`` is how far a code can come with all of them, in units of a grid of 2 bits;
+    """How a block is tuned: in ``steps`` of about ``tokens`` tokens (three fifths of them where no
+    layer has 2 bits), at rates that fall to 0 along a line. ``reach`` is how far a code can come
+    with all of them, in units of a grid of 2 bits;
     with twice the levels half as far: what a step of a code is worth falls faster than what
     gradients of few tokens are off by. ``scales`` is the rate of the scales' logarithms.
 
@@ -80,9 +82,13 @@ class Tuning:
     def __post_init__(self) -> None:
         require_positive(asdict(self))
 
-    def rate(self, wbits: int) -> float:
-        """Of codes, at the start, in units of their grid."""
-        return 2 * self.reach * 4 / 2**wbits / self.steps
+    def steps_at(self, least: int) -> int:
+        """Of a block whose layers have so many bits at ``least``."""
+        return self.steps if least == 2 else math.ceil(WIDER * self.steps)
+
+    def rate(self, wbits: int, steps: int) -> float:
+        """Of codes, at the start of ``steps``, in units of their grid."""
+        return 2 * self.reach * 4 / 2**wbits / steps
 
     def batch(self, samples: int, seqlen: int) -> int:
         """How many samples run together."""
@@ -154,13 +160,17 @@ def tune(
     error = partial(_error, block, metric)
     before = after = _mean(error, held)
     best: dict[Layer, QuantizedWeight] | None = None
-    note, steps, taken = "", settings.steps if before > 0 else 0, 0
+    most = settings.steps_at(min(weight.wbits for weight in weights.values()))
+    note, steps, taken = "", most if before > 0 else 0, 0
     if not math.isfinite(before):
         note = "its error was not finite before any step"
     adam = torch.optim.Adam(
         [
             {"params": [each.moved for each in work.values()], "rate": settings.scales},
-            *({"params": [x.units], "rate": settings.rate(x.weight.wbits)} for x in work.values()),
+            *(
+                {"params": [x.units], "rate": settings.rate(x.weight.wbits, most)}
+                for x in work.values()
+            ),
         ],
         betas=BETAS,
         eps=EPSILON,
