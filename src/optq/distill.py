@@ -50,7 +50,7 @@ class Distill:
 
     steps: int = 120
     batch: int = 4
-    lr: float = 5e-3
+    lr: float = 2e-3
     every: int = 20
     patience: int = 3
 
