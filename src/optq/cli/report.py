@@ -42,7 +42,7 @@ def report(
         bool, typer.Option("--force", help="Replace a file that is no report.")
     ] = False,
 ) -> None:
-    """One HTML page about MODEL as it was made: size, loss, errors by layer, who loads it."""
+    """One HTML page about the quantized or pruned MODEL: size, loss, errors, who loads it."""
     imports.load()
     from optq.report import steps, tables
     from optq.report.page import build
