@@ -184,7 +184,7 @@ def typical(record: RunRecord) -> float | None:
 
 
 def baseline(record: RunRecord) -> str:
-    """What the errors of its layers stand beside: nothing better than that was done."""
+    """What the errors of its layers stand beside."""
     return "round-to-nearest" if record.zeros is None else "magnitude"
 
 
